@@ -1,0 +1,243 @@
+"""Stage 2, alignment: the policy plays an adversarial game against the two-expert discriminator (PRISM, arXiv 2604.28123).
+
+    (1)  r(x, y) = alpha * D_v(x, c) + (1 - alpha) * D_r(x, t)                                                alpha = 0.5
+    (2)  L_k     = -E[ log sigmoid( D_k(x, y_k+) - D_k(x, y_k-) ) ],  k in {v, r}            one loss per expert
+    (3)  A_i     = ( r_i - mean_j r_j ) / std_j r_j                    over the N rollouts of one prompt
+    (4)  min_theta max_phi  E[ r_phi(x, y+) - r_phi(x, y-) ]           policy by a GRPO step on A, experts by (2), 1 : 1
+
+y+ is a teacher's text (black box: no logits), y- is sampled from the current policy. One discriminator forward per row
+gives the rewards (detached, so from before its update) and carries the Bradley-Terry loss; the teacher is encoded once.
+
+Deviations: (1) by default each expert's score is normalised in its group before they are combined, as in the authors' code
+(--normalize per-expert), because only then do both signals keep their weights; --normalize combined is the paper's (3);
+(2) invalid rollouts get -1.5 after the statistics were taken over the valid ones (the authors' code also puts them into
+the z-score), and an all-invalid group gets nothing; (3) a floor under the group's std keeps score noise from becoming
+advantage; (4) scores are clipped at +-10 for the reward only, never in the discriminator's loss.
+
+    python align.py --ckpt sft_out/ --data curated.jsonl                                                       # 1 GPU
+    torchrun --nproc_per_node=8 align.py --ckpt sft_out/                                     # the paper's settings
+"""
+
+import argparse
+import os
+import time
+
+import torch
+
+from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
+from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
+from rollout import InputError, encode_prompt, encode_response, load_examples, split_rows, split_segments
+from sft import Parser, Skips, common_flags, load_policy, load_tokenizer, log, make_optimizer, make_sampler, most
+from sft import refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+
+
+# --------------------------------------------------------------------------------------------------------- pure functions
+def masked_zscore(scores, valid, floor):
+    """(score - mean) / std in each group over its valid members, unbiased std with a floor; scores, valid [B, N]. Groups
+    with fewer than two valid members or with equal valid scores are exactly 0, and so is every invalid member."""
+    n = valid.sum(1, keepdim=True)
+    mean = torch.where(valid, scores, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
+    centred = torch.where(valid, scores - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    highest = torch.where(valid, scores, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(valid, scores, torch.inf).amin(1, keepdim=True)
+    return torch.where(highest > lowest, centred / std.clamp(min=floor), 0.0)
+
+
+def alignment_advantages(d_v, d_r, valid, alpha=0.5, normalize="per-expert", floor=0.1, penalty=1.5, clip=10.0):
+    """Scores [B, N] of both experts, valid [B, N] bool -> advantages [B, N], equations (1) and (3).
+
+    per-expert: alpha * z(D_v) + (1 - alpha) * z(D_r); combined: z(alpha * D_v + (1 - alpha) * D_r); scores clipped at
+    +-clip. An invalid rollout gets -penalty; a group without any valid one gets 0: there is nothing to prefer.
+    """
+    d_v, d_r = d_v.clamp(-clip, clip), d_r.clamp(-clip, clip)
+    if normalize == "per-expert":
+        z = alpha * masked_zscore(d_v, valid, floor) + (1 - alpha) * masked_zscore(d_r, valid, floor)
+    else:
+        z = masked_zscore(alpha * d_v + (1 - alpha) * d_r, valid, floor)
+    return torch.where(valid, z, -penalty * valid.any(1, keepdim=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- the game
+def segment_pairs(records, tokenizer):
+    """(caption_ids, trace_ids) per record, None where it is invalid: cut at the length limit or format broken."""
+    return [split_segments(r.rollout.ids, tokenizer) if r.rollout.finished else None for r in records]
+
+
+def score_and_learn(disc, records, pairs, teachers, tokenizer, args, world):
+    """One forward per pack: scores for the rewards, and the backward of (2) with an L2 term on the scores.
+
+    records, pairs: this rank's rollouts and their segments (None: invalid, takes no part). teachers: {group: segments}.
+    -> scores [n, 4] float32 on the CPU: D_v, D_r of the rollout, then of its teacher; NaN where invalid.
+    """
+    groups = {}
+    for i, record in enumerate(records):
+        if pairs[i] is not None:
+            groups.setdefault(record.group, []).append(i)
+    rows = [
+        (len(records[g[0]].prompt.input_ids) + sum(map(len, teachers[group])), [sum(map(len, pairs[i])) for i in g])
+        for group, g in groups.items()
+    ]
+    packs, members = list(split_rows(rows, args.max_tokens)), list(groups.values())
+    count = max(1, world.sum(sum(map(len, members)))[0])
+    scores = torch.full((len(records), 4), torch.nan)
+    for p in range(most(len(packs), world)):
+        parts = [[members[r][b] for b in branches] for r, branches in packs[p]] if p < len(packs) else [[]]
+        firsts = [records[part[0]] if part else records[0] for part in parts]
+        # per row: the teacher first, then its students
+        captions = [(r, s[0]) for r, part in enumerate(parts) for s in [teachers[firsts[r].group], *[pairs[i] for i in part]]]
+        traces = [(r, s[1]) for r, part in enumerate(parts) for s in [teachers[firsts[r].group], *[pairs[i] for i in part]]]
+        prompts = [reader(first.prompt, tokenizer, args.disc_variant) for first in firsts]
+        d = torch.stack(disc.scores(prompts, captions, traces))  # [2, responses]
+        student, teacher, at = [], [], 0
+        for part in parts:
+            student += range(at + 1, at + 1 + len(part))
+            teacher += [at] * len(part)
+            at += 1 + len(part)
+        s, t = d[:, student], d[:, teacher]  # [2, valid rollouts of the pack]
+        valid = torch.ones_like(s[0], dtype=torch.bool)
+        loss = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
+        loss = loss + args.score_l2 * 0.5 * (s.square() + t.square()).sum() / count + d.sum() * 0
+        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
+        here = [i for part in parts for i in part]
+        scores[here] = torch.cat([s, t]).T.detach().float().cpu()
+    return scores
+
+
+def expert_metrics(scores):
+    """Per expert over all valid pairs of the step: gap = mean(teacher - student), acc = share of pairs ranked rightly
+    (0.5 is the equilibrium, not a failure), loss (2). Absent when no rollout was valid."""
+    scores = scores[~scores[:, 0].isnan()]
+    out = {}
+    if len(scores):
+        for k, name in enumerate(("v", "r")):
+            student, teacher = scores[:, k], scores[:, k + 2]
+            gap = teacher - student
+            acc = (gap > 0).float() + 0.5 * (gap == 0).float()  # a tie is a coin toss
+            out |= {f"gap_{name}": gap.mean().item(), f"acc_{name}": acc.mean().item()}
+            out |= {f"loss_{name}": bradley_terry(teacher, student, torch.ones_like(gap, dtype=torch.bool)).item()}
+            out |= {f"score_{name}": student.mean().item()}
+    return out
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", help="prompts with a teacher's response")
+    parser.add_argument("--steps", type=int, default=500, help="steps of the game")
+    parser.add_argument("--warmup-steps", type=int, default=0, help="discriminator-only steps on fresh rollouts first")
+    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the policy")
+    group = parser.add_argument_group("discriminator")
+    group.add_argument("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
+    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe, or the ablations dense and text-only")
+    group.add_argument("--disc-lr", type=float, default=1e-6, help="learning rate of the discriminator")
+    group.add_argument("--disc-updates", type=int, default=1, help="discriminator steps per policy step, on the same rollouts")
+    group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in its loss")
+    group = parser.add_argument_group("advantage")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of perception; 1 - alpha is that of reasoning")
+    group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert", help="z-score before or after (1)")
+    group.add_argument("--std-floor", type=float, default=0.1, help="smallest group std, in score units")
+    group.add_argument("--invalid-penalty", type=float, default=1.5, help="advantage of a broken format is minus this")
+    rollout_flags(parser, prompts=4, max_new_tokens=6144)
+    common_flags(parser, "align")
+    return parser.parse_args()
+
+
+def check_teachers(examples, tokenizer, name):
+    """Indices of the examples whose teacher response has the three blocks; it is an error when none has."""
+    good = [i for i in range(len(examples)) if split_segments(encode_response(examples[i].response, tokenizer), tokenizer)]
+    if not good:
+        raise InputError(f"{name}: no row has a teacher response of <caption>, <think> and <answer> blocks")
+    return good
+
+
+class Chosen:
+    """The rows of a data set at the given indices."""
+
+    def __init__(self, examples, indices):
+        self.examples, self.indices, self.source = examples, indices, examples.source
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.examples[self.indices[i]]
+
+
+def main():
+    args = parse_args()
+    world = setup(args, prompts_x_n=args.prompts * args.n)
+    examples = load_examples(args.data, args.split)
+    tokenizer, image_processor = load_tokenizer(args.ckpt)
+    good = check_teachers(examples, tokenizer, args.data)
+    if len(good) < len(examples) and world.rank == 0:
+        print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
+    examples, system = Chosen(examples, good), system_prompt(args)
+    policy = shard(load_policy(args.ckpt).to(world.device), world, args.checkpointing)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant).to(world.device)
+    disc = shard(disc, world, args.checkpointing)
+    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
+    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
+    sampler = make_sampler(policy, world, args.ckpt)
+    parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
+    progress = {"step": 0, "position": 0, "dropped": 0}
+    if args.resume:
+        progress = resume(args.out, world, parts)
+        refresh(sampler, policy)
+    start_log(world, args.out, progress["step"])
+    skips, disc_skips, row = Skips(), Skips(), {}
+    encode = lambda example: encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    for step in range(progress["step"], args.warmup_steps + args.steps):
+        began = time.time()
+        # rollout
+        records, position, dropped = sample_records(
+            sampler, examples, encode, tokenizer, args, world, step, progress["position"]
+        )
+        sampled_at = time.time()
+        # reward
+        pairs = segment_pairs(records, tokenizer)
+        teachers = {r.group: split_segments(encode_response(r.example.response, tokenizer), tokenizer) for r in records}
+        scores = score_and_learn(disc, records, pairs, teachers, tokenizer, args, world)
+        everyone = torch.cat(world.gather(scores))  # [B * N, 4], the same on every rank
+        # advantage
+        valid = ~everyone[:, 0].isnan().view(args.prompts, args.n)
+        d_v, d_r = everyone[:, :2].nan_to_num().T.reshape(2, args.prompts, args.n)
+        advantages = alignment_advantages(
+            d_v, d_r, valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
+        )
+        # update discriminator
+        metrics = {"valid": valid.float().mean().item(), **expert_metrics(everyone)}
+        disc_norm = None
+        for update in range(args.disc_updates):
+            if update:
+                score_and_learn(disc, records, pairs, teachers, tokenizer, args, world)
+            if valid.any():
+                disc_norm = disc_skips.step(disc, disc_optimizer, args.disc_lr, args.clip, world, 0.0)
+        scored_at = time.time()
+        # update policy
+        norm = None
+        if step >= args.warmup_steps:
+            mine = advantages.flatten()[list(world.share(args.prompts * args.n))]
+            update_metrics = accumulate_policy_gradient(policy, records, mine, "grpo", args, world)
+            if update_metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
+                norm = skips.step(policy, optimizer, args.lr, args.clip, world, update_metrics["loss"])
+            refresh(sampler, policy)
+            metrics |= update_metrics
+        # log
+        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + dropped}
+        row = {"step": step + 1, **metrics, "grad_norm": norm, "disc_grad_norm": disc_norm}
+        row |= rollout_metrics(records, world) | {"dropped": progress["dropped"]}
+        row |= {"skipped_steps": skips.total + disc_skips.total, "seconds_rollout": round(sampled_at - began, 3)}
+        row |= {"seconds_disc": round(scored_at - sampled_at, 3), "seconds": round(time.time() - began, 3)}
+        log(world, args.out, row)
+        rows = [{} if s[0].isnan() else {"d_v": s[0].item(), "d_r": s[1].item(), "teacher_d_v": s[2].item(), "teacher_d_r": s[3].item()}
+                for s in scores]  # fmt: skip
+        log_rollouts(world, args.out, step + 1, records, rows, args.log_rollouts)
+        # save
+        if step + 1 == args.warmup_steps + args.steps or args.save_every and (step + 1) % args.save_every == 0:
+            save_state(args.out, world, parts, progress)
+    save_discriminator(disc, os.path.join(args.out, "discriminator"), world, args.ckpt)
+    save(policy, args.out, world, "align", args, progress["step"], row)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,340 @@
+"""Stage 3, reinforcement learning with verifiable rewards (RLVR): one policy loss; GRPO, DAPO and GSPO are rows of a table.
+
+    (5)  r = 0.8 * accuracy + 0.2 * format                     (3)  A_i = (r_i - mean r) / std r over the N rollouts of a prompt
+    token level     L = -min( rho A, clip(rho, 1 - low, 1 + high) A ),   rho_t = exp(l_t - l_old_t)
+    sequence level  the same with  rho = exp( mean_t (l_t - l_old_t) )                                     (GSPO, 2507.18071)
+
+DAPO (2503.14476): clip-higher, token mean, groups whose accuracy is all 0 or all 1 are replaced by more sampling, soft
+penalty for overlong responses. There is no KL and no reference model unless --kl > 0.
+
+Deviations from the authors' scripts: (1) they do one update per rollout batch, where rho is exactly 1 and every clip is
+inert; that is the default here too, and --updates-per-rollout K splits the batch into K steps, so that the algorithms
+differ as their papers mean them to; (2) all means are over the global batch, whatever the ranks and micro-batches;
+(3) when dynamic sampling stays short after --max-gen-batches, the step trains on what there is instead of failing.
+
+    python rl.py --ckpt align_out/ --data prompts.jsonl --algo grpo                                            # 1 GPU
+    torchrun --nproc_per_node=8 rl.py --ckpt align_out/ --algo dapo
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import eval as judge
+from rollout import Example, InputError, Prompt, Rollout, encode_prompt, load_examples, pack_logprobs, pack_rows, sample
+from rollout import split_rows
+from sft import Parser, Skips, common_flags, draw, load_policy, load_tokenizer, log, make_optimizer, make_sampler, most
+from sft import refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+
+ALGOS = {
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token", "dynamic": False, "overlong": False},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "ratio": "token", "mean": "token", "dynamic": True, "overlong": True},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "ratio": "sequence", "mean": "sequence", "dynamic": False, "overlong": False},
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- pure functions
+def group_advantages(rewards):
+    """(3): rewards [B, N] -> [B, N], unbiased std, eps 1e-6. A group of one or of equal rewards is exactly 0; equality is
+    decided by max == min, because the float mean of equal values need not equal them."""
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(rewards)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (rewards.std(1, keepdim=True) + 1e-6))
+
+
+def overlong_penalty(length, limit, buffer):
+    """DAPO's soft penalty: 0 up to limit - buffer, then linear down to -1 at the limit."""
+    return max(-1.0, min(0.0, (limit - buffer - length) / buffer)) if buffer else 0.0
+
+
+def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, tokens=None, sequences=None):
+    """Clipped surrogate of one micro-batch, float32 -> (loss, {"clipped", "kl"}: shares of the global token mean).
+
+    logp, old_logp, ref_logp [n, L]; advantages [n]; mask [n, L] bool. `tokens` and `sequences` are the counts of the whole
+    global batch, over all ranks and micro-batches (default: of this call); the parts' losses then add up to the whole's.
+    The optional penalty is k3 = exp(ref - l) - (ref - l) - 1 (Schulman 2020), clamped at 10.
+    """
+    a = ALGOS[algo]
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    tokens = mask.sum() if tokens is None else tokens
+    sequences = len(mask) if sequences is None else sequences
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    if a["ratio"] == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
+    ratio, advantages = log_ratio.exp(), advantages[:, None]
+    clipped = ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"])
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    metrics = {"clipped": ((losses > -ratio * advantages) & mask).sum().item() / tokens}
+    if kl > 0:
+        gap = torch.where(mask, ref_logp - logp, 0.0)
+        k3 = (gap.exp() - gap - 1).clamp(max=10.0)
+        metrics["kl"] = (k3 * mask).sum().item() / tokens
+        losses = losses + kl * k3
+    weights = mask / tokens if a["mean"] == "token" else mask / lengths / sequences
+    return (losses * weights).sum(), metrics
+
+
+# ------------------------------------------------------------------------------------------------ shared with alignment
+@dataclass
+class Record:
+    """One rollout on its way from sampling to the update."""
+
+    group: int  # which prompt of the global batch
+    example: Example
+    prompt: Prompt
+    rollout: Rollout
+    text: str  # decoded, without the EOS
+    old_logp: torch.Tensor | None = None  # [L], only with several updates per rollout batch
+    ref_logp: torch.Tensor | None = None  # [L], only with --kl
+
+
+def sample_records(sampler, examples, encode, tokenizer, args, world, step, position):
+    """Draw args.prompts prompts and sample args.n rollouts of each; this rank does its equal share of all rollouts, so a
+    group may span ranks. -> (this rank's records in global order, new data position, prompts dropped as too long)."""
+    indices, encoded, position, dropped = draw(examples, encode, position, args.prompts, args.seed, world)
+    mine = [divmod(i, args.n) for i in world.share(args.prompts * args.n)]
+    groups = sorted({group for group, _ in mine})
+    prompts = {group: encoded.get(group) or encode(examples[indices[group]]) for group in groups}
+    rollouts = sample(
+        sampler, [prompts[g] for g in groups], args.n, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_token_id,
+        temperature=args.temperature, seeds=[(args.seed, step, position, g) for g in groups],
+        samples=[[s for g, s in mine if g == group] for group in groups], slots=args.slots,
+    )  # fmt: skip
+    records = []
+    for group, group_rollouts in zip(groups, rollouts):
+        example = examples[indices[group]]
+        for r in group_rollouts:
+            text = tokenizer.decode(r.ids[:-1] if r.finished else r.ids)
+            records.append(Record(group, example, prompts[group], r, text))
+    return records, position, dropped
+
+
+def packed(records, max_tokens):
+    """Packs of at most `max_tokens`: lists of (indices into records); consecutive records of a group share their prompt."""
+    groups = {}
+    for i, record in enumerate(records):
+        groups.setdefault(id(record.prompt), []).append(i)
+    rows = [(len(records[g[0]].prompt.input_ids), [len(records[i].rollout.ids) for i in g]) for g in groups.values()]
+    members = list(groups.values())
+    return [[members[r][b] for r, branches in pack for b in branches] for pack in split_rows(rows, max_tokens)]
+
+
+def logprobs_of(policy, records, args, world):
+    """Log-probs and entropies [n, L] of the records of one pack, padded with 0, and the mask."""
+    prompts = list({id(r.prompt): r.prompt for r in records}.values())
+    place = {id(prompt): i for i, prompt in enumerate(prompts)}
+    pack = pack_rows(prompts, [(place[id(r.prompt)], r.rollout.ids) for r in records], world.device)
+    logp, entropy = pack_logprobs(policy, pack, temperature=args.temperature)
+    pad = lambda flat: pad_sequence(flat.split(pack.lengths), batch_first=True)
+    return pad(logp), pad(entropy), pad(torch.ones_like(logp)).bool()
+
+
+@torch.no_grad()
+def store_logprobs(model, records, name, args, world):
+    """One pass without gradient that stores each record's log-probs under `name` (old_logp or ref_logp)."""
+    packs = packed(records, args.max_tokens)
+    for i in range(most(len(packs), world)):
+        members = packs[min(i, len(packs) - 1)]
+        logp, _, _ = logprobs_of(model, [records[m] for m in members], args, world)
+        for row, m in zip(logp, members):
+            setattr(records[m], name, row[: len(records[m].rollout.ids)])
+
+
+def accumulate_policy_gradient(policy, records, advantages, algo, args, world, kl=0.0):
+    """Backward of `policy_loss` over all micro-batches -> metrics of the global batch.
+
+    Rollouts with advantage 0 have loss and gradient exactly 0 (unless there is a KL term): they count in the means but are
+    not computed. Every rank runs the same number of forwards; one without work repeats a rollout with weight 0.
+    """
+    tokens, sequences = world.sum(sum(len(r.rollout.ids) for r in records), len(records))
+    chosen = [i for i, a in enumerate(advantages.tolist()) if a != 0 or kl > 0]
+    work, weights = [records[i] for i in chosen], advantages[chosen]
+    packs = packed(work, args.max_tokens)
+    sums = {"loss": 0.0, "entropy": 0.0, "drift": 0.0, "clipped": 0.0, "kl": 0.0, "trained": 0.0}
+    for i in range(most(len(packs), world)):
+        real = i < len(packs)
+        part = [work[m] for m in packs[i]] if real else records[:1]
+        logp, entropy, mask = logprobs_of(policy, part, args, world)
+        if not real:
+            (logp.sum() * 0).backward()
+            continue
+        pad = lambda rows: pad_sequence(rows, batch_first=True).to(logp.device)
+        old = logp.detach() if part[0].old_logp is None else pad([r.old_logp for r in part])
+        ref = pad([r.ref_logp for r in part]) if kl > 0 else None
+        part_advantages = weights[packs[i]].to(logp)
+        loss, metrics = policy_loss(logp, old, part_advantages, mask, algo, ref, kl, tokens, sequences)
+        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
+        sampled = pad([torch.tensor(r.rollout.logprobs) for r in part])
+        sums["loss"] += loss.item()
+        sums["entropy"] += entropy.sum().item()
+        sums["drift"] += ((logp.detach() - sampled).abs() * mask).sum().item()
+        sums["trained"] += mask.sum().item()
+        for name, value in metrics.items():
+            sums[name] += value
+    total = dict(zip(sums, world.sum(*sums.values())))
+    trained = total.pop("trained")
+    means = {name: total.pop(name) / trained if trained else None for name in ("entropy", "drift")}
+    if not kl:
+        total.pop("kl")
+    return {**total, **means}
+
+
+def rollout_metrics(records, world):
+    """Length, share finished; both over the rollouts of all ranks."""
+    lengths = sum(len(r.rollout.ids) for r in records)
+    length, finished, n = world.sum(lengths, sum(r.rollout.finished for r in records), len(records))
+    return {"length": length / n, "finished": finished / n}
+
+
+def log_rollouts(world, out, step, records, scores, every):
+    """Append this step's rollouts with their scores to OUT/rollouts.jsonl (rank 0, every `every` steps; 0: never)."""
+    if not every or step % every:
+        return
+    rows = [{"step": step, "id": r.example.id, "response": r.text, "finished": r.rollout.finished, **s}
+            for r, s in zip(records, scores)]  # fmt: skip
+    rows = [row for part in world.gather(rows) for row in part]
+    if world.rank == 0:
+        with open(os.path.join(out, "rollouts.jsonl"), "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rollout_flags(parser, prompts, max_new_tokens):
+    group = parser.add_argument_group("rollouts")
+    group.add_argument("--prompts", type=int, default=prompts, help="prompts per step, over all processes")
+    group.add_argument("--n", type=int, default=16, help="rollouts per prompt")
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs trained on")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="length limit of a response")
+    group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process")
+    group.add_argument("--log-rollouts", type=int, default=10, help="steps between entries in rollouts.jsonl; 0: never")
+
+
+# --------------------------------------------------------------------------------------------------------------------- RL
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet", help="prompts with answers")
+    parser.add_argument("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
+    parser.add_argument("--steps", type=int, default=1500, help="rollout batches")
+    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate")
+    parser.add_argument("--lr-warmup", type=int, default=0, help="steps with rising learning rate")
+    parser.add_argument("--updates-per-rollout", type=int, default=1, metavar="K", help="optimizer steps per rollout batch")
+    parser.add_argument("--max-gen-batches", type=int, default=10, help="rounds of dynamic sampling per step (dapo)")
+    parser.add_argument("--overlong-buffer", type=int, default=4096, help="tokens before the limit that are penalised (dapo)")
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: no reference model")
+    rollout_flags(parser, prompts=32, max_new_tokens=8192)
+    common_flags(parser, "rl")
+    return parser.parse_args()
+
+
+def collect(sampler, examples, encode, tokenizer, args, world, step, position):
+    """The step's groups: sampled, judged, and under dynamic sampling replaced while all their rollouts agree.
+
+    -> (records, scores: list of dict, rewards [B, N] of all ranks, mine: indices of this rank's records in it, position,
+    counters). Groups in which every rollout is right or every one is wrong teach nothing and leave the batch."""
+    a = ALGOS[args.algo]
+    kept, all_rewards, counters, groups = [], [], {"dropped": 0, "gen_batches": 0}, 0
+    while True:
+        records, position, dropped = sample_records(sampler, examples, encode, tokenizer, args, world, step, position)
+        scores = [judge.reward(r.text, r.example.answer) for r in records]
+        for r, s in zip(records, scores):
+            length = len(r.rollout.ids)
+            s["reward"] = s["score"] + overlong_penalty(length, args.max_new_tokens, args.overlong_buffer) * a["overlong"]
+        table = [row for part in world.gather([(s["reward"], s["accuracy"]) for s in scores]) for row in part]
+        rewards, accuracy = torch.tensor(table, dtype=torch.float64).view(args.prompts, args.n, 2).unbind(-1)
+        use = [g for g in range(args.prompts) if not a["dynamic"] or 0 < accuracy[g].mean() < 1][: args.prompts - groups]
+        place = {g: groups + i for i, g in enumerate(use)}
+        offset = world.share(args.prompts * args.n).start
+        for i, (r, s) in enumerate(zip(records, scores)):
+            if r.group in place:
+                kept.append((r, s, (place[r.group], (offset + i) % args.n)))
+        all_rewards.append(rewards[use])
+        groups += len(use)
+        counters["dropped"] += dropped
+        counters["gen_batches"] += 1
+        counters.setdefault("accuracy", accuracy.mean().item())  # of the first, unfiltered round
+        if not a["dynamic"] or groups == args.prompts or counters["gen_batches"] == args.max_gen_batches:
+            break
+    counters["groups"] = groups
+    spare = records[0]
+    records, scores, mine = (list(part) for part in zip(*kept)) if kept else ([], [], [])
+    return records, scores, torch.cat(all_rewards), mine, position, counters, spare
+
+
+def main():
+    args = parse_args()
+    world = setup(args, prompts_x_n=args.prompts * args.n)
+    if args.prompts % args.updates_per_rollout:
+        raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide --prompts {args.prompts}")
+    examples = load_examples(args.data, args.split)
+    if examples[0].answer is None:
+        raise InputError(f"{args.data}: the rows have no answer to verify against (column answer or reward_model)")
+    tokenizer, image_processor = load_tokenizer(args.ckpt)
+    system = system_prompt(args)
+    policy = shard(load_policy(args.ckpt).to(world.device), world, args.checkpointing)
+    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
+    sampler = make_sampler(policy, world, args.ckpt)
+    reference = shard(load_policy(args.ckpt).to(world.device), world) if args.kl > 0 else None
+    progress = {"step": 0, "position": 0, "dropped": 0}
+    if args.resume:
+        progress = resume(args.out, world, {"policy": (policy, optimizer)})
+        refresh(sampler, policy)
+    start_log(world, args.out, progress["step"])
+    skips, row = Skips(), {}
+    encode = lambda example: encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    for step in range(progress["step"], args.steps):
+        began = time.time()
+        # rollout
+        # reward
+        records, scores, rewards, mine, position, counters, spare = collect(
+            sampler, examples, encode, tokenizer, args, world, step, progress["position"]
+        )
+        # advantage
+        table = group_advantages(rewards).float()  # [B, N]
+        advantages = torch.stack([table[m] for m in mine]) if mine else torch.zeros(0)
+        # update policy
+        sampled_at = time.time()
+        metrics, norm = update_policy(policy, reference, optimizer, records, advantages, spare, skips, step, args, world)
+        refresh(sampler, policy)
+        # log
+        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + counters.pop("dropped")}
+        n = max(1, world.sum(len(scores))[0])
+        mean = lambda key: world.sum(sum(s[key] for s in scores))[0] / n
+        row = {"step": step + 1, "reward": mean("reward"), "format": mean("format"), **counters, **metrics, "grad_norm": norm}
+        row |= rollout_metrics(records or [spare], world) | {"dropped": progress["dropped"], "skipped_steps": skips.total}
+        row |= {"seconds_rollout": round(sampled_at - began, 3), "seconds": round(time.time() - began, 3)}
+        log(world, args.out, row)
+        log_rollouts(world, args.out, step + 1, records, scores, args.log_rollouts)
+        # save
+        if step + 1 == args.steps or args.save_every and (step + 1) % args.save_every == 0:
+            save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+    save(policy, args.out, world, "rl", args, args.steps, row)
+
+
+def update_policy(policy, reference, optimizer, records, advantages, spare, skips, step, args, world):
+    """K optimizer steps, each over the records of a K-th of the prompts -> (mean metrics, last gradient norm)."""
+    k = args.updates_per_rollout
+    everything, weights = (records, advantages) if records else ([spare], torch.zeros(1))
+    if k > 1:
+        store_logprobs(policy, everything, "old_logp", args, world)
+    if args.kl > 0:
+        store_logprobs(reference, everything, "ref_logp", args, world)
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.lr_warmup))
+    rows, norm = [], None
+    for u in range(k):
+        here = [i for i, r in enumerate(everything) if r.group * k // args.prompts == u]
+        part, a = ([everything[i] for i in here], weights[here]) if here else (everything[:1], torch.zeros(1))
+        metrics = accumulate_policy_gradient(policy, part, a, args.algo, args, world, args.kl)
+        if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
+            norm = skips.step(policy, optimizer, lr, args.clip, world, metrics["loss"])
+            rows.append(metrics)
+    return {key: sum(m[key] for m in rows) / len(rows) for key in rows[0]} if rows else {}, norm
+
+
+if __name__ == "__main__":
+    run(main)

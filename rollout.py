@@ -1,0 +1,663 @@
+"""What every stage shares: examples, prompts, the response format, shared-prompt rows, log-probs and sampling.
+
+The one idea that carries the speed is the *row*: all rollouts of a prompt, both segments of each and the
+teacher's response share the prompt with its images, so one forward computes
+
+    [ prompt | branch 1 | branch 2 | ... ]
+
+in which a branch attends to the prompt and to itself, never to a sibling, and its positions continue from the
+prompt's last M-RoPE position.  It is exact: in float32 log-probs and gradients equal those of separate sequences.
+Several rows are packed into one forward without padding; `Layout` tells attention who sees whom.
+
+A response is  y = (c, t):  `<caption>..</caption>` (perception), then `<think>..</think><answer>..</answer>` (reasoning).
+"""
+
+import glob
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+SYSTEM_PROMPT = (
+    "Answer in three blocks. In <caption> and </caption> describe everything in the image that the question may need. "
+    "In <think> and </think> reason step by step from that description. "
+    "In <answer> and </answer> give the final answer alone."
+)
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what one `<image>` of a data set becomes in the chat text
+
+
+class InputError(ValueError):
+    """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
+
+
+# --------------------------------------------------------------------------------------------------------------- examples
+@dataclass
+class Example:
+    """One row of a data set. `prompt`: chat messages whose content is text with one `<image>` per image."""
+
+    id: str
+    prompt: list[dict]
+    images: list = field(default_factory=list)  # path, bytes or PIL image each; opened by `load_image` when needed
+    response: str | None = None
+    answer: str | list[str] | None = None
+
+
+class Examples(Sequence):
+    """Rows of one or several sources, turned into `Example` when indexed, so that images are opened only when used."""
+
+    def __init__(self, rows, source, base):
+        self.rows, self.source, self.base = rows, source, base
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return to_example(self.rows[i], f"{self.source}:{i + 1}", self.base)
+
+
+def load_examples(source, split=None):
+    """Examples of a local .jsonl / .parquet file, a folder of those, or a Hub data set `owner/name[:file]`.
+
+    Recognised by columns: our own (`prompt`, `images`, `response`, `answer`), LLaMA-Factory ShareGPT (`messages` or
+    `conversations`), the published alignment / RLVR sets (`teacher_*`, `reward_model`) and geometry3k (`problem`).
+    Raises InputError that names the file and the line.
+    """
+    if os.path.isdir(source):
+        files = sorted(f for ext in ("jsonl", "parquet") for f in glob.glob(os.path.join(source, f"*.{ext}")))
+        if not files:
+            raise InputError(f"{source}: the folder holds no .jsonl or .parquet file")
+    else:
+        files = [source]
+    if os.path.exists(files[0]):
+        base = os.path.dirname(os.path.abspath(files[0]))
+        rows = [row for file in files for row in read_file(file)] if len(files) > 1 else read_file(files[0])
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.endswith((".jsonl", ".parquet", ".json")):
+        from datasets import load_dataset  # imported here: the local formats do not need it
+
+        name, _, file = source.partition(":")
+        try:
+            rows = load_dataset(name, data_files=file or None, split=split or "train")
+        except Exception as error:
+            raise InputError(f"{source}: neither a local file nor a data set that the Hub gives ({error})") from error
+        rows, base = undecoded(rows), ""
+    else:
+        raise InputError(f"{source}: no such file; give a .jsonl or .parquet file, a folder, or a Hub id owner/name")
+    if len(rows) == 0:
+        raise InputError(f"{source}: the data set is empty")
+    examples = Examples(rows, source, base)
+    examples[0]  # a file without the needed columns fails now, not after the model is loaded
+    return examples
+
+
+def read_file(path):
+    """Rows of one local file: a list for .jsonl, a memory-mapped data set for .parquet."""
+    if path.endswith(".parquet"):
+        from datasets import Dataset
+
+        return undecoded(Dataset.from_parquet(path))
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error}); one JSON object per line is needed") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def undecoded(dataset):
+    """The data set with image columns left as {bytes, path}: they are decoded once, by `load_image`, when used."""
+    from datasets import Image as ImageColumn
+    from datasets import List
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, ImageColumn):
+            dataset = dataset.cast_column(name, ImageColumn(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, ImageColumn):
+            dataset = dataset.cast_column(name, List(ImageColumn(decode=False)))
+    return dataset
+
+
+def to_example(row, where, base=""):
+    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves relative paths."""
+    turns = row.get("messages") or row.get("conversations") or row.get("prompt") or row.get("problem")
+    if not turns:
+        raise InputError(
+            f"{where}: none of the columns prompt, messages, conversations, problem; found {', '.join(row) or 'none'}"
+        )
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise InputError(f"{where}: a chat turn needs the texts role and content (or from and value), got {turn}")
+        messages.append({"role": roles.get(role, role), "content": content})
+    response, answer = row.get("response"), row.get("answer")
+    if messages[-1]["role"] == "assistant":
+        response = messages.pop()["content"]
+    if row.get("teacher_response") or row.get("teacher_caption"):
+        response = row.get("teacher_response") or join_teacher(row["teacher_caption"], row.get("teacher_cot") or "", answer)
+    if isinstance(row.get("reward_model"), dict):
+        answer = row["reward_model"].get("ground_truth", answer)
+        answer = [answer, *(row["reward_model"].get("equivalent_answers") or [])]
+        answer = answer[0] if len(answer) == 1 else answer
+    if isinstance(answer, (int, float)):
+        answer = str(answer)
+    images = row.get("images") or ([row["image"]] if row.get("image") else [])
+    images = [resolve(image, base, where) for image in images]
+    return Example(str(row.get("id", where)), messages, images, response, answer)
+
+
+def join_teacher(caption, cot, answer):
+    """The canonical response from a published row's two parts, which come with or without their tags."""
+    if "<caption>" not in caption:
+        caption = f"<caption>\n{caption.strip()}\n</caption>"
+    if "<think>" not in cot:
+        cot = f"<think>\n{cot.strip()}\n</think>"
+    if "<answer>" not in cot:
+        cot = f"{cot.strip()}\n<answer>\n{answer}\n</answer>"
+    return f"{caption.strip()}\n{cot.strip()}"
+
+
+def resolve(image, base, where):
+    """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an error at once."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") else image.get("path")
+    if isinstance(image, str):
+        path = os.path.join(base, image)
+        if not os.path.exists(path):
+            raise InputError(f"{where}: image {path} does not exist; paths are relative to the data file")
+        return path
+    return image
+
+
+def load_image(image):
+    """A path, bytes or PIL image -> upright RGB PIL image; transparency on white."""
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------- prompts
+@dataclass
+class Prompt:
+    """One encoded prompt. P tokens; image patches as the Qwen image processor gives them."""
+
+    input_ids: torch.Tensor  # [P]
+    position_ids: torch.Tensor  # [3, P]  temporal, height, width
+    pixel_values: torch.Tensor | None  # [patches, channels * 2 * 16 * 16]
+    image_grid_thw: torch.Tensor | None  # [images, 3]  in patches
+
+    @property
+    def next_position(self):
+        return int(self.position_ids.max()) + 1
+
+
+def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_prompt=SYSTEM_PROMPT):
+    """Example -> Prompt, or None when it is longer than `max_tokens` (image tokens are never cut).
+
+    A system message in the row is kept; otherwise `system_prompt` is put in front. Raises InputError when the number of
+    `<image>` placeholders and of images differ, or an image cannot be read.
+    """
+    messages = [dict(m) for m in example.prompt]
+    if messages[0]["role"] != "system" and system_prompt:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    found = sum(m["content"].count("<image>") for m in messages)
+    if found == 0 and example.images:  # pictures without a place in the text come first, as the chat models expect
+        user = next(m for m in messages if m["role"] == "user")
+        user["content"] = "<image>" * len(example.images) + user["content"]
+    elif found != len(example.images):
+        raise InputError(f"{example.id}: {found} <image> in the text but {len(example.images)} images in the row")
+    for message in messages:
+        message["content"] = message["content"].replace("<image>", IMAGE)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pixel_values = grid = None
+    if example.images:
+        try:
+            pictures = [load_image(image) for image in example.images]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{example.id}: image cannot be read ({error})") from error
+        encoded = image_processor(images=pictures, return_tensors="pt")
+        pixel_values, grid = encoded["pixel_values"], encoded["image_grid_thw"]
+        counts = iter((grid.prod(-1) // image_processor.merge_size**2).tolist())
+        text = re.sub(re.escape("<|image_pad|>"), lambda _: "<|image_pad|>" * next(counts), text)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if max_tokens is not None and len(ids) > max_tokens:
+        return None
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return Prompt(ids, mrope_positions(ids, grid, pad, image_processor.merge_size), pixel_values, grid)
+
+
+def encode_response(text, tokenizer):
+    """Token ids of a response as a policy would emit it: its text, then the EOS."""
+    return tokenizer(text or "", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def mrope_positions(input_ids, grid_thw, image_token_id, merge_size):
+    """M-RoPE positions [3, P] of a prompt: text counts on in all three axes, an image of h x w merged tokens takes
+    (t, row, column) from the current position and moves it on by max(h, w) (Qwen2-VL, arXiv 2409.12191, section 2)."""
+    out, at, i = [], 0, 0
+    grids = iter(grid_thw.tolist() if grid_thw is not None else [])
+    ids = input_ids.tolist()
+    while i < len(ids):
+        if ids[i] == image_token_id:
+            t, h, w = next(grids)
+            h, w = h // merge_size, w // merge_size
+            out.append(torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij")).reshape(3, -1) + at)
+            at, i = at + max(h, w), i + t * h * w
+        else:
+            out.append(torch.full((3, 1), at))
+            at, i = at + 1, i + 1
+    return torch.cat(out, dim=1)
+
+
+def without_images(prompt, tokenizer):
+    """The same prompt as a text-only reader sees it: image tokens and their markers removed."""
+    drop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]))
+    ids = prompt.input_ids[~torch.isin(prompt.input_ids, drop)]
+    return Prompt(ids, torch.arange(len(ids)).expand(3, -1), None, None)
+
+
+# -------------------------------------------------------------------------------------------------------- response format
+@dataclass
+class Response:
+    caption: str
+    think: str
+    answer: str
+
+
+TAGS = ("<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>")
+
+
+def parse_spans(text):
+    """(start, end) of each of the six tags when the text is exactly the three blocks in order, else None. Linear time:
+    every tag may occur once only, so a search from the left finds each of them, and no pattern can backtrack."""
+    spans, at = [], 0
+    for tag in TAGS:
+        start = text.find(tag)
+        if start < at or text.find(tag, start + 1) >= 0:
+            return None
+        at = start + len(tag)
+        spans.append((start, at))
+    between = (text[: spans[0][0]], text[spans[1][1] : spans[2][0]], text[spans[3][1] : spans[4][0]], text[at:])
+    return None if any(part.strip() for part in between) else spans
+
+
+def parse_response(text):
+    """Text -> Response(caption, think, answer), each stripped, or None when the format is broken: exactly one of each
+    block, in order, with white space only before, between and after. The only parser of the project."""
+    spans = parse_spans(text)
+    if spans is None:
+        return None
+    return Response(*(text[spans[i][1] : spans[i + 1][0]].strip() for i in (0, 2, 4)))
+
+
+def byte_decoder():
+    """Byte-level BPE writes each byte as one printable character; this is the way back (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {chr(c): b for c, b in zip(printable + [256 + i for i in range(len(hidden))], printable + hidden)}
+
+
+BYTE = byte_decoder()
+
+
+def split_segments(ids, tokenizer):
+    """Token ids of a response -> (caption_ids, trace_ids), or None when its format is broken. O(n).
+
+    Both end in the tokenizer's EOS as the read-out token of the discriminator, for teacher and student alike. A token
+    that straddles the boundary (`>` with the newline after it) belongs to the caption.
+    """
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else list(ids)
+    special = tokenizer.added_tokens_decoder
+    pieces = [
+        piece.encode() if i in special else bytes(BYTE[c] for c in piece)
+        for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids))
+    ]
+    # surrogateescape: a character cut in two by sampling keeps its bytes, so offsets stay exact
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    spans = parse_spans(text)
+    if spans is None:
+        return None
+    ends = np.cumsum([len(piece) for piece in pieces])
+    boundary = len(text[: spans[1][1]].encode("utf-8", "surrogateescape"))
+    cut = int(np.searchsorted(ends, boundary)) + 1  # the token that holds the last byte of </caption> is the caption's last
+    return ids[:cut] + [tokenizer.eos_token_id], ids[cut:] + [tokenizer.eos_token_id]
+
+
+# ------------------------------------------------------------------------------------------------------------------- rows
+@dataclass
+class Layout:
+    """Who attends to whom in a pack of T tokens: S segments that tile the pack; segment s sees its prefix (the prompt of
+    a branch, nothing for a prompt) and, causally, itself. Padding exists here only, in index form, never in the model."""
+
+    query: torch.Tensor  # [S, Lq]  token index of each query, padded with 0
+    key: torch.Tensor  # [S, Lk]  token index of each key: prefix, then the segment itself
+    real: torch.Tensor  # [S, Lq]  bool, False where `query` is padding
+    mask: torch.Tensor  # [S, 1, Lq, Lk]  bool
+
+
+def make_layout(segments, device=None):
+    """segments: list of (start, length, prefix_start, prefix_length) that tile the pack in order -> Layout."""
+    start, length, prefix_start, prefix = torch.tensor(segments).T[:, :, None]
+    q = torch.arange(int(length.max()))[None]  # [1, Lq]
+    k = torch.arange(int((prefix + length).max()))[None]  # [1, Lk]
+    query = torch.where(q < length, start + q, 0)
+    key = torch.where(k < prefix, prefix_start + k, torch.where(k < prefix + length, start + k - prefix, 0))
+    # causal, aligned bottom-right: the query at offset q of its segment sees the prefix and the segment up to itself;
+    # padded queries see key 0, so that no softmax is empty
+    mask = torch.where((q < length)[:, :, None], k[:, None] <= (prefix + q)[:, :, None], k[:, None] == 0)
+    return Layout(query.to(device), key.to(device), (q < length).to(device), mask[:, None].to(device))
+
+
+def row_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention of packed rows, [1, H, T, D] -> [1, T, H, D]; without a layout (decoding, the vision tower) plain SDPA."""
+    if layout is None or not module.is_causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    q = query[0].transpose(0, 1)[layout.query].transpose(1, 2)  # [S, H, Lq, D]
+    k = key[0].transpose(0, 1)[layout.key].transpose(1, 2)  # [S, Hkv, Lk, D]
+    v = value[0].transpose(0, 1)[layout.key].transpose(1, 2)
+    groups = query.shape[1] // key.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=scaling)
+    return out.transpose(1, 2)[layout.real][None], None  # segments tile the pack in order, so this is token order again
+
+
+AttentionInterface.register("rows", row_attention)
+
+
+@dataclass
+class Pack:
+    """Several rows in one forward: prompts first, then branches in the order given. T tokens, n target tokens."""
+
+    inputs: dict  # input_ids [1, T], position_ids [3, 1, T], pixel_values, image_grid_thw, layout
+    source: torch.Tensor  # [n]  index of the token whose hidden state predicts the target
+    targets: torch.Tensor  # [n]  every token of every branch
+    lengths: list[int]  # tokens of each branch
+    ends: torch.Tensor  # [branches]  index of the last token of each branch
+    prompt_tokens: int
+
+
+def pack_rows(prompts, branches, device="cpu"):
+    """prompts: list of Prompt; branches: list of (index into prompts, token ids) -> Pack."""
+    ids, positions, segments, at, starts = [], [], [], 0, []
+    for prompt in prompts:
+        ids.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        starts.append(at)
+        segments.append((at, len(prompt.input_ids), 0, 0))
+        at += len(prompt.input_ids)
+    prompt_tokens, source, nexts = at, [], [prompt.next_position for prompt in prompts]
+    for p, branch in branches:
+        branch = torch.as_tensor(branch)
+        ids.append(branch)
+        positions.append((torch.arange(len(branch)) + nexts[p]).expand(3, -1))
+        source.append(torch.arange(at - 1, at + len(branch) - 1))
+        source[-1][0] = starts[p] + len(prompts[p].input_ids) - 1  # the first token is predicted by the prompt's last
+        segments.append((at, len(branch), starts[p], len(prompts[p].input_ids)))
+        at += len(branch)
+    images = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    inputs = {
+        "input_ids": torch.cat(ids)[None].to(device),
+        "position_ids": torch.cat(positions, dim=1)[:, None].to(device),
+        "pixel_values": torch.cat([p.pixel_values for p in images]).to(device) if images else None,
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in images]).to(device) if images else None,
+        "layout": make_layout(segments, device),
+    }
+    lengths = [len(branch) for _, branch in branches]
+    source = torch.cat(source) if source else torch.empty(0, dtype=torch.long)
+    targets = torch.cat(ids[len(prompts) :]) if branches else torch.empty(0, dtype=torch.long)
+    ends = torch.tensor([prompt_tokens - 1 + end for end in np.cumsum(lengths)], dtype=torch.long)
+    return Pack(inputs, source.to(device), targets.to(device), lengths, ends.to(device), prompt_tokens)
+
+
+def split_rows(rows, max_tokens):
+    """Group rows into packs of at most `max_tokens` tokens.
+
+    rows: list of (tokens that every pack of the row repeats: its prompt, [tokens of each branch]). A row too long for one
+    pack is split; a branch that is over the budget by itself gets its own pack.
+    Yields lists of (row index, [branch indices]).
+    """
+    pack, used = [], 0
+    for r, (fixed, lengths) in enumerate(rows):
+        opened = False
+        for b, length in enumerate(lengths):
+            cost = length + (0 if opened else fixed)
+            if pack and used + cost > max_tokens:
+                yield pack
+                pack, used, opened = [], 0, False
+                cost = length + fixed
+            if not opened:
+                pack.append((r, []))
+                opened = True
+            pack[-1][1].append(b)
+            used += cost
+    if pack:
+        yield pack
+
+
+def hidden_states(backbone, inputs):
+    """Final hidden states [T, D] of a pack. A pack without pictures still runs the vision tower, on a blank that adds
+    exactly zero: under FSDP every rank must take part in the tower's collectives, whatever its examples hold."""
+    if inputs["pixel_values"] is None:
+        vision = backbone.config.vision_config
+        side = vision.spatial_merge_size
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        weight = next(backbone.visual.parameters())
+        blank = torch.zeros(side**2, size, device=weight.device, dtype=weight.dtype)
+        grid = torch.tensor([[1, side, side]], device=weight.device)
+        features = backbone.visual(blank, grid_thw=grid)
+        nothing = sum(f.sum() for f in (features.pooler_output, *features.deepstack_features)) * 0
+        inputs = {**inputs, "inputs_embeds": backbone.get_input_embeddings()(inputs["input_ids"]) + nothing}
+        inputs["input_ids"] = None
+    return backbone(**inputs, use_cache=False).last_hidden_state[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- log-probs
+def banned_ids(config):
+    """Tokens that a policy must never emit: the next forward would look for pixels that are not there."""
+    return [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+
+
+def masked_logits(lm_head, hidden, banned, temperature):
+    """float32 logits [n, V] with the banned tokens at the lowest finite value (finite: 0 * it stays 0 in the entropy)."""
+    logits = lm_head(hidden).float() / temperature
+    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), torch.finfo(torch.float32).min)
+
+
+def head_chunk(lm_head, hidden, targets, banned, temperature):
+    logits = masked_logits(lm_head, hidden, banned, temperature)
+    log_z = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    return logp, entropy
+
+
+def target_logprobs(model, pack, temperature=1.0, chunk=1024):
+    """Log-probs [n] and entropies [n, no gradient] of all branch tokens of a pack, float32.
+
+    The head runs on target positions only, `chunk` at a time, and is recomputed in backward, so that memory never
+    holds a (tokens x vocabulary) tensor."""
+    hidden = hidden_states(model.model, pack.inputs)[pack.source]
+    banned, parts = banned_ids(model.config), []
+    for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
+        parts.append(checkpoint(head_chunk, model.lm_head, h, t, banned, temperature, use_reentrant=False))
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def pack_logprobs(model, pack, **kwargs):
+    """`target_logprobs` through FSDP: sharded models carry it as a registered forward method (see sft.shard)."""
+    return getattr(model, "target_logprobs", partial(target_logprobs, model))(pack, **kwargs)
+
+
+def branch_logprobs(model, prompt, branches):
+    """Log-probs of every token of every branch of one prompt, as one shared-prompt row: list of [L_i], differentiable."""
+    pack = pack_rows([prompt], [(0, branch) for branch in branches], model.device)
+    return list(pack_logprobs(model, pack)[0].split(pack.lengths))
+
+
+# --------------------------------------------------------------------------------------------------------------- sampling
+@dataclass
+class Rollout:
+    ids: list[int]  # with the EOS when finished
+    logprobs: list[float]  # of the distribution sampled from, float32
+    finished: bool  # False: cut at the length limit
+
+
+class SlotCache:
+    """Keys and values of the rows being decoded, [slots, Hkv, columns, D] per layer; row s is filled up to lengths[s]."""
+
+    def __init__(self, layers, slots, heads, columns, dim, dtype, device):
+        shape = (slots, heads, columns, dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.rows = torch.arange(slots, device=device)
+        self.used = 0  # columns that any row needs; the rest is not read
+
+    def fill(self, slot, prompt_kv):
+        for layer, (k, v) in enumerate(prompt_kv):
+            self.keys[layer][slot, :, : k.shape[1]] = k
+            self.values[layer][slot, :, : k.shape[1]] = v
+        self.lengths[slot] = prompt_kv[0][0].shape[1]
+
+    def keep(self, slots):
+        self.keys = [k[slots] for k in self.keys]
+        self.values = [v[slots] for v in self.values]
+        self.lengths, self.rows = self.lengths[slots], torch.arange(len(slots), device=self.rows.device)
+
+    def update(self, k, v, layer, *args, **kwargs):  # called by the attention layers, one new token a row
+        self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+
+
+def prefill(model, prompts, max_tokens=16384):
+    """Encode every prompt once: per prompt its KV (layers x (k, v), each [Hkv, P, D]) and its last hidden state [D]."""
+    out = []
+    for group in split_rows([(len(prompt.input_ids), [0]) for prompt in prompts], max_tokens):
+        group = [prompts[r] for r, _ in group]
+        inputs = pack_rows(group, [], model.device).inputs
+        cache = DynamicCache()
+        hidden = model.model(**inputs, use_cache=True, past_key_values=cache).last_hidden_state[0]
+        at = 0
+        for prompt in group:
+            here = slice(at, at := at + len(prompt.input_ids))
+            out.append(([(la.keys[0, :, here], la.values[0, :, here]) for la in cache.layers], hidden[at - 1]))
+    return out
+
+
+def choose(logits, uniform, temperature):
+    """Tokens [S] and their log-probs [S] by inverse transform, one uniform number a row; temperature 0 is greedy."""
+    logprobs = logits.log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        cdf = logprobs.exp().cumsum(-1)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        # rounding may put u * total on the total itself: the last token that has any probability is then meant
+        tokens = tokens.minimum(torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0])
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None, slots=256):
+    """n rollouts per prompt -> list[list[Rollout]].
+
+    The prompt is prefilled once; rows decode from copies of its KV in at most `slots` slots; a finished row leaves its
+    slot to the next (prompt, sample), and empty slots leave the batch. Random numbers belong to (seed, sample), so the
+    result depends neither on `slots` nor on the number of processes.
+    seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the numbers of the
+    samples wanted here, when a group of n is spread over ranks.
+    """
+    seeds = seeds or [(i,) for i in range(len(prompts))]
+    samples = samples or [range(n)] * len(prompts)
+    queue = [(p, s) for p in range(len(prompts)) for s in samples[p]][::-1]
+    done = {}
+    if not queue:
+        return [[] for _ in prompts]
+    encoded = prefill(model, prompts)
+    text, device = model.config.text_config, model.device
+    banned = banned_ids(model.config)
+    slots = min(slots, len(queue))
+    columns = max(len(p.input_ids) for p in prompts) + max_new_tokens
+    heads, dim = encoded[0][0][0][0].shape[0], text.head_dim
+    cache = SlotCache(text.num_hidden_layers, slots, heads, columns, dim, encoded[0][1].dtype, device)
+    hidden = torch.zeros(slots, text.hidden_size, dtype=encoded[0][1].dtype, device=device)
+    noise = np.zeros((slots, max_new_tokens), dtype=np.float32)
+    offset = torch.zeros(slots, dtype=torch.long, device=device)  # M-RoPE position of a row = its cache length + offset
+    active = [None] * slots  # [(prompt, sample), ids, logprobs] per slot
+
+    while True:
+        for slot in [s for s in range(len(active)) if active[s] is None]:
+            if queue:
+                p, s = queue.pop()
+                cache.fill(slot, encoded[p][0])
+                hidden[slot] = encoded[p][1]
+                noise[slot] = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, dtype=np.float32)
+                offset[slot] = prompts[p].next_position - len(prompts[p].input_ids)
+                active[slot] = [(p, s), [], []]
+        live = [s for s, row in enumerate(active) if row is not None]
+        if not live:
+            break
+        if len(live) <= 0.75 * len(active):  # nothing left to refill with: finished rows leave the batch
+            cache.keep(live)
+            hidden, offset, noise, active = hidden[live], offset[live], noise[live], [active[s] for s in live]
+        logits = masked_logits(model.lm_head, hidden, banned, temperature or 1.0)
+        at = [len(row[1]) if row else 0 for row in active]
+        uniform = torch.from_numpy(noise[np.arange(len(active)), at]).to(device)
+        tokens, logprobs = choose(logits, uniform, temperature)
+        for slot, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
+            row = active[slot]
+            if row is None:
+                continue
+            row[1].append(token)
+            row[2].append(logprob)
+            if token == eos_id or len(row[1]) == max_new_tokens:
+                done[row[0]] = Rollout(row[1], row[2], token == eos_id)
+                active[slot] = None
+        if any(active):
+            hidden = decode_step(model, cache, tokens, offset, columns)
+    return [[done[p, s] for s in samples[p]] for p in range(len(prompts))]
+
+
+def decode_step(model, cache, tokens, offset, columns):
+    """One token for every row of the cache -> last hidden states [S, D]. Rows that just finished compute a token that
+    nobody reads (their column is clamped), which is cheaper than moving the others."""
+    cache.lengths.clamp_(max=columns - 1)
+    cache.used = int(cache.lengths.max()) + 1
+    mask = torch.arange(cache.used, device=tokens.device) <= cache.lengths[:, None]  # [S, used]
+    hidden = model.model(
+        input_ids=tokens[:, None],
+        position_ids=(cache.lengths + offset)[None, :, None].expand(3, -1, -1),
+        attention_mask=mask[:, None, None],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, 0]
+    cache.lengths += 1
+    return hidden

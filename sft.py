@@ -1,0 +1,492 @@
+"""Stage 1, supervised fine-tuning, and the plumbing that every stage starts from.
+
+    L_SFT = - E_(x, y+) [ sum_t log pi(y_t | x, y_<t) ] / (target tokens of the global batch)
+
+One epoch over the demonstrations, AdamW, lr 1e-5, cosine with 10 % warm-up, only response tokens (with the EOS) trained.
+Batches are packed, not padded: each example is a row [prompt | response] of the shared-prompt machinery in rollout.py, so
+no padding token is ever computed, and text-only and multi-image rows mix.
+
+Deviations from the authors' script (LLaMA-Factory): (1) the loss is divided by the target tokens of the whole global
+batch, not by a mean of per-rank means; (2) an over-long demonstration is dropped and counted, not cut; (3) the vision
+tower is trained as well (a reproduction note says that theirs is frozen).
+
+    python sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct --data demos.jsonl --out sft_out/                           # 1 GPU
+    torchrun --nproc_per_node=8 sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct --data prism-vlm/gemini_distill --out sft_out/
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from types import MethodType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.utils import logging as hf_logging
+
+import rollout
+from rollout import InputError, encode_prompt, encode_response, load_examples, pack_logprobs, pack_rows, split_rows
+
+
+# --------------------------------------------------------------------------------------------------------------- plumbing
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line; the exit status stays 2."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def common_flags(parser, stage):
+    """The flags that every training stage has, with that stage's default for --out."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
+    group.add_argument("--out", default=f"{stage}_out", help="folder to write: checkpoint, meta.json, metrics.jsonl, state/")
+    group.add_argument("--split", default=None, help="split of a Hub data set")
+    group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
+    group.add_argument("--seed", type=int, default=0, help="of data order, sampling and initialisation")
+    group.add_argument("--resume", action="store_true", help="continue from OUT/state")
+    group.add_argument("--save-every", type=int, default=100, help="steps between saves of OUT/state; 0: at the end only")
+    group = parser.add_argument_group("memory")
+    group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
+    group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
+                       help="recompute activations in backward (default: on CUDA)")  # fmt: skip
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+
+
+def run(main):
+    """Run a stage; a mistake of the user ends it with one line and exit status 2 instead of a traceback."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        main()
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized():
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    def share(self, n):
+        """The slice of n equal pieces of work that this rank does; n must be divisible by the ranks."""
+        per_rank = n // self.size
+        return range(self.rank * per_rank, (self.rank + 1) * per_rank)
+
+    def sum(self, *values):
+        """Sums over all ranks, as floats."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, item):
+        """[item of rank 0, item of rank 1, ...] on every rank."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+
+def setup(args, **global_sizes):
+    """Start torch.distributed when torchrun started us; check the flags given as global sizes against the ranks."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    for flag, n in global_sizes.items():
+        if n < 1 or n % size:
+            raise InputError(f"--{flag.replace('_', '-')}: {n} is not divisible by the {size} processes")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is a file; give a folder")
+    if getattr(args, "resume", False) and not os.path.exists(os.path.join(args.out, "state")):
+        raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
+    if args.system_prompt and not os.path.exists(args.system_prompt):
+        raise InputError(f"--system-prompt {args.system_prompt}: no such file")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size > 1 or device.type == "cuda":
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return World(int(os.environ.get("RANK", 0)), size, device)
+
+
+def check_checkpoint(path):
+    """Raise InputError unless `path` is a folder with a config and weights (anything else is taken as a Hub id)."""
+    if not os.path.isdir(path):
+        if os.path.sep in path.rstrip("/").replace("/", os.path.sep, 1) or "/" not in path.rstrip("/"):
+            raise InputError(f"--ckpt {path}: no such folder")
+        return
+    if not os.path.exists(os.path.join(path, "config.json")):
+        raise InputError(f"--ckpt {path}: the folder has no config.json")
+    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
+        raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
+
+
+def load_tokenizer(path):
+    """(tokenizer, Pillow image processor) of a checkpoint."""
+    check_checkpoint(path)
+    try:
+        return AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_policy(path, dtype=torch.float32):
+    """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights are an error."""
+    check_checkpoint(path)
+    try:
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="rows", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
+    return model
+
+
+def system_prompt(args):
+    if args.system_prompt is None:
+        return rollout.SYSTEM_PROMPT
+    with open(args.system_prompt, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def shard(model, world, checkpointing=None):
+    """FSDP2: every decoder layer, then the vision tower as one unit, then the rest with the root; bf16 compute and
+    float32 master weights and reduction on CUDA. One CPU process stays plain. Heads of a discriminator stay float32."""
+    backbone = getattr(model, "backbone", None) or model.model
+    if checkpointing if checkpointing is not None else world.device.type == "cuda":
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if world.size == 1 and world.device.type == "cpu":
+        return model
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if world.device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in backbone.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    fully_shard(backbone.visual, mesh=mesh, mp_policy=mixed)
+    if hasattr(model, "heads"):
+        fully_shard(model.heads, mesh=mesh)
+    else:
+        model.target_logprobs = MethodType(rollout.target_logprobs, model)
+    fully_shard(model, mesh=mesh, mp_policy=mixed)
+    # the stages call these instead of forward; registering them runs the root's gather around them
+    register_fsdp_forward_method(model, "scores" if hasattr(model, "heads") else "target_logprobs")
+    return model
+
+
+def make_sampler(model, world, ckpt):
+    """The model to sample from: the policy itself when it is whole, else an unsharded replica in the compute dtype.
+    Sampling never runs through sharded modules: it would gather every layer for every token."""
+    if not hasattr(model, "unshard"):
+        return model
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return load_policy(ckpt, dtype).to(world.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """Copy the policy's current weights into the replica, one parameter at a time."""
+    if sampler is not model:
+        for mine, theirs in zip(sampler.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs.full_tensor())
+
+
+def make_optimizer(model, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+
+
+class Skips:
+    """Counts steps skipped for a loss or gradient that is not finite; three in a row end the run."""
+
+    def __init__(self):
+        self.row = self.total = 0
+
+    def step(self, model, optimizer, lr, clip, world, loss):
+        """Clip, check on all ranks, step. Returns the gradient norm before clipping, or None when the step was skipped."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        bad = world.sum(float(not (math.isfinite(norm) and math.isfinite(loss))))[0] > 0
+        if not bad:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.row, self.total = (self.row + 1, self.total + 1) if bad else (0, self.total)
+        if self.row == 3:
+            raise InputError("loss or gradient was not finite in 3 steps in a row; lower --lr or look at the last rows of data")
+        return None if bad else norm
+
+
+def order(n, start, seed):
+    """Endless indices of a data set of n rows from global position `start`: a new permutation every epoch."""
+    epoch, at = divmod(start, n)
+    while True:
+        for i in np.random.default_rng([seed, epoch]).permutation(n)[at:]:
+            yield int(i)
+        epoch, at = epoch + 1, 0
+
+
+def draw(examples, encode, position, count, seed, world):
+    """The next `count` usable examples from global data `position` on, the same on every rank.
+
+    encode(example) -> anything, or None for a row that is too long. The ranks encode a share of the candidates each and
+    tell each other which were usable; a dropped row is replaced by the next. Returns (indices, {place in the batch:
+    encoded} for those this rank has encoded, the new position, rows dropped).
+    """
+    indices, encoded, dropped, upcoming = [], {}, 0, order(len(examples), position, seed)
+    while len(indices) < count:
+        if dropped >= len(examples):
+            raise InputError(f"{examples.source}: no row is short enough; raise --max-prompt")
+        candidates = [next(upcoming) for _ in range(count - len(indices))]
+        mine = {c: encode(examples[i]) for c, i in enumerate(candidates) if c * world.size // len(candidates) == world.rank}
+        usable = {c: ok for part in world.gather({c: e is not None for c, e in mine.items()}) for c, ok in part.items()}
+        for c, i in enumerate(candidates):
+            if usable[c] and c in mine:
+                encoded[len(indices)] = mine[c]
+            indices += [i] if usable[c] else []
+            dropped += not usable[c]
+        position += len(candidates)
+    return indices, encoded, position, dropped
+
+
+def log(world, out, row):
+    """One line on rank 0 and the same keys in OUT/metrics.jsonl; a metric without a value in this step is left out."""
+    if world.rank:
+        return
+    row = {k: v for k, v in row.items() if v is not None}
+    with open(os.path.join(out, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def start_log(world, out, step):
+    """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated."""
+    path = os.path.join(out, "metrics.jsonl")
+    if world.rank == 0:
+        os.makedirs(out, exist_ok=True)
+        rows = open(path).read().splitlines() if step and os.path.exists(path) else []
+        with open(path, "w") as file:
+            file.writelines(row + "\n" for row in rows if json.loads(row)["step"] <= step)
+    if world.size > 1:
+        dist.barrier()
+
+
+def full_weights(model):
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def git_commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def save(model, out, world, stage, args, step, metrics):
+    """Write OUT as an ordinary checkpoint that from_pretrained loads: weights in the compute dtype, the tokenizer and
+    processor files of the parent, and, last of all, meta.json, whose presence says that the stage is finished."""
+    weights = full_weights(model)
+    if world.rank == 0:
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        model.config.dtype = dtype
+        model.save_pretrained(out, state_dict=weights)
+        copy_processor(args.ckpt, out)
+        meta = {"stage": stage, "args": vars(args), "step": step, "git_commit": git_commit(), "parent": args.ckpt}
+        write_json(os.path.join(out, "meta.json"), {**meta, "metrics": metrics})
+        print(f"saved {out}", flush=True)
+    if world.size > 1:
+        dist.barrier()
+
+
+def copy_processor(ckpt, out):
+    """Copy tokenizer, chat template and preprocessor files as they are; from a Hub id they are saved anew."""
+    if not os.path.isdir(ckpt):
+        for part in load_tokenizer(ckpt):
+            part.save_pretrained(out)
+        return
+    weights = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics")
+    for name in os.listdir(ckpt):
+        if name.endswith((".json", ".txt", ".jinja", ".model")) and name.split(".")[0] not in weights:
+            shutil.copy(os.path.join(ckpt, name), out)
+
+
+def write_json(path, value):
+    with open(path + ".tmp", "w") as file:
+        json.dump(value, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def write_rows(path, rows):
+    """JSONL under a temporary name, then renamed: a file that exists is complete."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def save_state(out, world, parts, progress):
+    """Everything that a run needs to continue. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling
+    needs no generator state: its random numbers depend on (seed, step, prompt, sample). Written aside, then renamed."""
+    new, path = os.path.join(out, "state.new"), os.path.join(out, "state")
+    if world.rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+    if world.size > 1:
+        dist.barrier()
+    dcp.save(state_dicts(parts), checkpoint_id=new, no_dist=world.size == 1)
+    if world.rank == 0:
+        write_json(os.path.join(new, "progress.json"), progress)
+        old = os.path.join(out, "state.old")
+        if os.path.exists(path):
+            os.replace(path, old)
+        os.replace(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+    if world.size > 1:
+        dist.barrier()
+
+
+def state_dicts(parts):
+    return {
+        name: {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        for name, (model, optimizer) in parts.items()
+    }
+
+
+def resume(out, world, parts):
+    """Load what save_state wrote into models and optimizers (any number of processes) -> progress."""
+    path = os.path.join(out, "state")
+    states = state_dicts(parts)
+    dcp.load(states, checkpoint_id=path, no_dist=world.size == 1)
+    for name, (model, optimizer) in parts.items():
+        set_model_state_dict(model, states[name]["model"])
+        set_optimizer_state_dict(model, optimizer, states[name]["optimizer"])
+    with open(os.path.join(path, "progress.json")) as file:
+        return json.load(file)
+
+
+def cosine(step, total, peak, warmup):
+    """Learning rate of `step` (from 0): linear to `peak` over the first `warmup` share, then half a cosine to 0."""
+    ramp = max(1, round(total * warmup))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def most(packs, world):
+    """How many forwards every rank must run so that all run the same number: the most packs that any rank has."""
+    return max(world.gather(packs))
+
+
+# -------------------------------------------------------------------------------------------------------------------- SFT
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="prism-vlm/gemini_distill", help="demonstrations: file, folder or Hub id")
+    parser.add_argument("--batch", type=int, default=128, help="examples per step, over all processes")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
+    parser.add_argument("--steps", type=int, default=None, help="steps instead of --epochs")
+    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate")
+    parser.add_argument("--max-length", type=int, default=8192, help="longer demonstrations are dropped and counted")
+    common_flags(parser, "sft")
+    return parser.parse_args()
+
+
+def encode_demonstration(example, tokenizer, image_processor, args, system):
+    """Example -> (Prompt, response ids with the EOS), or None when it is too long."""
+    if not example.response:
+        raise InputError(f"{example.id}: the row has no response to learn from (columns response, messages or teacher_*)")
+    prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    ids = encode_response(example.response, tokenizer)
+    if prompt is None or len(prompt.input_ids) + len(ids) > args.max_length:
+        return None
+    return prompt, ids
+
+
+def show_example(prompt, ids, tokenizer):
+    """Print one example as the model sees it; trained tokens stand between the arrows, the EOS with its id."""
+    text = tokenizer.decode(prompt.input_ids).replace("<|image_pad|>" * 2, "")
+    print(f"--- step 0, first example\n{text}>>>{tokenizer.decode(ids)}<<< (EOS id {ids[-1]})\n---", flush=True)
+
+
+def update(policy, batch, args, world):
+    """Accumulate the gradient of one global batch; batch: this rank's (Prompt, ids) pairs -> (loss, target tokens)."""
+    tokens = world.sum(sum(len(ids) for _, ids in batch))[0]
+    rows = [(len(prompt.input_ids), [len(ids)]) for prompt, ids in batch]
+    packs = [[batch[r] for r, _ in pack] for pack in split_rows(rows, args.max_tokens)]
+    loss = 0.0
+    for i in range(most(len(packs), world)):
+        part = packs[min(i, len(packs) - 1)]
+        pack = pack_rows([prompt for prompt, _ in part], [(r, ids) for r, (_, ids) in enumerate(part)], world.device)
+        share = -pack_logprobs(policy, pack)[0].sum() / tokens * (i < len(packs))
+        (share * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
+        loss += share.item()
+    return world.sum(loss)[0], tokens
+
+
+def main():
+    args = parse_args()
+    world = setup(args, batch=args.batch)
+    examples = load_examples(args.data, args.split)
+    tokenizer, image_processor = load_tokenizer(args.ckpt)
+    system = system_prompt(args)
+    policy = shard(load_policy(args.ckpt).to(world.device).train(), world, args.checkpointing)
+    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
+    steps = args.steps or max(1, math.ceil(len(examples) * args.epochs / args.batch))
+    progress = {"step": 0, "position": 0, "dropped": 0}
+    if args.resume:
+        progress = resume(args.out, world, {"policy": (policy, optimizer)})
+    start_log(world, args.out, progress["step"])
+    skips, row = Skips(), {}
+    for step in range(progress["step"], steps):
+        began = time.time()
+        encode = lambda example: encode_demonstration(example, tokenizer, image_processor, args, system)
+        indices, encoded, position, dropped = draw(examples, encode, progress["position"], args.batch, args.seed, world)
+        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share(args.batch)]
+        if step == 0 and world.rank == 0:
+            show_example(*batch[0], tokenizer)
+        # update policy
+        loss, tokens = update(policy, batch, args, world)
+        lr = cosine(step, steps, args.lr, args.warmup)
+        norm = skips.step(policy, optimizer, lr, args.clip, world, loss)
+        # log
+        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + dropped}
+        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": int(tokens)}
+        row |= {"dropped": progress["dropped"], "skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
+        log(world, args.out, row)
+        # save
+        if step + 1 == steps or args.save_every and (step + 1) % args.save_every == 0:
+            save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+    save(policy, args.out, world, "sft", args, steps, row)
+
+
+if __name__ == "__main__":
+    run(main)
