@@ -27,8 +27,26 @@ import torch
 from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
 from rollout import InputError, encode_prompt, encode_response, load_examples, split_rows, split_segments
-from sft import Parser, Skips, common_flags, load_policy, load_tokenizer, log, make_optimizer, make_sampler, most
-from sft import refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+from sft import (
+    Parser,
+    Skips,
+    common_flags,
+    load_policy,
+    load_tokenizer,
+    log,
+    make_optimizer,
+    make_sampler,
+    most,
+    refresh,
+    resume,
+    run,
+    save,
+    save_state,
+    setup,
+    shard,
+    start_log,
+    system_prompt,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -122,7 +140,7 @@ def expert_metrics(scores):
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", help="prompts with a teacher's response")
+    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", help="prompts, teacher responses")
     parser.add_argument("--steps", type=int, default=500, help="steps of the game")
     parser.add_argument("--warmup-steps", type=int, default=0, help="discriminator-only steps on fresh rollouts first")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the policy")
@@ -134,7 +152,7 @@ def parse_args():
     group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in its loss")
     group = parser.add_argument_group("advantage")
     group.add_argument("--alpha", type=float, default=0.5, help="weight of perception; 1 - alpha is that of reasoning")
-    group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert", help="z-score before or after (1)")
+    group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert", help="before (1) or after")
     group.add_argument("--std-floor", type=float, default=0.1, help="smallest group std, in score units")
     group.add_argument("--invalid-penalty", type=float, default=1.5, help="advantage of a broken format is minus this")
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
@@ -229,8 +247,8 @@ def main():
         row |= {"skipped_steps": skips.total + disc_skips.total, "seconds_rollout": round(sampled_at - began, 3)}
         row |= {"seconds_disc": round(scored_at - sampled_at, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
-        rows = [{} if s[0].isnan() else {"d_v": s[0].item(), "d_r": s[1].item(), "teacher_d_v": s[2].item(), "teacher_d_r": s[3].item()}
-                for s in scores]  # fmt: skip
+        names = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")
+        rows = [{} if s[0].isnan() else dict(zip(names, s.tolist())) for s in scores]
         log_rollouts(world, args.out, step + 1, records, rows, args.log_rollouts)
         # save
         if step + 1 == args.warmup_steps + args.steps or args.save_every and (step + 1) % args.save_every == 0:

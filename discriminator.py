@@ -31,10 +31,29 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen3VLModel
 
-from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows, split_rows
-from rollout import split_segments, without_images
-from sft import Parser, check_checkpoint, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt, write_json
-from sft import write_rows
+from rollout import (
+    InputError,
+    encode_prompt,
+    encode_response,
+    hidden_states,
+    load_examples,
+    pack_rows,
+    split_rows,
+    split_segments,
+    without_images,
+)
+from sft import (
+    Parser,
+    check_checkpoint,
+    copy_processor,
+    full_weights,
+    load_tokenizer,
+    run,
+    setup,
+    system_prompt,
+    write_json,
+    write_rows,
+)
 
 VARIANTS = ("moe", "dense", "text-only")
 
@@ -158,7 +177,8 @@ def score_examples(model, examples, tokenizer, image_processor, args):
     for pack in split_rows([(len(p.input_ids), [sum(map(len, s))]) for _, p, s in usable], args.max_tokens):
         part = [usable[r] for r, _ in pack]
         captions, traces = ([(i, s[k]) for i, (_, _, s) in enumerate(part)] for k in (0, 1))
-        for (row, _, _), d_v, d_r in zip(part, *map(torch.Tensor.tolist, model.scores([p for _, p, _ in part], captions, traces))):
+        scores = torch.stack(model.scores([p for _, p, _ in part], captions, traces), dim=1).tolist()
+        for (row, _, _), (d_v, d_r) in zip(part, scores):
             row |= {"perception": d_v, "reasoning": d_r, "combined": args.alpha * d_v + (1 - args.alpha) * d_r}
     return rows
 

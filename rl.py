@@ -26,10 +26,39 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import eval as judge
-from rollout import Example, InputError, Prompt, Rollout, encode_prompt, load_examples, pack_logprobs, pack_rows, sample
-from rollout import split_rows
-from sft import Parser, Skips, common_flags, draw, load_policy, load_tokenizer, log, make_optimizer, make_sampler, most
-from sft import refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+from rollout import (
+    Example,
+    InputError,
+    Prompt,
+    Rollout,
+    encode_prompt,
+    load_examples,
+    pack_logprobs,
+    pack_rows,
+    sample,
+    split_rows,
+)
+from sft import (
+    Parser,
+    Skips,
+    common_flags,
+    draw,
+    load_policy,
+    load_tokenizer,
+    log,
+    make_optimizer,
+    make_sampler,
+    most,
+    refresh,
+    resume,
+    run,
+    save,
+    save_state,
+    setup,
+    shard,
+    start_log,
+    system_prompt,
+)
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token", "dynamic": False, "overlong": False},
@@ -218,7 +247,7 @@ def rollout_flags(parser, prompts, max_new_tokens):
 # --------------------------------------------------------------------------------------------------------------------- RL
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet", help="prompts with answers")
+    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet", help="prompts, answers")
     parser.add_argument("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
     parser.add_argument("--steps", type=int, default=1500, help="rollout batches")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate")
@@ -226,7 +255,7 @@ def parse_args():
     parser.add_argument("--updates-per-rollout", type=int, default=1, metavar="K", help="optimizer steps per rollout batch")
     parser.add_argument("--max-gen-batches", type=int, default=10, help="rounds of dynamic sampling per step (dapo)")
     parser.add_argument("--overlong-buffer", type=int, default=4096, help="tokens before the limit that are penalised (dapo)")
-    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: no reference model")
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
     common_flags(parser, "rl")
     return parser.parse_args()

@@ -20,8 +20,8 @@ from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PUBLIC = 0.75  # share of the SFT demonstrations that the public teacher wrote
-FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 100, "items": 300, "samples": 4}
+PUBLIC = 0.8  # share of the SFT demonstrations that the public teacher wrote
+FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
 QUICK = {"sft_rows": 2000, "sft": 60, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
 
 
@@ -31,7 +31,7 @@ def write_rows(folder, name, count, rng, public=0.0):
     for i in range(count):
         problem = world.make_problem(rng)
         path = os.path.join("images", f"{name}_{i}.png")
-        world.draw(problem["cells"]).save(os.path.join(folder, path))
+        world.draw(problem["cells"], problem["seed"]).save(os.path.join(folder, path))
         rows.append({
             "id": f"{name}-{i}",
             "prompt": [{"role": "system", "content": world.SYSTEM}, {"role": "user", "content": "<image>" + problem["question"]}],
@@ -52,7 +52,7 @@ def write_data(out, seed, sizes):
     generator = lambda stream: np.random.default_rng([seed, stream])
     demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), PUBLIC)
     curated = write_rows(folder, "align", 256, generator(1))
-    write_rows(folder, "rl", 128, generator(2))
+    write_rows(folder, "rl", 48, generator(2))
     write_rows(folder, "test", sizes["items"], generator(3))
     texts = ["\n".join([*(m["content"] for m in row["prompt"]), "assistant", row["response"]]) for row in demos[:2000] + curated]
     checkpoint.make_checkpoint(os.path.join(out, "base"), texts, seed)
@@ -62,11 +62,11 @@ def stages(out, seed, sizes):
     """[(name, script and flags)] in order; the plain RL arm gets the alignment's steps as extra steps of RL, so that both
     arms see the same number of rollouts."""
     at = lambda *parts: os.path.join(out, *parts)
-    sampling = ["--prompts", 8, "--n", 8, "--max-new-tokens", 96, "--max-tokens", 4096, "--seed", seed, "--save-every", 100]
+    sampling = ["--prompts", 8, "--n", 8, "--max-new-tokens", 128, "--max-tokens", 4096, "--seed", seed, "--save-every", 100]
     data, extra = at("data", "rl.jsonl"), sizes["warmup"] + sizes["align"]
-    rl = ["--algo", "grpo", "--lr", 3e-5, "--log-rollouts", 5, *sampling, "--data", data]
+    rl = ["--algo", "grpo", "--lr", 5e-5, "--log-rollouts", 5, *sampling, "--data", data]
     last = [at(arm) for arm in ARMS]
-    judge = ["eval.py", "--ckpt", *last, "--data", at("data", "test.jsonl"), "--max-new-tokens", 96, "--seed", seed, "--resume"]
+    judge = ["eval.py", "--ckpt", *last, "--data", at("data", "test.jsonl"), "--max-new-tokens", 128, "--seed", seed, "--resume"]
     return [
         ("sft", ["sft.py", "--ckpt", at("base"), "--data", at("data", "sft.jsonl"), "--out", at("sft"), "--batch", 32,
                  "--steps", sizes["sft"], "--lr", 3e-3, "--seed", seed]),
@@ -146,8 +146,8 @@ def main():
     for name, command in stages(out, args.seed, sizes):
         run_stage(out, name, command, args.processes, args.resume)
     write_pictures(out)
-    score = ["discriminator.py", "--score", os.path.join(out, "pictures.jsonl"), "--ckpt", os.path.join(out, "align", "discriminator")]
-    run_stage(out, "scores", [*score, "--out", os.path.join(out, "scores")], args.processes, args.resume)
+    score = ["discriminator.py", "--score", os.path.join(out, "pictures.jsonl"), "--out", os.path.join(out, "scores")]
+    run_stage(out, "scores", [*score, "--ckpt", os.path.join(out, "align", "discriminator")], args.processes, args.resume)
     write_report(out, sizes)
     print()
     if args.quick:

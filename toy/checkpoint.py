@@ -49,7 +49,7 @@ def make_checkpoint(path, texts, seed=0, hidden=128, layers=4, vision_hidden=64,
             "head_dim": 32,
             "max_position_embeddings": 4096,
             "initializer_range": std,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
         },
         vision_config={
             "depth": vision_layers,

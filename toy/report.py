@@ -124,7 +124,7 @@ def draw_pictures(out, figure, grid):
     items = [i for i in range(len(test)) if f"sft/{i}" in scores and f"align/{i}" in scores][:3]
     for line, item in enumerate(items, 1):
         axis = figure.add_subplot(grid[line, 0])
-        axis.imshow(world.draw([tuple(cell) for cell in test[item]["world"]["cells"]]))
+        axis.imshow(world.draw(test[item]["world"]["cells"], test[item]["world"]["seed"]))
         axis.set_axis_off()
         question = textwrap.fill(test[item]["world"]["question"], 38)
         axis.set_title(f"{question}\ntrue answer: {test[item]['answer']}", fontsize=10)

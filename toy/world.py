@@ -1,73 +1,75 @@
-"""A picture world whose truth is known: a 3 x 3 grid of coloured shapes, questions about a few of its cells, two teachers
-and exact scores.
+"""A picture world whose truth is known: a 3 x 4 grid of coloured shapes, questions about one row or column, two teachers and
+exact scores.
 
-One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question adds two counts, each over one row or column, and
-half of the questions ask only whether the sum is even or odd: each touches few cells and can be guessed, so that the
-answer alone is a poor teacher of perception.
-
-The curated teacher describes every cell and derives every step. The public teacher is cheap in the way that large
-scraped demonstration sets are: it sees coarsely (orange is called red, ...), leaves objects out, skips steps, and is
-sometimes wrong.
+One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question adds two counts over one line and half of the
+questions ask only whether the sum is even or odd: it touches a sixth of what the picture shows and can be guessed, so that
+the answer alone is a poor teacher of perception. The curated teacher describes every cell and derives every step. The
+public teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is called red, a ring
+a circle, ...), leaves objects out, skips steps, and is sometimes wrong.
 """
 
 import re
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-ROWS = COLUMNS = 3
-CELL = 32
+ROWS, COLUMNS, CELL = 3, 4, 32
 COLORS = {
-    "red": (220, 30, 30),
-    "orange": (255, 140, 20),
-    "blue": (30, 60, 220),
-    "purple": (140, 40, 190),
-    "green": (20, 150, 50),
-    "lime": (140, 220, 40),
-}
-SHAPES = ["circle", "square", "triangle", "diamond", "cross"]
-COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square"}  # how the public teacher sees
+    "red": (215, 30, 40), "orange": (250, 140, 30), "blue": (30, 60, 215), "purple": (140, 50, 190), "green": (25, 140, 50),
+    "lime": (150, 220, 50), "pink": (250, 130, 190), "magenta": (225, 30, 160), "brown": (110, 65, 25), "tan": (200, 170, 120),
+}  # fmt: skip
+SHAPES = ["circle", "ring", "square", "diamond", "triangle", "cross"]
+COARSE = {  # how the public teacher sees
+    "orange": "red", "purple": "blue", "lime": "green", "magenta": "pink", "tan": "brown", "ring": "circle", "diamond": "square",
+}  # fmt: skip
+JITTER = 20  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
-BIAS = {"coarse": 0.7, "omit": 0.1, "skip": 0.7, "wrong": 0.2}  # rates of the public teacher's faults
+BIAS = {"coarse": 0.85, "omit": 0.1, "skip": 0.6, "wrong": 0.2}  # rates of the public teacher's faults
 
 
-def draw(cells):
-    """cells: list of (colour, shape), row by row -> PIL image, 32 px a cell."""
+def draw(cells, seed=0):
+    """cells: list of (colour, shape), row by row -> PIL image, 32 px a cell. Places, sizes and colours vary with `seed`,
+    the colours so much that neighbours like red and orange cannot always be told apart: nobody reads this world perfectly."""
+    rng = np.random.default_rng(seed)
     image = Image.new("RGB", (COLUMNS * CELL, ROWS * CELL), "white")
     pen = ImageDraw.Draw(image)
     for i, (color, shape) in enumerate(cells):
-        x, y = i % COLUMNS * CELL, i // COLUMNS * CELL
-        lo, mid, hi = 5, CELL // 2, CELL - 6
-        fill = COLORS[color]
+        radius = int(rng.integers(9, 13))
+        x, y = (int(v) + CELL // 2 for v in np.array([i % COLUMNS, i // COLUMNS]) * CELL + rng.integers(-2, 3, 2))
+        fill = tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.normal(0, JITTER, 3), 0, 255))
+        box = (x - radius, y - radius, x + radius, y + radius)
         if shape == "circle":
-            pen.ellipse((x + lo, y + lo, x + hi, y + hi), fill)
+            pen.ellipse(box, fill)
+        elif shape == "ring":
+            pen.ellipse(box, outline=fill, width=4)
         elif shape == "square":
-            pen.rectangle((x + lo, y + lo, x + hi, y + hi), fill)
+            pen.rectangle(box, fill)
         elif shape == "triangle":
-            pen.polygon([(x + mid, y + lo), (x + hi, y + hi), (x + lo, y + hi)], fill)
+            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
         elif shape == "diamond":
-            pen.polygon([(x + mid, y + lo), (x + hi, y + mid), (x + mid, y + hi), (x + lo, y + mid)], fill)
+            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill)
         else:
-            pen.rectangle((x + mid - 4, y + lo, x + mid + 3, y + hi), fill)
-            pen.rectangle((x + lo, y + mid - 4, x + hi, y + mid + 3), fill)
+            pen.rectangle((x - 3, y - radius, x + 3, y + radius), fill)
+            pen.rectangle((x - radius, y - 3, x + radius, y + 3), fill)
     return image
 
 
 def make_problem(rng):
-    """rng: numpy Generator -> {"cells", "terms": two (attribute, line, number), "parity", "question", "answer"}."""
+    """rng: numpy Generator -> {"cells", "line", "number", "terms": two attributes, "parity", "question", "seed", "answer"}."""
     cells = [(str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))) for _ in range(ROWS * COLUMNS)]
+    line = str(rng.choice(["row", "column"]))
+    number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
     terms = []
-    for kind in (list(COLORS), SHAPES):  # one term about colour, one about shape
-        line, number = str(rng.choice(["row", "column"])), int(rng.integers(1, 4))
-        # ask mostly for something that is there: a colour or shape of the line itself two times out of three
+    for kind in (list(COLORS), SHAPES):  # one term about colour, one about shape; two times out of three it is there
         inside = [cells[i][kind is SHAPES] for i in line_cells(line, number)]
-        terms.append((str(rng.choice(inside if rng.random() < 0.67 else kind)), line, number))
+        terms.append(str(rng.choice(inside if rng.random() < 0.67 else kind)))
     if rng.random() < 0.5:
         terms.reverse()
     parity = bool(rng.random() < 0.5)
-    (a, la, na), (b, lb, nb) = terms
-    what = f"How many {a} in {la} {na} plus {b} in {lb} {nb}"
+    what = f"How many {terms[0]} plus {terms[1]} in {line} {number}"
     question = f"{what}, even or odd?" if parity else f"{what}?"
-    problem = {"cells": cells, "terms": terms, "parity": parity, "question": question}
+    problem = {"cells": cells, "line": line, "number": number, "terms": terms, "parity": parity, "question": question}
+    problem["seed"] = int(rng.integers(2**31))
     problem["answer"] = solve(problem, dict(enumerate(cells, 1)))[1]
     return problem
 
@@ -82,12 +84,13 @@ def line_cells(line, number):
 def solve(problem, seen):
     """The complete trace over a description `seen` {cell number: (colour, shape)} -> (its lines, the answer)."""
     lines, counts = [], []
-    for attribute, line, number in problem["terms"]:
-        kind = int(attribute in SHAPES)  # 0: the question is about colour, 1: about shape
-        cells = [(i + 1, seen[i + 1][kind] if i + 1 in seen else "none") for i in line_cells(line, number)]
+    for attribute in problem["terms"]:
+        kind = int(attribute in SHAPES)  # 0: the term is about colour, 1: about shape
+        numbers = [i + 1 for i in line_cells(problem["line"], problem["number"])]
+        cells = [(i, seen[i][kind] if i in seen else "none") for i in numbers]
         counts.append(sum(value == attribute for _, value in cells))
         listed = " ".join(f"{i} {value} {attribute} {'yes' if value == attribute else 'no'}" for i, value in cells)
-        lines.append(f"{line} {number}: {listed} = {counts[-1]}")
+        lines.append(f"{problem['line']} {problem['number']}: {listed} = {counts[-1]}")
     total = sum(counts)
     lines.append(f"{counts[0]} + {counts[1]} = {total}")
     if not problem["parity"]:
@@ -118,7 +121,7 @@ def read_caption(caption):
     """Caption text -> {cell number: (colour, shape)} of its well-formed lines; a cell named twice counts as unsaid."""
     seen, twice = {}, set()
     for line in caption.split("\n"):
-        match = re.fullmatch(r"(\d) (\w+) (\w+)", line)
+        match = re.fullmatch(r"(\d+) (\w+) (\w+)", line)
         if match:
             i = int(match[1])
             twice |= {i} & set(seen)
