@@ -237,7 +237,7 @@ def log_rollouts(world, out, step, records, scores, every):
 def rollout_flags(parser, prompts, max_new_tokens):
     group = parser.add_argument_group("rollouts")
     group.add_argument("--prompts", type=int, default=prompts, help="prompts per step, over all processes")
-    group.add_argument("--n", type=int, default=16, help="rollouts per prompt")
+    group.add_argument("--rollouts", dest="n", type=int, default=16, help="rollouts per prompt")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs trained on")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="length limit of a response")
     group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process")

@@ -52,7 +52,7 @@ def write_data(out, seed, sizes):
     generator = lambda stream: np.random.default_rng([seed, stream])
     demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), PUBLIC)
     curated = write_rows(folder, "align", 256, generator(1))
-    write_rows(folder, "rl", 48, generator(2))
+    write_rows(folder, "rl", 32, generator(2))
     write_rows(folder, "test", sizes["items"], generator(3))
     texts = ["\n".join([*(m["content"] for m in row["prompt"]), "assistant", row["response"]]) for row in demos[:2000] + curated]
     checkpoint.make_checkpoint(os.path.join(out, "base"), texts, seed)
@@ -62,7 +62,7 @@ def stages(out, seed, sizes):
     """[(name, script and flags)] in order; the plain RL arm gets the alignment's steps as extra steps of RL, so that both
     arms see the same number of rollouts."""
     at = lambda *parts: os.path.join(out, *parts)
-    sampling = ["--prompts", 8, "--n", 8, "--max-new-tokens", 128, "--max-tokens", 4096, "--seed", seed, "--save-every", 100]
+    sampling = ["--prompts", 8, "--rollouts", 8, "--max-new-tokens", 128, "--max-tokens", 4096, "--seed", seed, "--save-every", 100]
     data, extra = at("data", "rl.jsonl"), sizes["warmup"] + sizes["align"]
     rl = ["--algo", "grpo", "--lr", 5e-5, "--log-rollouts", 5, *sampling, "--data", data]
     last = [at(arm) for arm in ARMS]

@@ -1,11 +1,11 @@
-"""A picture world whose truth is known: a 3 x 4 grid of coloured shapes, questions about one row or column, two teachers and
+"""A picture world whose truth is known: a 3 x 3 grid of coloured shapes, questions about one row or column, two teachers and
 exact scores.
 
 One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question adds two counts over one line and half of the
 questions ask only whether the sum is even or odd: it touches a sixth of what the picture shows and can be guessed, so that
 the answer alone is a poor teacher of perception. The curated teacher describes every cell and derives every step. The
-public teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is called red, a ring
-a circle, ...), leaves objects out, skips steps, and is sometimes wrong.
+public teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is called red, a
+diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong.
 """
 
 import re
@@ -13,16 +13,14 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROWS, COLUMNS, CELL = 3, 4, 32
+ROWS, COLUMNS, CELL = 3, 3, 32
 COLORS = {
-    "red": (215, 30, 40), "orange": (250, 140, 30), "blue": (30, 60, 215), "purple": (140, 50, 190), "green": (25, 140, 50),
-    "lime": (150, 220, 50), "pink": (250, 130, 190), "magenta": (225, 30, 160), "brown": (110, 65, 25), "tan": (200, 170, 120),
+    "red": (220, 30, 30), "orange": (255, 140, 20), "blue": (30, 60, 220),
+    "purple": (140, 40, 190), "green": (20, 150, 50), "lime": (140, 220, 40),
 }  # fmt: skip
-SHAPES = ["circle", "ring", "square", "diamond", "triangle", "cross"]
-COARSE = {  # how the public teacher sees
-    "orange": "red", "purple": "blue", "lime": "green", "magenta": "pink", "tan": "brown", "ring": "circle", "diamond": "square",
-}  # fmt: skip
-JITTER = 20  # standard deviation of a cell's colour, per channel of 255
+SHAPES = ["circle", "square", "diamond", "triangle", "cross"]
+COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square"}  # how the public teacher sees
+JITTER = 15  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
 BIAS = {"coarse": 0.85, "omit": 0.1, "skip": 0.6, "wrong": 0.2}  # rates of the public teacher's faults
 
@@ -34,14 +32,12 @@ def draw(cells, seed=0):
     image = Image.new("RGB", (COLUMNS * CELL, ROWS * CELL), "white")
     pen = ImageDraw.Draw(image)
     for i, (color, shape) in enumerate(cells):
-        radius = int(rng.integers(9, 13))
-        x, y = (int(v) + CELL // 2 for v in np.array([i % COLUMNS, i // COLUMNS]) * CELL + rng.integers(-2, 3, 2))
+        radius = int(rng.integers(10, 13))
+        x, y = (int(v) + CELL // 2 for v in np.array([i % COLUMNS, i // COLUMNS]) * CELL + rng.integers(-1, 2, 2))
         fill = tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.normal(0, JITTER, 3), 0, 255))
         box = (x - radius, y - radius, x + radius, y + radius)
         if shape == "circle":
             pen.ellipse(box, fill)
-        elif shape == "ring":
-            pen.ellipse(box, outline=fill, width=4)
         elif shape == "square":
             pen.rectangle(box, fill)
         elif shape == "triangle":
