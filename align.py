@@ -27,26 +27,8 @@ import torch
 from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
 from rollout import InputError, encode_prompt, encode_response, load_examples, split_rows, split_segments
-from sft import (
-    Parser,
-    Skips,
-    common_flags,
-    load_policy,
-    load_tokenizer,
-    log,
-    make_optimizer,
-    make_sampler,
-    most,
-    refresh,
-    resume,
-    run,
-    save,
-    save_state,
-    setup,
-    shard,
-    start_log,
-    system_prompt,
-)
+from sft import Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
+from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -190,12 +172,13 @@ def main():
     if len(good) < len(examples) and world.rank == 0:
         print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
     examples, system = Chosen(examples, good), system_prompt(args)
-    policy = shard(load_policy(args.ckpt).to(world.device), world, args.checkpointing)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant).to(world.device)
+    attn = choose_attention(args.attn, world)
+    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
     disc = shard(disc, world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
-    sampler = make_sampler(policy, world, args.ckpt)
+    sampler = make_sampler(policy, world, args.ckpt, attn)
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     progress = {"step": 0, "position": 0, "dropped": 0}
     if args.resume:

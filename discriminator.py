@@ -31,29 +31,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen3VLModel
 
-from rollout import (
-    InputError,
-    encode_prompt,
-    encode_response,
-    hidden_states,
-    load_examples,
-    pack_rows,
-    split_rows,
-    split_segments,
-    without_images,
-)
-from sft import (
-    Parser,
-    check_checkpoint,
-    copy_processor,
-    full_weights,
-    load_tokenizer,
-    run,
-    setup,
-    system_prompt,
-    write_json,
-    write_rows,
-)
+from rollout import InputError, set_attention, encode_prompt, encode_response, hidden_states, load_examples, pack_rows, split_rows
+from rollout import split_segments, without_images
+from sft import Parser, check_checkpoint, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt
+from sft import write_json, write_rows
 
 VARIANTS = ("moe", "dense", "text-only")
 
@@ -117,7 +98,7 @@ def reader(prompt, tokenizer, variant):
     return without_images(prompt, tokenizer) if variant == "text-only" else prompt
 
 
-def load_discriminator(path, variant="moe"):
+def load_discriminator(path, variant="moe", attn="sdpa"):
     """From a folder written by `save_discriminator`, or fresh on the backbone of any Qwen3-VL checkpoint."""
     check_checkpoint(path)
     settings = os.path.join(path, "discriminator.json")
@@ -130,6 +111,7 @@ def load_discriminator(path, variant="moe"):
         backbone = Qwen3VLModel(Qwen3VLModel.config_class.from_pretrained(path, attn_implementation="rows"))
     else:
         backbone = Qwen3VLModel.from_pretrained(path, dtype=torch.float32, attn_implementation="rows")
+    set_attention(backbone, attn)
     model = Discriminator(backbone, variant)
     if saved:
         weights = load_file(os.path.join(path, "model.safetensors"))

@@ -26,39 +26,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import eval as judge
-from rollout import (
-    Example,
-    InputError,
-    Prompt,
-    Rollout,
-    encode_prompt,
-    load_examples,
-    pack_logprobs,
-    pack_rows,
-    sample,
-    split_rows,
-)
-from sft import (
-    Parser,
-    Skips,
-    common_flags,
-    draw,
-    load_policy,
-    load_tokenizer,
-    log,
-    make_optimizer,
-    make_sampler,
-    most,
-    refresh,
-    resume,
-    run,
-    save,
-    save_state,
-    setup,
-    shard,
-    start_log,
-    system_prompt,
-)
+from rollout import Example, InputError, Prompt, Rollout, encode_prompt, load_examples, pack_logprobs, pack_rows
+from rollout import sample, split_rows
+from sft import Parser, Skips, choose_attention, common_flags, draw, load_policy, load_tokenizer, log, make_optimizer
+from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token", "dynamic": False, "overlong": False},
@@ -305,10 +276,11 @@ def main():
         raise InputError(f"{args.data}: the rows have no answer to verify against (column answer or reward_model)")
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     system = system_prompt(args)
-    policy = shard(load_policy(args.ckpt).to(world.device), world, args.checkpointing)
+    attn = choose_attention(args.attn, world)
+    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    sampler = make_sampler(policy, world, args.ckpt)
-    reference = shard(load_policy(args.ckpt).to(world.device), world) if args.kl > 0 else None
+    sampler = make_sampler(policy, world, args.ckpt, attn)
+    reference = shard(load_policy(args.ckpt, attn=attn).to(world.device), world) if args.kl > 0 else None
     progress = {"step": 0, "position": 0, "dropped": 0}
     if args.resume:
         progress = resume(args.out, world, {"policy": (policy, optimizer)})

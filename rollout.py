@@ -19,12 +19,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -350,44 +351,122 @@ def split_segments(ids, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
-@dataclass
 class Layout:
-    """Who attends to whom in a pack of T tokens: S segments that tile the pack; segment s sees its prefix (the prompt of
-    a branch, nothing for a prompt) and, causally, itself. Padding exists here only, in index form, never in the model."""
+    """Who attends to whom in a pack of T tokens: S segments that tile the pack in order; a segment sees its prefix (the
+    prompt of a branch, nothing for a prompt) and, causally, itself. Each attention backend reads its own form of it.
 
-    query: torch.Tensor  # [S, Lq]  token index of each query, padded with 0
-    key: torch.Tensor  # [S, Lk]  token index of each key: prefix, then the segment itself
-    real: torch.Tensor  # [S, Lq]  bool, False where `query` is padding
-    mask: torch.Tensor  # [S, 1, Lq, Lk]  bool
+    segments: list of (start, length, prefix_start, prefix_length)."""
+
+    def __init__(self, segments, device="cpu"):
+        self.start, self.length, self.prefix_start, self.prefix = torch.tensor(segments, device=device).T
+        self.longest = max(length for _, length, _, _ in segments)
+        self.longest_keys = max(length + prefix for _, length, _, prefix in segments)
+
+    def keys(self, k):
+        """Token index of the k-th key of each segment, prefix first; k [1, Lk] or matching; 0 beyond the last."""
+        start, length, prefix_start, prefix = (x[:, None] for x in (self.start, self.length, self.prefix_start, self.prefix))
+        own = torch.where(k < prefix + length, start + k - prefix, 0)
+        return torch.where(k < prefix, prefix_start + k, own)
+
+    @cached_property
+    def padded(self):
+        """For SDPA: query [S, Lq] and key [S, Lk] token indices, real [S, Lq], mask [S, 1, Lq, Lk]. The padding exists
+        here only, in index form; the model computes none."""
+        length, prefix = self.length[:, None], self.prefix[:, None]
+        q = torch.arange(self.longest, device=length.device)[None]
+        k = torch.arange(self.longest_keys, device=length.device)[None]
+        real = q < length
+        # causal, aligned bottom-right: the query at offset q of its segment sees the prefix and the segment up to itself;
+        # padded queries see key 0, so that no softmax is empty
+        mask = torch.where(real[:, :, None], k[:, None] <= (prefix + q)[:, :, None], k[:, None] == 0)
+        return torch.where(real, self.start[:, None] + q, 0), self.keys(k), real, mask[:, None]
+
+    @cached_property
+    def ragged(self):
+        """For variable-length kernels: cu_q, cu_k [S + 1] int32, and the token index of every key, segment by segment."""
+        k = torch.arange(self.longest_keys, device=self.length.device)[None]
+        key = self.keys(k)[k < (self.prefix + self.length)[:, None]]
+        cu_q, cu_k = (F.pad(n.cumsum(0), (1, 0)).int() for n in (self.length, self.prefix + self.length))
+        return cu_q, cu_k, key
+
+    @cached_property
+    def block_mask(self):
+        """For flex attention: a token sees its own segment up to itself, and the segment that is its prefix."""
+        total = int(self.length.sum())
+        segment = torch.repeat_interleave(torch.arange(len(self.length), device=self.length.device), self.length)
+        parent = torch.searchsorted(self.start.contiguous(), self.prefix_start.contiguous(), right=True) - 1
+        parent = torch.where(self.prefix > 0, parent, -1)[segment]
+        sees = lambda b, h, q, k: ((segment[q] == segment[k]) & (k <= q)) | (parent[q] == segment[k])
+        return create_block_mask(sees, None, None, total, total, device=self.length.device)
 
 
-def make_layout(segments, device=None):
-    """segments: list of (start, length, prefix_start, prefix_length) that tile the pack in order -> Layout."""
-    start, length, prefix_start, prefix = torch.tensor(segments).T[:, :, None]
-    q = torch.arange(int(length.max()))[None]  # [1, Lq]
-    k = torch.arange(int((prefix + length).max()))[None]  # [1, Lk]
-    query = torch.where(q < length, start + q, 0)
-    key = torch.where(k < prefix, prefix_start + k, torch.where(k < prefix + length, start + k - prefix, 0))
-    # causal, aligned bottom-right: the query at offset q of its segment sees the prefix and the segment up to itself;
-    # padded queries see key 0, so that no softmax is empty
-    mask = torch.where((q < length)[:, :, None], k[:, None] <= (prefix + q)[:, :, None], k[:, None] == 0)
-    return Layout(query.to(device), key.to(device), (q < length).to(device), mask[:, None].to(device))
-
-
-def row_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """Attention of packed rows, [1, H, T, D] -> [1, T, H, D]; without a layout (decoding, the vision tower) plain SDPA."""
     if layout is None or not module.is_causal:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    q = query[0].transpose(0, 1)[layout.query].transpose(1, 2)  # [S, H, Lq, D]
-    k = key[0].transpose(0, 1)[layout.key].transpose(1, 2)  # [S, Hkv, Lk, D]
-    v = value[0].transpose(0, 1)[layout.key].transpose(1, 2)
+    q_index, k_index, real, mask = layout.padded
+    q = query[0].transpose(0, 1)[q_index].transpose(1, 2)  # [S, H, Lq, D]
+    k = key[0].transpose(0, 1)[k_index].transpose(1, 2)  # [S, Hkv, Lk, D]
+    v = value[0].transpose(0, 1)[k_index].transpose(1, 2)
     groups = query.shape[1] // key.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=scaling)
-    return out.transpose(1, 2)[layout.real][None], None  # segments tile the pack in order, so this is token order again
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2)[real][None], None  # segments tile the pack in order, so this is token order again
 
 
-AttentionInterface.register("rows", row_attention)
+def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
+    """Variable-length attention on CUDA, [Tq, H, D] and [Tk, Hkv, D]; causal is aligned bottom-right. flash-attn where it
+    is installed, else torch's own kernel."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if causal else (-1, -1)
+        gqa = q.shape[1] != k.shape[1]
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, enable_gqa=gqa)
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+
+
+def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=None, cu_seq_lens_q=None, max_length_q=None,
+               **kwargs):  # fmt: skip
+    """`sdpa_rows` without padding and without a mask: one variable-length call, keys gathered per branch. The vision
+    tower comes with its own cu_seq_lens_q; decoding has neither and takes SDPA."""
+    if layout is None and cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if cu_seq_lens_q is not None:
+        cu_q = cu_seq_lens_q.int()
+        return varlen_kernel(q, k, v, cu_q, cu_q, max_length_q, max_length_q, scaling, False)[None], None
+    cu_q, cu_k, index = layout.ragged
+    out = varlen_kernel(q, k[index], v[index], cu_q, cu_k, layout.longest, layout.longest_keys, scaling, True)
+    return out[None], None
+
+
+def flex_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """`sdpa_rows` through flex attention: a block mask instead of gathered keys; compiled on CUDA."""
+    if layout is None or not module.is_causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attend = compiled_flex() if query.is_cuda else flex_attention
+    gqa = query.shape[1] != key.shape[1]
+    return attend(query, key, value, block_mask=layout.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2), None
+
+
+@cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=True)
+
+
+ATTENTION = {"sdpa": "rows", "flash": "rows_flash", "flex": "rows_flex"}  # --attn -> transformers' attn_implementation
+for _name, _function in zip(ATTENTION.values(), (sdpa_rows, flash_rows, flex_rows)):
+    AttentionInterface.register(_name, _function)
+
+
+def set_attention(backbone, name):
+    """Choose sdpa, flash or flex for the language model and the vision tower of a loaded Qwen3VLModel. (Not through
+    from_pretrained: there a name with 'flash' in it makes transformers look for a kernel of its own.)"""
+    for part in (backbone.language_model, backbone.visual):
+        part.config._attn_implementation = ATTENTION[name]
 
 
 @dataclass
@@ -426,7 +505,7 @@ def pack_rows(prompts, branches, device="cpu"):
         "position_ids": torch.cat(positions, dim=1)[:, None].to(device),
         "pixel_values": torch.cat([p.pixel_values for p in images]).to(device) if images else None,
         "image_grid_thw": torch.cat([p.image_grid_thw for p in images]).to(device) if images else None,
-        "layout": make_layout(segments, device),
+        "layout": Layout(segments, device),
     }
     lengths = [len(branch) for _, branch in branches]
     source = torch.cat(source) if source else torch.empty(0, dtype=torch.long)

@@ -66,6 +66,7 @@ def common_flags(parser, stage):
     group = parser.add_argument_group("memory")
     group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
     group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
+    group.add_argument("--attn", choices=("auto", *rollout.ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                        help="recompute activations in backward (default: on CUDA)")  # fmt: skip
     group = parser.add_argument_group("optimizer")
@@ -159,7 +160,7 @@ def load_tokenizer(path):
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
 
 
-def load_policy(path, dtype=torch.float32):
+def load_policy(path, dtype=torch.float32, attn="sdpa"):
     """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights are an error."""
     check_checkpoint(path)
     try:
@@ -171,7 +172,19 @@ def load_policy(path, dtype=torch.float32):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
+    rollout.set_attention(model.model, attn)
     return model
+
+
+def choose_attention(name, world):
+    """--attn -> sdpa, flash or flex, said once at the start."""
+    on_cuda = world.device.type == "cuda"
+    if name == "flash" and not on_cuda:
+        raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
+    name = ("flash" if on_cuda else "sdpa") if name == "auto" else name
+    if world.rank == 0:
+        print(f"attention: {name}", flush=True)
+    return name
 
 
 def system_prompt(args):
@@ -204,13 +217,13 @@ def shard(model, world, checkpointing=None):
     return model
 
 
-def make_sampler(model, world, ckpt):
+def make_sampler(model, world, ckpt, attn):
     """The model to sample from: the policy itself when it is whole, else an unsharded replica in the compute dtype.
     Sampling never runs through sharded modules: it would gather every layer for every token."""
     if not hasattr(model, "unshard"):
         return model
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return load_policy(ckpt, dtype).to(world.device).requires_grad_(False)
+    return load_policy(ckpt, dtype, attn).to(world.device).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -458,7 +471,8 @@ def main():
     examples = load_examples(args.data, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     system = system_prompt(args)
-    policy = shard(load_policy(args.ckpt).to(world.device).train(), world, args.checkpointing)
+    attn = choose_attention(args.attn, world)
+    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device).train(), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     steps = args.steps or max(1, math.ceil(len(examples) * args.epochs / args.batch))
     progress = {"step": 0, "position": 0, "dropped": 0}
