@@ -23,6 +23,7 @@ import os
 import time
 
 import torch
+from torch.utils.data import Subset
 
 from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
@@ -150,28 +151,15 @@ def check_teachers(examples, tokenizer, name):
     return good
 
 
-class Chosen:
-    """The rows of a data set at the given indices."""
-
-    def __init__(self, examples, indices):
-        self.examples, self.indices, self.source = examples, indices, examples.source
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.examples[self.indices[i]]
-
-
 def main():
     args = parse_args()
-    world = setup(args, prompts_x_n=args.prompts * args.n)
+    world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     examples = load_examples(args.data, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     good = check_teachers(examples, tokenizer, args.data)
     if len(good) < len(examples) and world.rank == 0:
         print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
-    examples, system = Chosen(examples, good), system_prompt(args)
+    examples, system = Subset(examples, good), system_prompt(args)
     attn = choose_attention(args.attn, world)
     policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)

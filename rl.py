@@ -268,7 +268,7 @@ def collect(sampler, examples, encode, tokenizer, args, world, step, position):
 
 def main():
     args = parse_args()
-    world = setup(args, prompts_x_n=args.prompts * args.n)
+    world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide --prompts {args.prompts}")
     examples = load_examples(args.data, args.split)

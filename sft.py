@@ -116,12 +116,12 @@ class World:
         return items
 
 
-def setup(args, **global_sizes):
+def setup(args, global_sizes=()):
     """Start torch.distributed when torchrun started us; check the flags given as global sizes against the ranks."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    for flag, n in global_sizes.items():
+    for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
-            raise InputError(f"--{flag.replace('_', '-')}: {n} is not divisible by the {size} processes")
+            raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
     if getattr(args, "resume", False) and not os.path.exists(os.path.join(args.out, "state")):
@@ -279,7 +279,7 @@ def draw(examples, encode, position, count, seed, world):
     indices, encoded, dropped, upcoming = [], {}, 0, order(len(examples), position, seed)
     while len(indices) < count:
         if dropped >= len(examples):
-            raise InputError(f"{examples.source}: no row is short enough; raise --max-prompt")
+            raise InputError("--data: no row is short enough; raise --max-prompt or --max-length")
         candidates = [next(upcoming) for _ in range(count - len(indices))]
         mine = {c: encode(examples[i]) for c, i in enumerate(candidates) if c * world.size // len(candidates) == world.rank}
         usable = {c: ok for part in world.gather({c: e is not None for c, e in mine.items()}) for c, ok in part.items()}
@@ -467,7 +467,7 @@ def update(policy, batch, args, world):
 
 def main():
     args = parse_args()
-    world = setup(args, batch=args.batch)
+    world = setup(args, {"--batch": args.batch})
     examples = load_examples(args.data, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     system = system_prompt(args)

@@ -62,7 +62,8 @@ def stages(out, seed, sizes):
     """[(name, script and flags)] in order; the plain RL arm gets the alignment's steps as extra steps of RL, so that both
     arms see the same number of rollouts."""
     at = lambda *parts: os.path.join(out, *parts)
-    sampling = ["--prompts", 8, "--rollouts", 8, "--max-new-tokens", 128, "--max-tokens", 4096, "--seed", seed, "--save-every", 100]
+    sampling = ["--prompts", 8, "--rollouts", 8, "--max-new-tokens", 128, "--max-tokens", 4096]
+    sampling += ["--seed", seed, "--save-every", 100]
     data, extra = at("data", "rl.jsonl"), sizes["warmup"] + sizes["align"]
     rl = ["--algo", "grpo", "--lr", 5e-5, "--log-rollouts", 5, *sampling, "--data", data]
     last = [at(arm) for arm in ARMS]
