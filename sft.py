@@ -124,7 +124,7 @@ def setup(args, global_sizes=()):
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
-    if getattr(args, "resume", False) and not os.path.exists(os.path.join(args.out, "state")):
+    if hasattr(args, "save_every") and args.resume and not os.path.exists(os.path.join(args.out, "state")):
         raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
     if args.system_prompt and not os.path.exists(args.system_prompt):
         raise InputError(f"--system-prompt {args.system_prompt}: no such file")
