@@ -183,7 +183,7 @@ class Chosen:
 
 def main():
     args = parse_args()
-    world = setup(args, prompts_x_n=args.prompts * args.n)
+    world = setup(args, prompts_x_rollouts=args.prompts * args.n)
     examples = load_examples(args.data, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     good = check_teachers(examples, tokenizer, args.data)
