@@ -31,9 +31,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen3VLModel
 
-from rollout import InputError, set_attention, encode_prompt, encode_response, hidden_states, load_examples, pack_rows, split_rows
-from rollout import split_segments, without_images
-from sft import Parser, check_checkpoint, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt
+from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
+from rollout import set_attention, split_rows, split_segments, without_images
+from sft import Parser, check_checkpoint, check_loaded, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt
 from sft import write_json, write_rows
 
 VARIANTS = ("moe", "dense", "text-only")
@@ -110,7 +110,10 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
             raise InputError(f"--disc {path} was trained as {stored}; pass --disc-variant {stored}")
         backbone = Qwen3VLModel(Qwen3VLModel.config_class.from_pretrained(path, attn_implementation="rows"))
     else:
-        backbone = Qwen3VLModel.from_pretrained(path, dtype=torch.float32, attn_implementation="rows")
+        backbone, info = Qwen3VLModel.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="rows", output_loading_info=True
+        )
+        check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - {"lm_head.weight"}})
     set_attention(backbone, attn)
     model = Discriminator(backbone, variant)
     if saved:
@@ -193,8 +196,8 @@ def report(rows, examples, out):
     scored = [(row, i) for i, row in enumerate(rows) if row["combined"] is not None]
     print(f"{len(scored)} of {len(rows)} responses scored; the others are malformed or their prompt is too long")
     quantiles = {}
-    for key in ("perception", "reasoning", "combined"):
-        values = np.array([row[key] for row, _ in scored] or [np.nan])
+    for key in ("perception", "reasoning", "combined") if scored else ():
+        values = np.array([row[key] for row, _ in scored])
         quantiles[key] = dict(zip(("min", "5%", "50%", "95%", "max"), np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()))
         print(f"{key:>10}  " + "  ".join(f"{name} {value:.3f}" for name, value in quantiles[key].items()))
     print("lowest combined scores")

@@ -42,7 +42,7 @@ ALGOS = {
 def group_advantages(rewards):
     """(3): rewards [B, N] -> [B, N], unbiased std, eps 1e-6. A group of one or of equal rewards is exactly 0; equality is
     decided by max == min, because the float mean of equal values need not equal them."""
-    if rewards.shape[1] == 1:
+    if rewards.shape[1] == 1 or not len(rewards):
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
@@ -137,17 +137,17 @@ def logprobs_of(policy, records, args, world):
 
 
 @torch.no_grad()
-def store_logprobs(model, records, name, args, world):
+def store_logprobs(model, records, name, args, world, spare=None):
     """One pass without gradient that stores each record's log-probs under `name` (old_logp or ref_logp)."""
     packs = packed(records, args.max_tokens)
     for i in range(most(len(packs), world)):
-        members = packs[min(i, len(packs) - 1)]
-        logp, _, _ = logprobs_of(model, [records[m] for m in members], args, world)
+        members = packs[i] if i < len(packs) else []
+        logp, _, _ = logprobs_of(model, [records[m] for m in members] or [spare or records[0]], args, world)
         for row, m in zip(logp, members):
             setattr(records[m], name, row[: len(records[m].rollout.ids)])
 
 
-def accumulate_policy_gradient(policy, records, advantages, algo, args, world, kl=0.0):
+def accumulate_policy_gradient(policy, records, advantages, algo, args, world, kl=0.0, spare=None):
     """Backward of `policy_loss` over all micro-batches -> metrics of the global batch.
 
     Rollouts with advantage 0 have loss and gradient exactly 0 (unless there is a KL term): they count in the means but are
@@ -160,7 +160,7 @@ def accumulate_policy_gradient(policy, records, advantages, algo, args, world, k
     sums = {"loss": 0.0, "entropy": 0.0, "drift": 0.0, "clipped": 0.0, "kl": 0.0, "trained": 0.0}
     for i in range(most(len(packs), world)):
         real = i < len(packs)
-        part = [work[m] for m in packs[i]] if real else records[:1]
+        part = [work[m] for m in packs[i]] if real else [spare or records[0]]
         logp, entropy, mask = logprobs_of(policy, part, args, world)
         if not real:
             (logp.sum() * 0).backward()
@@ -190,7 +190,7 @@ def rollout_metrics(records, world):
     """Length, share finished; both over the rollouts of all ranks."""
     lengths = sum(len(r.rollout.ids) for r in records)
     length, finished, n = world.sum(lengths, sum(r.rollout.finished for r in records), len(records))
-    return {"length": length / n, "finished": finished / n}
+    return {"length": length / n, "finished": finished / n} if n else {}
 
 
 def log_rollouts(world, out, step, records, scores, every):
@@ -252,7 +252,8 @@ def collect(sampler, examples, encode, tokenizer, args, world, step, position):
         offset = world.share(args.prompts * args.n).start
         for i, (r, s) in enumerate(zip(records, scores)):
             if r.group in place:
-                kept.append((r, s, (place[r.group], (offset + i) % args.n)))
+                r.group, index = place[r.group], (offset + i) % args.n
+                kept.append((r, s, (r.group, index)))
         all_rewards.append(rewards[use])
         groups += len(use)
         counters["dropped"] += dropped
@@ -272,8 +273,9 @@ def main():
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide --prompts {args.prompts}")
     examples = load_examples(args.data, args.split)
-    if examples[0].answer is None:
-        raise InputError(f"{args.data}: the rows have no answer to verify against (column answer or reward_model)")
+    for i in range(len(examples) if isinstance(examples.rows, list) else 1):
+        if examples[i].answer is None:
+            raise InputError(f"{args.data}:{i + 1}: the row has no answer to verify against (column answer or reward_model)")
     tokenizer, image_processor = load_tokenizer(args.ckpt)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)
@@ -304,10 +306,10 @@ def main():
         refresh(sampler, policy)
         # log
         progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + counters.pop("dropped")}
-        n = max(1, world.sum(len(scores))[0])
-        mean = lambda key: world.sum(sum(s[key] for s in scores))[0] / n
+        n = world.sum(len(scores))[0]
+        mean = lambda key: world.sum(sum(s[key] for s in scores))[0] / n if n else None
         row = {"step": step + 1, "reward": mean("reward"), "format": mean("format"), **counters, **metrics, "grad_norm": norm}
-        row |= rollout_metrics(records or [spare], world) | {"dropped": progress["dropped"], "skipped_steps": skips.total}
+        row |= rollout_metrics(records, world) | {"dropped": progress["dropped"], "skipped_steps": skips.total}
         row |= {"seconds_rollout": round(sampled_at - began, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
         log_rollouts(world, args.out, step + 1, records, scores, args.log_rollouts)
@@ -320,17 +322,16 @@ def main():
 def update_policy(policy, reference, optimizer, records, advantages, spare, skips, step, args, world):
     """K optimizer steps, each over the records of a K-th of the prompts -> (mean metrics, last gradient norm)."""
     k = args.updates_per_rollout
-    everything, weights = (records, advantages) if records else ([spare], torch.zeros(1))
     if k > 1:
-        store_logprobs(policy, everything, "old_logp", args, world)
+        store_logprobs(policy, records, "old_logp", args, world, spare)
     if args.kl > 0:
-        store_logprobs(reference, everything, "ref_logp", args, world)
+        store_logprobs(reference, records, "ref_logp", args, world, spare)
     lr = args.lr * min(1.0, (step + 1) / max(1, args.lr_warmup))
     rows, norm = [], None
     for u in range(k):
-        here = [i for i, r in enumerate(everything) if r.group * k // args.prompts == u]
-        part, a = ([everything[i] for i in here], weights[here]) if here else (everything[:1], torch.zeros(1))
-        metrics = accumulate_policy_gradient(policy, part, a, args.algo, args, world, args.kl)
+        here = [i for i, r in enumerate(records) if r.group * k // args.prompts == u]
+        part = [records[i] for i in here]
+        metrics = accumulate_policy_gradient(policy, part, advantages[here], args.algo, args, world, args.kl, spare)
         if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
             norm = skips.step(policy, optimizer, lr, args.clip, world, metrics["loss"])
             rows.append(metrics)

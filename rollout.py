@@ -97,7 +97,8 @@ def load_examples(source, split=None):
     if len(rows) == 0:
         raise InputError(f"{source}: the data set is empty")
     examples = Examples(rows, source, base)
-    examples[0]  # a file without the needed columns fails now, not after the model is loaded
+    for i in range(len(rows) if isinstance(rows, list) else 1):
+        examples[i]  # a file without the needed columns fails now, not after the model is loaded
     return examples
 
 
@@ -108,7 +109,7 @@ def read_file(path):
 
         return undecoded(Dataset.from_parquet(path))
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes: a line that is no UTF-8 is an error of its own
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -147,6 +148,7 @@ def to_example(row, where, base=""):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in turns:
+        turn = turn if isinstance(turn, dict) else {"content": turn}
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise InputError(f"{where}: a chat turn needs the texts role and content (or from and value), got {turn}")
@@ -674,6 +676,8 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the numbers of the
     samples wanted here, when a group of n is spread over ranks.
     """
+    training = model.training
+    model.eval()  # in train mode transformers drops the cache of a model that recomputes activations
     seeds = seeds or [(i,) for i in range(len(prompts))]
     samples = samples or [range(n)] * len(prompts)
     queue = [(p, s) for p in range(len(prompts)) for s in samples[p]][::-1]
@@ -722,6 +726,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
                 active[slot] = None
         if any(active):
             hidden = decode_step(model, cache, tokens, offset, columns)
+    model.train(training)
     return [[done[p, s] for s in samples[p]] for p in range(len(prompts))]
 
 

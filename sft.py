@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -142,7 +144,7 @@ def setup(args, global_sizes=()):
 def check_checkpoint(path):
     """Raise InputError unless `path` is a folder with a config and weights (anything else is taken as a Hub id)."""
     if not os.path.isdir(path):
-        if os.path.sep in path.rstrip("/").replace("/", os.path.sep, 1) or "/" not in path.rstrip("/"):
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):  # owner/name; any other form of path has to exist
             raise InputError(f"--ckpt {path}: no such folder")
         return
     if not os.path.exists(os.path.join(path, "config.json")):
@@ -167,13 +169,18 @@ def load_policy(path, dtype=torch.float32, attn="sdpa"):
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="rows", output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+    check_loaded(path, info)
+    rollout.set_attention(model.model, attn)
+    return model
+
+
+def check_loaded(path, info):
+    """Weights that were missing would have been drawn at random."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
-    rollout.set_attention(model.model, attn)
-    return model
 
 
 def choose_attention(name, world):
@@ -200,6 +207,7 @@ def shard(model, world, checkpointing=None):
     backbone = getattr(model, "backbone", None) or model.model
     if checkpointing if checkpointing is not None else world.device.type == "cuda":
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers recomputes in train mode only, and from_pretrained leaves eval mode
     if world.size == 1 and world.device.type == "cpu":
         return model
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -208,7 +216,8 @@ def shard(model, world, checkpointing=None):
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(backbone.visual, mesh=mesh, mp_policy=mixed)
     if hasattr(model, "heads"):
-        fully_shard(model.heads, mesh=mesh)
+        for head in model.heads.values():  # a ModuleDict has no forward whose hooks could gather its weights
+            fully_shard(head, mesh=mesh)
     else:
         model.target_logprobs = MethodType(rollout.target_logprobs, model)
     fully_shard(model, mesh=mesh, mp_policy=mixed)
@@ -297,6 +306,7 @@ def log(world, out, row):
     if world.rank:
         return
     row = {k: v for k, v in row.items() if v is not None}
+    os.makedirs(out, exist_ok=True)  # only now: a run that fails before its first step leaves nothing behind
     with open(os.path.join(out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(row) + "\n")
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
@@ -304,12 +314,12 @@ def log(world, out, row):
 
 def start_log(world, out, step):
     """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated."""
-    path = os.path.join(out, "metrics.jsonl")
     if world.rank == 0:
-        os.makedirs(out, exist_ok=True)
-        rows = open(path).read().splitlines() if step and os.path.exists(path) else []
-        with open(path, "w") as file:
-            file.writelines(row + "\n" for row in rows if json.loads(row)["step"] <= step)
+        for path in filter(os.path.exists, (os.path.join(out, name) for name in ("metrics.jsonl", "rollouts.jsonl"))):
+            with open(path) as file:
+                rows = [row for row in file if json.loads(row)["step"] <= step]
+            with open(path, "w") as file:
+                file.writelines(rows)
     if world.size > 1:
         dist.barrier()
 
@@ -331,6 +341,8 @@ def save(model, out, world, stage, args, step, metrics):
     if world.rank == 0:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # the embedding; sharded or converted copies no longer share its memory
         model.config.dtype = dtype
         model.save_pretrained(out, state_dict=weights)
         copy_processor(args.ckpt, out)
