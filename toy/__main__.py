@@ -65,7 +65,7 @@ def stages(out, seed, sizes):
     sampling = ["--prompts", 8, "--rollouts", 8, "--max-new-tokens", 128, "--max-tokens", 4096]
     sampling += ["--seed", seed, "--save-every", 100]
     data, extra = at("data", "rl.jsonl"), sizes["warmup"] + sizes["align"]
-    rl = ["--algo", "grpo", "--lr", 5e-5, "--log-rollouts", 5, *sampling, "--data", data]
+    rl = ["--algo", "grpo", "--lr", 2e-5, "--log-rollouts", 5, *sampling, "--data", data]
     last = [at(arm) for arm in ARMS]
     judge = ["eval.py", "--ckpt", *last, "--data", at("data", "test.jsonl"), "--max-new-tokens", 128, "--seed", seed, "--resume"]
     return [

@@ -123,13 +123,14 @@ def draw_pictures(out, figure, grid):
     answers = {arm: {row["item"]: row for row in read_rows(out, "eval_greedy", arm, "test.jsonl")} for arm in ("sft", "align")}
     items = [i for i in range(len(test)) if f"sft/{i}" in scores and f"align/{i}" in scores][:3]
     for line, item in enumerate(items, 1):
-        axis = figure.add_subplot(grid[line, 0])
+        columns = grid[line, :].subgridspec(1, 3, width_ratios=[1, 1.5, 1.5])
+        axis = figure.add_subplot(columns[0])
         axis.imshow(world.draw(test[item]["world"]["cells"], test[item]["world"]["seed"]))
         axis.set_axis_off()
         question = textwrap.fill(test[item]["world"]["question"], 38)
         axis.set_title(f"{question}\ntrue answer: {test[item]['answer']}", fontsize=10)
         for column, (arm, when) in enumerate((("sft", "before"), ("align", "after")), 1):
-            axis = figure.add_subplot(grid[line, column])
+            axis = figure.add_subplot(columns[column])
             axis.set_axis_off()
             row, exact = scores[f"{arm}/{item}"], exact_scores(test[item]["world"], answers[arm][item])
             axis.set_title(
@@ -137,4 +138,4 @@ def draw_pictures(out, figure, grid):
                 f"perception {exact['perception']:.2f}, reasoning {exact['reasoning']:.2f}", fontsize=10,
             )  # fmt: skip
             text = answers[arm][item]["response"]
-            axis.text(0, 1, text, va="top", family="monospace", fontsize=7, transform=axis.transAxes)
+            axis.text(0, 1, text, va="top", family="monospace", fontsize=8, transform=axis.transAxes)
