@@ -25,11 +25,11 @@ FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 60, "it
 QUICK = {"sft_rows": 2000, "sft": 60, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
 
 
-def write_rows(folder, name, count, rng, public=0.0):
+def write_rows(folder, name, count, rng, public=0.0, kinds=(0, 1)):
     """COUNT problems as FOLDER/NAME.jsonl with their pictures; `world` keeps the truth for the toy's own scores."""
     rows = []
     for i in range(count):
-        problem = world.make_problem(rng)
+        problem = world.make_problem(rng, kinds)
         path = os.path.join("images", f"{name}_{i}.png")
         world.draw(problem["cells"], problem["seed"]).save(os.path.join(folder, path))
         rows.append({
@@ -52,7 +52,7 @@ def write_data(out, seed, sizes):
     generator = lambda stream: np.random.default_rng([seed, stream])
     demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), PUBLIC)
     curated = write_rows(folder, "align", 256, generator(1))
-    write_rows(folder, "rl", 32, generator(2))
+    write_rows(folder, "rl", 32, generator(2), kinds=(1,))  # few prompts, and about shapes only
     write_rows(folder, "test", sizes["items"], generator(3))
     texts = ["\n".join([*(m["content"] for m in row["prompt"]), "assistant", row["response"]]) for row in demos[:2000] + curated]
     checkpoint.make_checkpoint(os.path.join(out, "base"), texts, seed)

@@ -2,8 +2,9 @@
 exact scores.
 
 One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question adds two counts over one line and half of the
-questions ask only whether the sum is even or odd: it touches a sixth of what the picture shows and can be guessed, so that
-the answer alone is a poor teacher of perception. The curated teacher describes every cell and derives every step. The
+questions ask only whether the sum is even or odd: it touches a part of what the picture shows and can be guessed. The
+prompts of RLVR are few and about shapes only, as sets of verifiable problems cover a slice of what a model must see: there
+the answer is a poor teacher of perception. The curated teacher describes every cell and derives every step. The
 public teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is called red, a
 diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong.
 """
@@ -50,17 +51,18 @@ def draw(cells, seed=0):
     return image
 
 
-def make_problem(rng):
-    """rng: numpy Generator -> {"cells", "line", "number", "terms": two attributes, "parity", "question", "seed", "answer"}."""
+def make_problem(rng, kinds=(0, 1)):
+    """rng: numpy Generator; kinds: what the two terms may be about, 0 colour, 1 shape -> {"cells", "line", "number",
+    "terms": two attributes, "parity", "question", "seed", "answer"}."""
     cells = [(str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))) for _ in range(ROWS * COLUMNS)]
     line = str(rng.choice(["row", "column"]))
     number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
     terms = []
-    for kind in (list(COLORS), SHAPES):  # one term about colour, one about shape; two times out of three it is there
-        inside = [cells[i][kind is SHAPES] for i in line_cells(line, number)]
-        terms.append(str(rng.choice(inside if rng.random() < 0.67 else kind)))
-    if rng.random() < 0.5:
-        terms.reverse()
+    for kind in rng.choice(kinds, 2):  # two times out of three a term asks about something that is there
+        inside = [cells[i][kind] for i in line_cells(line, number)]
+        every = [word for word in (list(COLORS), SHAPES)[kind] if word not in terms]
+        inside = [word for word in inside if word not in terms] or every
+        terms.append(str(rng.choice(inside if rng.random() < 0.67 else every)))
     parity = bool(rng.random() < 0.5)
     what = f"How many {terms[0]} plus {terms[1]} in {line} {number}"
     question = f"{what}, even or odd?" if parity else f"{what}?"
