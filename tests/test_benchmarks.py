@@ -1,0 +1,477 @@
+"""Run: pytest tests/test_benchmarks.py          (benchmarks, statistics, judge, difficulty filter; CPU only, under a minute)"""
+
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import launch, noise, read_jsonl, stage, write_jsonl
+
+import eval as E
+from rollout import InputError
+
+SAY = "<caption>\nc\n</caption>\n<think>\nt\n</think>\n<answer>\n{}\n</answer>"
+
+
+def png(size=(32, 32)):
+    file = io.BytesIO()
+    noise(np.random.default_rng(0), size).save(file, "png")
+    return file.getvalue()
+
+
+def generations(questions, say, k=1):
+    """What eval.py would have written, had the policy said say(question, n, sample)."""
+    rows = []
+    for n in range(len(questions)):
+        item, group = questions[n], []
+        for s in range(k):
+            row = {"item": n, "sample": s, "info": item.info, "finished": True, "tokens": 9}
+            group.append(row | E.grade(SAY.format(say(item, n, s)), item))
+        E.vote(group, item.options)
+        rows += group
+    return rows
+
+
+def summary(questions, say, k=1):
+    return E.summarise([generations(questions, say, k)], questions.benchmark, "data", "name")[0]
+
+
+def bench(tmp_path, name, rows):
+    return E.load_bench(f"{name}={write_jsonl(tmp_path / f'{name}.jsonl', rows)}")
+
+
+# ---------------------------------------------------------------------------------------------- rows as they are published
+def wemath_rows(two=360, three=165):
+    """2 * 360 + 360 + 3 * 165 + 165 = 1740 questions over 525 problems."""
+    keys = [(f"{n}", f"{steps}steps_{part}") for n, steps in enumerate([2] * two + [3] * three)
+            for part in [*range(1, steps + 1), "multi"]]  # fmt: skip
+    return [{"ID": i, "split": "testmini", "knowledge concept": "Area", "question": "How large?", "option": "A. 3; B. 4 cm; C. x",
+             "answer": "B", "image_path": None, "key": key, "question number": 1} for i, key in keys]  # fmt: skip
+
+
+@pytest.mark.parametrize("right, strict, loose, accuracy", [
+    (lambda key: "multi" not in key, 50, 50, 69.83), (lambda key: "multi" in key, 0, 0, 30.17),
+    (lambda key: "_1" not in key, 0, 100, None),
+])  # fmt: skip
+def test_wemath_goldens(tmp_path, right, strict, loose, accuracy):
+    questions = bench(tmp_path, "wemath", wemath_rows())
+    assert len(questions) == 1740 and len({questions[n].info["problem"] for n in range(1740)}) == 525
+    found = summary(questions, lambda item, n, s: "B" if right(item.info["key"]) else "C")
+    assert found["scores"] == pytest.approx({"strict": strict / 100, "loose": loose / 100})
+    assert accuracy is None or round(100 * found["accuracy"]["mean"], 2) == accuracy
+
+
+def test_wemath_options(tmp_path):
+    item = bench(tmp_path, "wemath", wemath_rows(1, 0))[0]
+    assert item.options == ["3", "4 cm", "x"] and item.example.prompt[0]["content"].endswith("A. 3; B. 4 cm; C. x")
+    assert E.grade(SAY.format("4 cm"), item)["accuracy"] and not E.grade(SAY.format("3"), item)["accuracy"]
+
+
+def hallusion_row(set_id, figure, question, yes, visual="1"):
+    return {"category": "VD", "subcategory": "chart", "visual_input": visual, "set_id": set_id, "figure_id": figure,
+            "question_id": question, "question": "Is it?", "gt_answer": str(int(yes)), "filename": None}  # fmt: skip
+
+
+def test_hallusion_by_hand(tmp_path):
+    """Two figures, three questions: set 1 has 2 x 2 rows, set 2 one; the row without a picture does not count."""
+    rows = [hallusion_row("1", f, q, yes) for f, q, yes in (("0", "0", 1), ("0", "1", 0), ("1", "0", 0), ("1", "1", 0))]
+    rows += [hallusion_row("2", "0", "0", 1), hallusion_row("2", "0", "1", 1, "0")]
+    questions = bench(tmp_path, "hallusion", rows)
+    assert len(questions) == 5
+    no, yes = (summary(questions, lambda *_, word=word: word)["scores"] for word in ("No, it is not.", "yes"))
+    assert no == pytest.approx({"aAcc": 3 / 5, "fAcc": 1 / 3, "qAcc": 1 / 3})
+    assert yes == pytest.approx({"aAcc": 2 / 5, "fAcc": 1 / 3, "qAcc": 1 / 3})
+
+
+def test_hallusion_goldens(tmp_path):
+    """The published aggregates of 'always no' and 'always yes' are 550 and 401 of 951 answers, 42 and 25 of 346 figures, 91
+    and 21 of 455 questions. These rows have those counts; who meets whom in a figure is made up."""
+    rows = []
+    for yes, count, figures, questions in ((0, 550, range(42), range(91)), (1, 401, range(42, 67), range(91, 112))):
+        figures, questions = [*figures, *range(67, 346)], [*questions, *range(112, 455)]
+        rows += [hallusion_row("0", figures[i % len(figures)], questions[i % len(questions)], yes) for i in range(count)]
+    questions = bench(tmp_path, "hallusion", rows)
+    for word, golden in (("no", (57.8339, 12.1387, 20.0)), ("yes", (42.1661, 7.2254, 4.6154))):
+        scores = summary(questions, lambda *_, word=word: word)["scores"]
+        assert tuple(round(100 * scores[key], 4) for key in ("aAcc", "fAcc", "qAcc")) == golden
+
+
+def mmmu_row(i, **more):
+    pictures = {f"image_{n}": None for n in range(1, 8)} | {"image_1": {"bytes": png(), "path": "1.png"}}
+    return {"id": f"validation_Art_Theory_{i}", "question": "Which <image 1>?", "options": "['one', \"it's two\"]", "answer": "B",
+            "question_type": "multiple-choice", **pictures, **more}  # fmt: skip
+
+
+ROWS = {  # one row of each published schema: benchmark, row, images, options, right answers, wrong ones
+    "mathvista choice": ("mathvista", {
+        "pid": "1", "question": "How large?", "choices": ["3 cm", "B", "No"], "unit": None, "precision": None, "answer": "No",
+        "question_type": "multi_choice", "answer_type": "text", "metadata": {"task": "figures"}, "image": "a.png",
+    }, 1, ["3 cm", "B", "No"], ["C", "no", "(C) No"], ["A", "yes", "D"]),
+    "mathvista float": ("mathvista", {
+        "pid": "2", "question": "How large?", "choices": None, "unit": "$", "precision": 1.0, "answer": "1.3",
+        "answer_type": "float", "decoded_image": {"bytes": png(), "path": None}, "image": "gone.png",
+    }, 1, [], ["1.3", "1.34", "$1.3"], ["1.36", "1", "13"]),
+    "mathvista list": ("mathvista", {
+        "pid": "3", "question": "Which?", "choices": None, "answer": "[1, 5]", "answer_type": "list", "image": "a.png",
+    }, 1, [], ["[1,5]"], ["[5, 1]", "1"]),
+    "mathverse choice": ("mathverse", {
+        "sample_index": "1", "problem_index": "1", "problem_version": "Text Lite", "question": "?", "image": "a.png",
+        "answer": "B", "query_wo": "The letter.\nQuestion: CED is ()\nChoices:\nA:40°\nB:60°\nC:120°",
+    }, 1, ["40°", "60°", "120°"], ["B", "60°", "60"], ["A", "120"]),
+    "mathverse vision only": ("mathverse", {
+        "sample_index": "5", "problem_index": "1", "problem_version": "Vision Only", "question": "", "image": "a.png",
+        "query_wo": "According to the image, give the value.", "answer": "118掳T", "question_type": "free-form",
+    }, 1, [], ["118°T"], ["117°T"]),
+    "mathvision": ("mathvision", {
+        "id": "9", "question": "<image1> when it left, <image1> when it came", "answer": "B", "solution": None,
+        "options": ["2h 48m", "$\\sqrt{8}$", "C", "D", "E"], "level": 3, "subject": "arithmetic", "image": "a.png",
+    }, 1, ["2h 48m", "$\\sqrt{8}$", "C", "D", "E"], ["B", "2\\sqrt{2}"], ["A", "2h 48m"]),
+    "mathvision free": ("mathvision", {
+        "id": "10", "question": "How many?", "options": [], "answer": "11", "level": 1, "subject": "arithmetic", "image": "a.png",
+    }, 1, [], ["11", "11.0"], ["12"]),
+    "mmmu": ("mmmu", mmmu_row(1), 1, ["one", "it's two"], ["B", "it's two"], ["A", "one"]),
+    "mmmu open": ("mmmu", mmmu_row(2, question_type="open", options="[]", answer="['8', 'ten']"), 1, [], ["8", "ten"], ["9"]),
+    "mmmu by letters": ("mmmu", {
+        "id": "validation_Art_Theory_3", "answer": "A", "index2ans": {"A": "$6", "B": "$7"}, "question": "?",
+    }, 0, ["$6", "$7"], ["$6"], ["7"]),
+    "mmmu_pro vision": ("mmmu_pro", {
+        "id": "test_History_1", "image": {"bytes": png(), "path": "1.png"}, "options": "['x', 'y']", "answer": "A",
+    }, 1, ["x", "y"], ["A"], ["B"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_published_rows(tmp_path, name):
+    name, row, images, options, right, wrong = ROWS[name]
+    (tmp_path / "a.png").write_bytes(png())
+    parts = [[row, row]]
+    questions = E.Questions(E.BENCHMARKS[name], parts, "file", str(tmp_path))
+    questions.check()
+    item = questions[0]
+    text = item.example.prompt[0]["content"]
+    assert text.count("<image>") == len(item.example.images) == images and item.options == options
+    for said in right:
+        assert E.grade(SAY.format(said), item)["accuracy"] == 1, said
+    for said in wrong:
+        assert E.grade(SAY.format(said), item)["accuracy"] == 0, said
+    gold = item.example.answer
+    assert summary(questions, lambda *_: gold if isinstance(gold, str) else gold[-1])["accuracy"]["mean"] == 1
+    missing = E.Questions(E.BENCHMARKS[name], [[row | {"answer": None}]], "file", str(tmp_path))
+    with pytest.raises(InputError, match="file:1: .* no answer"):
+        missing.check()
+
+
+def test_pictures_in_the_order_of_the_text(tmp_path):
+    """A picture may be meant before its number, twice, only in an option, or nowhere."""
+    pictures = {f"image_{n}": f"{n}.png" for n in (1, 2, 3, 4)}
+    text = "Turn <image 2> into <image 1>; is <image 2> right? <image 7>"
+    row = mmmu_row(1, **pictures) | {"question": text, "options": "['<image 4>', 'none']"}
+    item = bench(tmp_path, "mmmu", [json.loads(json.dumps(row))])[0]
+    assert [path.rpartition("/")[2] for path in item.example.images] == ["3.png", "2.png", "1.png", "4.png"]
+    expected = "<image>Turn <image> into <image>; is (image 2) right? (image 7)\n(A) <image>\n(B) none"
+    assert item.example.prompt[0]["content"] == expected
+
+
+def test_mmmu_pro_is_the_mean_of_its_two_parts(tmp_path):
+    """A folder with one parquet of each kind; three standard questions, two in pictures."""
+    from datasets import Dataset, Features, Image, Value
+
+    text = {key: Value("string") for key in ("id", "question", "options", "answer", "subject")}
+    rows = [{"id": str(i), "question": "Which <image 1>?", "options": "['x', 'y']", "answer": "A", "subject": "Art",
+             "image_1": {"bytes": png(), "path": None}} for i in range(3)]  # fmt: skip
+    Dataset.from_list(rows, Features(text | {"image_1": Image()})).to_parquet(tmp_path / "standard.parquet")
+    rows = [{key: row[key] for key in ("id", "options", "answer", "subject")} | {"image": row["image_1"]} for row in rows[:2]]
+    del text["question"]
+    Dataset.from_list(rows, Features(text | {"image": Image()})).to_parquet(tmp_path / "vision.parquet")
+    questions = E.load_bench(f"mmmu_pro={tmp_path}")
+    questions.check()
+    assert len(questions) == 5 and isinstance(questions[0].example.images[0], bytes)
+    found = summary(questions, lambda item, n, s: "A" if n < 1 or n == 3 else "B")
+    assert found["accuracy"]["mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found["by"]["setting"] == {
+        "standard": {"items": 3, "accuracy": pytest.approx(1 / 3)}, "vision": {"items": 2, "accuracy": 0.5}}  # fmt: skip
+
+
+def test_a_copy_of_a_hub_folder_with_configurations(tmp_path):
+    from datasets import Dataset
+
+    row = ROWS["mathverse choice"][1] | {"image": None}
+    (tmp_path / "data").mkdir()
+    Dataset.from_list([row] * 3).to_parquet(tmp_path / "data" / "testmini.parquet")
+    Dataset.from_list([row] * 9).to_parquet(tmp_path / "data" / "other.parquet")
+    card = "---\nconfigs:\n- config_name: testmini\n  data_files:\n  - split: testmini\n    path: data/testmini.parquet\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert len(E.load_bench(f"mathverse={tmp_path}")) == 3
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"level": ...}, "file.jsonl:2: .*column 'level' is missing.; found id"), ({"question": None}, "file.jsonl:2: not a row"),
+    ({"answer": None}, "file.jsonl:2: .* no answer"), ({"image": "gone.png"}, "file.jsonl:2: .*gone.png does not exist"),
+])  # fmt: skip
+def test_bad_rows(tmp_path, change, words):
+    (tmp_path / "a.png").write_bytes(png())
+    good = ROWS["mathvision"][1]
+    bad = {key: value for key, value in (good | change).items() if value is not ...}
+    path = write_jsonl(tmp_path / "file.jsonl", [good, bad])
+    with pytest.raises(InputError, match=words):
+        E.load_bench(f"mathvision={path}").check()
+
+
+# ----------------------------------------------------------------------------------------------------------------- k samples
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n in range(1, 8):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(combinations([1] * right + [0] * (n - right), k))
+                assert E.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_metrics_of_samples(tmp_path):
+    """Of 4 samples: 1/2 and 0.5 are the same vote; of equals the first wins; an item without any answer is lost."""
+    path = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "?", "answer": "1/2", "level": i % 2} for i in range(4)])
+    questions = E.Questions(E.Benchmark(), [E.read_file(path)], path, "")
+    said = [["1/2", "3", "0.5", "4"], ["7", "0.5", "7.0", "1/2"], ["3", "3", "3", "0.5"], [""] * 4]
+    found = summary(questions, lambda item, n, s: said[n][s], 4)
+    values = {key: cell["mean"] for key, cell in found.items() if isinstance(cell, dict) and "mean" in cell}
+    assert values == pytest.approx({
+        "accuracy": 5 / 16, "format": 1, "tokens": 9, "truncated": 0, "too_long": 0, "majority@4": 1 / 4,
+        "pass@1": 5 / 16, "pass@2": (5 / 6 + 5 / 6 + 1 / 2) / 4, "pass@4": 3 / 4})  # fmt: skip
+    assert found["by"]["level"] == {"0": {"items": 2, "accuracy": 3 / 8}, "1": {"items": 2, "accuracy": 1 / 4}}
+
+
+# ---------------------------------------------------------------------------------------------------------------- statistics
+def test_p_values_are_uniform_under_the_null_and_small_under_a_difference():
+    """Kolmogorov-Smirnov by hand: 300 p-values of differences without an effect stay within 1.63 / sqrt(300) (1 %)."""
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0, 1, (300, 25)) * rng.uniform(0.5, 2, 25)
+    p = np.sort([E.p_value(d.sum(), E.permuted(d, i)) for i, d in enumerate(differences)])
+    steps = np.arange(301) / 300
+    assert max(np.abs(p - steps[1:]).max(), np.abs(p - steps[:-1]).max()) < 1.63 / np.sqrt(300)
+    assert 0.02 < np.mean(p < 0.05) < 0.085
+    planted = [E.p_value(d.sum(), E.permuted(d, i)) for i, d in enumerate(differences[:30] + 1.5)]
+    assert np.mean(np.array(planted) < 0.05) > 0.9
+    right = rng.random((2, 400)) < 0.5  # verdicts are 0 or 1: the test is exact or on the safe side
+    assert E.p_value(0, E.permuted(right[0] * 0.0)) == 1
+    assert E.p_value((d := np.sort(right[0]) * 1.0 - np.sort(right[1])).sum(), E.permuted(d)) > 1e-4
+
+
+def test_permutation_equals_enumeration():
+    d = np.array([1.0, -2.0, 3.0, 0.0, 5.0, -0.5])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    exact = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12)
+    assert E.p_value(d.sum(), E.permuted(d)) == pytest.approx(exact, abs=0.015)
+
+
+def width(values, families=None):
+    values = np.asarray(values, float).reshape(len(values), -1)
+    families = np.arange(len(values)) if families is None else families
+    cell = E.interval(*E.bootstrap(values, families, np.ones(len(values))))
+    return cell["high"] - cell["low"], cell["mean"]
+
+
+def test_bootstrap():
+    """As wide as theory says; four copies of an item are no more evidence than one; seeds that differ make it wider."""
+    rng = np.random.default_rng(1)
+    values = (rng.random(300) < 0.4).astype(float)
+    plain, mean = width(values)
+    assert mean == pytest.approx(values.mean()) and plain == pytest.approx(2 * 1.96 * values.std() / np.sqrt(300), rel=0.08)
+    copies, families = np.repeat(values, 4), np.repeat(np.arange(300), 4)
+    assert width(copies, families)[0] == pytest.approx(plain, rel=0.05) and width(copies)[0] < 0.6 * plain
+    seeds = values[:, None] + np.array([-0.2, 0.0, 0.2])
+    assert width(np.repeat(values[:, None], 3, 1))[0] == pytest.approx(plain, rel=0.05)
+    theory = 2 * 1.96 * np.sqrt(values.var() / 300 + np.var([-0.2, 0, 0.2]) / 3)
+    assert width(seeds)[0] == pytest.approx(theory, rel=0.1) and width(seeds)[0] > 2 * plain
+
+
+def test_unequal_families_keep_the_mean():
+    values, families = np.array([1.0, 1, 1, 0, 0]), np.array([0, 0, 0, 1, 2])
+    assert width(values, families)[1] == 0.6
+
+
+def test_holm():
+    assert E.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert E.holm([0.9, 0.8]) == [1, 1] and E.holm([]) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------- judge
+@pytest.fixture
+def server(monkeypatch):
+    """A judge on the loopback: yes to 'a dozen', no verdict on 'mumble', fails first on 'again' and always on 'broken'."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][0]["content"]
+            seen.append(SimpleNamespace(text=text, path=self.path, key=self.headers["Authorization"], model=body["model"]))
+            tries = sum(one.text == text for one in seen)
+            bad = "broken" in text or "again" in text and tries == 1
+            self.send_response(500 if bad else 200)
+            self.end_headers()
+            word = "Perhaps." if "mumble" in text else "Yes." if "a dozen" in text or "again" in text else "no"
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": word}}]}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    found = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    monkeypatch.setattr(E, "JUDGE_WAITS", (0, 0))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    yield SimpleNamespace(url=f"http://127.0.0.1:{found.server_port}/v1", seen=seen)
+    found.shutdown()
+    found.server_close()
+
+
+def test_judge(tmp_path, server):
+    """It is asked only about what is neither right nor plainly wrong, once; without a verdict a row stays wrong."""
+    said = ["12", "13", "B", "no", "", "a dozen", "some eggs", "mumble mumble", "again and again", "broken record", "a dozen"]
+    rows = [{"prompt": "How many eggs?", "answer": "12"} for _ in said]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    questions = E.Questions(E.Benchmark(), [E.read_file(path)], path, "")
+    args = SimpleNamespace(judge=server.url, judge_model="m", folder=str(tmp_path / "out"))
+    one = SimpleNamespace(rank=0, size=1, gather=lambda item: [item])
+    rows = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)
+    assert [row["accuracy"] for row in rows] == [1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1]
+    assert [row.get("judged", "closed") for row in rows] == ["closed"] * 5 + [True, False, None, True, None, True]
+    assert {(one.path, one.key, one.model) for one in server.seen} == {("/v1/chat/completions", "Bearer secret", "m")}
+    assert not any("\n13\n" in one.text for one in server.seen)
+    before = len(server.seen)
+    again = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)  # from OUT/judge.jsonl
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+    assert all("mumble" in one.text or "broken" in one.text for one in server.seen[before:])
+    found = E.summarise([rows], questions.benchmark, "own", "x")[0]
+    assert found["judge"] == {"responses": 11, "open": 6, "decided": 4, "right": 3}
+
+
+def test_judge_that_is_not_there(tmp_path, monkeypatch):
+    """Connection refused, and a server that accepts and never answers."""
+    monkeypatch.setattr(E, "JUDGE_WAITS", (0, 0))
+    monkeypatch.setattr(E, "JUDGE_SECONDS", 0.2)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    silent = E.socket.create_server(("127.0.0.1", 0))
+    for port in (silent.getsockname()[1], 9):
+        assert E.ask("?", SimpleNamespace(judge=f"http://127.0.0.1:{port}", judge_model="m")) is None
+    silent.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------- scripts
+@pytest.fixture(scope="module")
+def compared(tiny, policy, tmp_path_factory):
+    """base against two seeds of a trained policy, on an own file and on a copy of a benchmark."""
+    out = tmp_path_factory.mktemp("compared")
+    (out / "a.png").write_bytes(png())
+    rows = [ROWS["mathvision"][1] | {"id": str(i), "level": i % 3} for i in range(4)]
+    path = write_jsonl(out / "vision.jsonl", rows)
+    other = out / "other"
+    other.symlink_to(policy)
+    flags = ["--ckpt", tiny.base, f"trained={policy},{other}", "--data", tiny.rl, "--bench", f"mathvision={path}",
+             "--max-new-tokens", 24, "--samples", 3, "--max-prompt", 2000, "--seed", 1]  # fmt: skip
+    assert stage("eval", *flags, "--out", out / "one") == 0
+    return SimpleNamespace(out=out, flags=flags)
+
+
+def test_comparison(compared):
+    """The report repeats what can be counted in the generations."""
+    out = compared.out / "one"
+    found = json.loads((out / "results.json").read_text())
+    rows = {name: read_jsonl(out / name / "rl.jsonl") for name in ("base", "policy", "other")}
+    accuracy = {name: np.mean([row["accuracy"] for row in part]) for name, part in rows.items()}
+    keys = {"item", "id", "sample", "response", "finished", "tokens", "accuracy", "format"}
+    assert all(len(part) == 36 and set(part[0]) >= keys for part in rows.values())
+    assert accuracy["policy"] == accuracy["other"] > accuracy["base"] + 0.2
+    assert found["results"]["base"]["rl"]["accuracy"]["mean"] == pytest.approx(accuracy["base"])
+    heads = found["results"]["trained"]
+    assert heads["rl"]["format"]["mean"] == pytest.approx(np.mean([row["format"] for row in rows["policy"]]))
+    assert set(heads["mathvision"]["by"]) == {"subject", "level"} and list(heads) == ["mathvision", "rl"]
+    assert found["mean"]["trained"]["mean"] == pytest.approx(np.mean([s["accuracy"]["mean"] for s in heads.values()]))
+    cells = {cell["data"]: cell for cell in found["differences"]}
+    assert set(cells) == {"rl", "mathvision", "mean"}
+    assert cells["rl"]["mean"] == pytest.approx(accuracy["policy"] - accuracy["base"])
+    assert cells["rl"]["p"] < 0.05 and cells["rl"]["low"] > 0 and all(c["p_holm"] >= c["p"] for c in cells.values())
+    table = (out / "table.md").read_text()
+    assert "| trained |" in table and "majority@3" in table and "| mathvision | level | 2 | 1 |" in table
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_repeats_only_what_is_missing(compared, capfd, monkeypatch):
+    out = compared.out / "one"
+    before = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    gone = out / "base" / "mathvision.jsonl"
+    gone.unlink()
+    calls, generate = [], E.generate
+    monkeypatch.setattr(E, "generate", lambda *args: calls.append(1) or generate(*args))
+    assert stage("eval", *compared.flags, "--out", out, "--resume") == 0
+    assert len(calls) == 1 and {path: path.read_bytes() for path in out.rglob("*.jsonl")} == before
+    capfd.readouterr()
+    assert stage("eval", *compared.flags, "--seed", 2, "--out", out, "--resume") == 2
+    assert "was made with other data or flags" in capfd.readouterr().err
+
+
+def test_two_processes_write_what_one_writes(compared):
+    result = launch("eval.py", *compared.flags, "--out", compared.out / "two", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for path in (compared.out / "one").rglob("*.jsonl"):
+        assert (compared.out / "two" / path.relative_to(compared.out / "one")).read_bytes() == path.read_bytes()
+
+
+def test_difficulty_filter(tiny, policy, tmp_path, capfd):
+    """The rows that are kept carry their rate, load as training data, and see the same pictures."""
+    out = tmp_path / "deep" / "rl_data.jsonl"
+    flags = ["--ckpt", policy, "--data", tiny.rl, "--samples", 6, "--max-new-tokens", 24, "--keep-pass-rate", 0.2, 0.8]
+    assert stage("eval", *flags, "--out", out) == 0
+    said = capfd.readouterr().out
+    generated = read_jsonl(tmp_path / "deep" / "rl_data_eval" / "policy" / "rl.jsonl")
+    rates = np.array([row["accuracy"] for row in generated]).reshape(-1, 6).mean(1)
+    inside = [i for i, rate in enumerate(rates) if 0.2 <= rate <= 0.8]
+    kept = read_jsonl(out)
+    assert inside and len(kept) == len(inside) and [row["pass_rate"] for row in kept] == [rates[i] for i in inside]
+    assert f"kept {len(inside)} of 12 rows, dropped {sum(rates < 0.2)} too hard" in said
+    assert f"{sum(rates > 0.8)} too easy" in said
+    before, after = E.load_examples(tiny.rl), E.load_examples(str(out))
+    for n, i in enumerate(inside):
+        assert (after[n].prompt, after[n].answer) == (before[i].prompt, before[i].answer)
+        pictures = [[E.Image.open(path).tobytes() for path in examples.images] for examples in (before[i], after[n])]
+        assert pictures[0] == pictures[1] and all(not path.startswith("/") for path in kept[n].get("images", []))
+    assert stage("eval", *flags[:-2], 0.999, 1, "--out", tmp_path / "none.jsonl", "--max-prompt", 3) == 2
+    error = capfd.readouterr().err
+    assert "kept 0 of 12 rows, dropped 12 too hard" in error and "12 of them longer" in error
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_difficulty_filter_of_parquet(tiny, policy, tmp_path):
+    """Pictures inside the file get files of their own."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    features = Features({"problem": Value("string"), "answer": Value("string"), "images": List(Image())})
+    rows = [{"problem": "<image>How many?", "answer": "1", "images": [{"bytes": png(), "path": None}]}]
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "data.parquet")
+    flags = ["--ckpt", policy, "--data", tmp_path / "data.parquet", "--samples", 2, "--max-new-tokens", 4]
+    assert stage("eval", *flags, "--keep-pass-rate", 0, 1, "--out", tmp_path / "kept.jsonl") == 0
+    (example,) = E.load_examples(str(tmp_path / "kept.jsonl"))
+    assert open(example.images[0], "rb").read() == png() and example.answer == "1"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "--bench or --data"), (["--bench", "imagenet"], "--bench imagenet: unknown; there are mathvista"),
+    (["--bench", "mmmu=nowhere"], "--bench mmmu=nowhere: nowhere does not exist"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--data", "DATA", "--samples", 2, "--temperature", 0], "--samples > 1 needs --temperature"),
+    (["--data", "DATA", "--judge", "localhost"], "--judge localhost"), (["--data", "DATA", "DATA"], "the same name"),
+    (["--data", "DATA", "--keep-pass-rate", 0.2, 0.8], "--keep-pass-rate .*--out FILE.jsonl"),
+    (["--data", "DATA", "--keep-pass-rate", 0.8, 0.2, "--out", "OUT.jsonl"], "LOW <= HIGH"),
+    (["--data", "DATA", "--ckpt", "BASE", "BASE"], "given twice"), (["--data", "ROWS"], "rows.jsonl:2: .* no answer"),
+    (["--data", "DATA", "--slots", 0], "--slots"),
+])  # fmt: skip
+def test_bad_flags(tiny, tmp_path, capfd, flags, words):
+    rows = [{"prompt": "?", "answer": "3"}, {"prompt": "?"}]
+    names = {"DATA": tiny.rl, "BASE": tiny.base, "OUT.jsonl": tmp_path / "out.jsonl"}
+    names["ROWS"] = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert stage("eval", "--ckpt", tiny.base, "--out", tmp_path / "out", *(names.get(flag, flag) for flag in flags)) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1 and E.re.search(f"eval.py: error: .*{words}", error), error
+    assert not (tmp_path / "out").exists()
