@@ -121,6 +121,21 @@ def expert_metrics(scores):
     return out
 
 
+def named_scores(scores):
+    """Rows of rollouts.jsonl: what the experts said of each rollout and of its teacher; nothing of an invalid one."""
+    names = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")
+    return [{} if s[0].isnan() else dict(zip(names, s.tolist())) for s in scores]
+
+
+def update_discriminator(disc, optimizer, skips, score_again, args, world):
+    """One optimizer step on the gradient that scoring has left, then --disc-updates - 1 more on the same rollouts."""
+    norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+    for _ in range(args.disc_updates - 1):
+        score_again()
+        norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+    return norm
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", help="prompts, teacher responses")
@@ -143,12 +158,25 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_teachers(examples, tokenizer, name):
-    """Indices of the examples whose teacher response has the three blocks; it is an error when none has."""
+def well_taught(examples, tokenizer, args, world):
+    """The examples whose teacher response has the three blocks; the others are counted, and it is an error when none has."""
     good = [i for i in range(len(examples)) if split_segments(encode_response(examples[i].response, tokenizer), tokenizer)]
     if not good:
-        raise InputError(f"{name}: no row has a teacher response of <caption>, <think> and <answer> blocks")
-    return good
+        raise InputError(f"{args.data}: no row has a teacher response of <caption>, <think> and <answer> blocks")
+    if len(good) < len(examples) and world.rank == 0:
+        print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
+    return Subset(examples, good)
+
+
+def load_players(args, world):
+    """-> {"policy": (model, optimizer), "discriminator": (model, optimizer)} and the model to sample from."""
+    attn = choose_attention(args.attn, world)
+    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
+    disc = shard(disc, world, args.checkpointing)
+    optimizers = make_optimizer(policy, args.lr, args.weight_decay), make_optimizer(disc, args.disc_lr, args.weight_decay)
+    sampler = make_sampler(policy, world, args.ckpt, attn)
+    return {"policy": (policy, optimizers[0]), "discriminator": (disc, optimizers[1])}, sampler
 
 
 def main():
@@ -156,18 +184,9 @@ def main():
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     examples = load_examples(args.data, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt)
-    good = check_teachers(examples, tokenizer, args.data)
-    if len(good) < len(examples) and world.rank == 0:
-        print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
-    examples, system = Subset(examples, good), system_prompt(args)
-    attn = choose_attention(args.attn, world)
-    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
-    disc = shard(disc, world, args.checkpointing)
-    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
-    sampler = make_sampler(policy, world, args.ckpt, attn)
-    parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
+    examples, system = well_taught(examples, tokenizer, args, world), system_prompt(args)
+    parts, sampler = load_players(args, world)
+    (policy, optimizer), (disc, disc_optimizer) = parts.values()
     progress = {"step": 0, "position": 0, "dropped": 0}
     if args.resume:
         progress = resume(args.out, world, parts)
@@ -195,22 +214,17 @@ def main():
         )
         # update discriminator
         metrics = {"valid": valid.float().mean().item(), **expert_metrics(everyone)}
-        disc_norm = None
-        for update in range(args.disc_updates):
-            if update:
-                score_and_learn(disc, records, pairs, teachers, tokenizer, args, world)
-            if valid.any():
-                disc_norm = disc_skips.step(disc, disc_optimizer, args.disc_lr, args.clip, world, 0.0)
+        again = lambda: score_and_learn(disc, records, pairs, teachers, tokenizer, args, world)
+        disc_norm = update_discriminator(disc, disc_optimizer, disc_skips, again, args, world) if valid.any() else None
         scored_at = time.time()
         # update policy
         norm = None
         if step >= args.warmup_steps:
             mine = advantages.flatten()[list(world.share(args.prompts * args.n))]
-            update_metrics = accumulate_policy_gradient(policy, records, mine, "grpo", args, world)
-            if update_metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
-                norm = skips.step(policy, optimizer, args.lr, args.clip, world, update_metrics["loss"])
+            metrics |= accumulate_policy_gradient(policy, records, mine, "grpo", args, world)
+            if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
+                norm = skips.step(policy, optimizer, args.lr, args.clip, world, metrics["loss"])
             refresh(sampler, policy)
-            metrics |= update_metrics
         # log
         progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + dropped}
         row = {"step": step + 1, **metrics, "grad_norm": norm, "disc_grad_norm": disc_norm}
@@ -218,9 +232,7 @@ def main():
         row |= {"skipped_steps": skips.total + disc_skips.total, "seconds_rollout": round(sampled_at - began, 3)}
         row |= {"seconds_disc": round(scored_at - sampled_at, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
-        names = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")
-        rows = [{} if s[0].isnan() else dict(zip(names, s.tolist())) for s in scores]
-        log_rollouts(world, args.out, step + 1, records, rows, args.log_rollouts)
+        log_rollouts(world, args.out, step + 1, records, named_scores(scores), args.log_rollouts)
         # save
         if step + 1 == args.warmup_steps + args.steps or args.save_every and (step + 1) % args.save_every == 0:
             save_state(args.out, world, parts, progress)

@@ -685,8 +685,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     if not queue:
         return [[] for _ in prompts]
     encoded = prefill(model, prompts)
-    text, device = model.config.text_config, model.device
-    banned = banned_ids(model.config)
+    text, device, banned = model.config.text_config, model.device, banned_ids(model.config)
     slots = min(slots, len(queue))
     columns = max(len(p.input_ids) for p in prompts) + max_new_tokens
     heads, dim = encoded[0][0][0][0].shape[0], text.head_dim
