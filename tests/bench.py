@@ -1,0 +1,423 @@
+"""Run: python tests/bench.py [--only a b c d e f] [--device cpu|cuda] [--size toy|2b|4b] [--rounds 3]
+
+One Markdown table; every row is a ratio inside one process: same weights, prompts and responses, the results of both sides
+compared before the clock starts, then the sides in turn for several rounds, and the median of their ratios.
+
+    a  discriminator, scores + gradient of one group: against the authors' schedule (per rollout two scoring forwards, then
+       four forwards with gradient, each alone with prompt and image) and against padded batches (a scoring pass, then a
+       pass with gradient; sorted by length, the teacher once) of the batch size that is fastest here
+    b  policy, log-probs + gradient of one group: against one padded batch that repeats prompt and image N times
+    c  sampling of one group: against generate(num_return_sequences=N), the same number of tokens
+    d  peak memory of log-probs + gradient of 4 groups, vocabulary 151936: against the logits of all targets at once
+    e  a whole alignment step of 4 groups: share of each phase; its tokens are those of the responses
+    f  the same step without optimizers: growth over a small base when P, R, N or the number of prompts doubles
+
+P tokens of a prompt with its image, R of a response, N responses. toy: float32, P 256, R 64, N 16. 2b, 4b: shapes of Qwen3-VL,
+random weights, bfloat16, activations recomputed, P 1024, R 512, N 16 (e, both optimizers: 2b fits into 80 GB, 4b needs 141 GB).
+
+MFU (CUDA) = FLOPs of the tokens that our side computes / time / peak of the card; FLOPs = 3 * (2 * (layer weights * tokens +
+vision weights * patches + head weights * targets) + 4 * layers * heads * dim * (query, key) pairs). Recomputation and the
+attention inside the vision tower do not count.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from functools import partial
+from math import isqrt
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel  # noqa: E402
+
+import align  # noqa: E402
+import rl  # noqa: E402
+import rollout  # noqa: E402
+import sft  # noqa: E402
+from discriminator import Discriminator, bradley_terry  # noqa: E402
+from toy import checkpoint, world  # noqa: E402
+
+ARGS = argparse.Namespace(max_tokens=16384, disc_variant="moe", score_l2=1e-3, temperature=1.0)
+LOWEST = torch.finfo(torch.float32).min
+VOCABULARY = 151936
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s
+SHAPES = {
+    "2b": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
+    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- setting
+def build(size, device):
+    """(policy, discriminator): the same backbone weights, random heads."""
+    torch.manual_seed(0)
+    if size == "toy":
+        texts = [world.respond(world.make_problem(np.random.default_rng(i))) for i in range(200)]
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.make_checkpoint(folder, texts)
+            policy = sft.load_policy(folder).to(device)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+        text = {"vocab_size": VOCABULARY, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope, **SHAPES[size]}
+        vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "num_position_embeddings": 2304,
+                  "out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [5, 11, 17]}  # fmt: skip
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        with torch.device(device):
+            policy = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="rows")
+    config = copy.deepcopy(policy.config)
+    backbone = Qwen3VLModel._from_config(config, dtype=policy.dtype, attn_implementation="rows").to(device)
+    backbone.load_state_dict(policy.model.state_dict())
+    disc = Discriminator(backbone).to(device)
+    for head in disc.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.1)
+    if size != "toy":
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.generation_config.eos_token_id = None  # every response has its full length
+    return policy, disc
+
+
+def make_prompt(config, length, rng):
+    """A prompt of `length` tokens, three quarters of them an image of noise."""
+    side, vision = isqrt(int(0.77 * length)), config.vision_config
+    ids = [config.vision_start_token_id, *[config.image_token_id] * side**2, config.vision_end_token_id]
+    ids, merge = torch.tensor(ids + rng.integers(10, 300, length - len(ids)).tolist()), vision.spatial_merge_size
+    grid = torch.tensor([[1, side * merge, side * merge]])
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.from_numpy(rng.standard_normal(((side * merge) ** 2, patch), dtype=np.float32))
+    return rollout.Prompt(ids, rollout.mrope_positions(ids, grid, config.image_token_id, merge), pixels, grid)
+
+
+def make_group(config, sizes, prompts=1):
+    """`prompts` groups: records with random responses, those cut into (caption, trace) anywhere, teachers, advantages."""
+    rng, records, teachers = np.random.default_rng(0), [], {}
+    ids = lambda: rng.integers(10, 300, sizes.R).tolist()
+    cut = lambda ids, at: (ids[:at], ids[at:])
+    place = lambda: int(rng.integers(sizes.R // 4, sizes.R - sizes.R // 4))
+    for group in range(prompts):
+        prompt, teachers[group] = make_prompt(config, sizes.P, rng), cut(ids(), place())
+        for _ in range(sizes.N):
+            records.append(rl.Record(group, None, prompt, rollout.Rollout(ids(), [0.0] * sizes.R, True), ""))
+    pairs = [cut(record.rollout.ids, place()) for record in records]
+    advantages = torch.from_numpy(rng.standard_normal(len(records), dtype=np.float32))
+    return SimpleNamespace(prompt=prompt, records=records, pairs=pairs, teachers=teachers, advantages=advantages)
+
+
+def stocked(model, function, *args, **kwargs):
+    """Call a function while the model's attention is the one that transformers chooses."""
+    model.set_attn_implementation("sdpa")
+    try:
+        return function(*args, **kwargs)
+    finally:
+        model.set_attn_implementation("rows")
+
+
+def padded(prompt, segments, device):
+    """Separate sequences [prompt | segment], padded on the right, prompt and image repeated."""
+    tails = [torch.cat([prompt.input_ids, torch.tensor(segment, dtype=torch.long)]) for segment in segments]
+    ids = pad_sequence(tails, batch_first=True)
+    mask = pad_sequence([torch.ones_like(tail) for tail in tails], batch_first=True)
+    after = prompt.next_position + torch.arange(ids.shape[1] - len(prompt.input_ids))
+    positions = torch.cat([prompt.position_ids, after.expand(3, -1)], dim=1)[:, None].expand(-1, len(ids), -1)
+    pixels, grid = prompt.pixel_values.repeat(len(ids), 1), prompt.image_grid_thw.repeat(len(ids), 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "pixel_values": pixels, "image_grid_thw": grid}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- measuring
+def take_gradient(model):
+    """The first elements of every gradient, all of which are then dropped."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return torch.cat([g.flatten()[:4096].float().cpu() for g in gradients])
+
+
+def same(ours, theirs, tolerance):
+    """Assert that two tensors agree; the absolute tolerance is a share of the largest value."""
+    scale = float(theirs.abs().max())
+    assert scale > 0 and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale), (ours - theirs).abs().max() / scale
+
+
+def clock(device, *sides, rounds=3, warm=True):
+    """Run the sides in turn -> per side (seconds of each round, peak bytes on CUDA)."""
+    times, peaks = [[] for _ in sides], [0] * len(sides)
+    for turn in range(rounds + warm):
+        for i, side in enumerate(sides):
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            side()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peaks[i] = max(peaks[i], torch.cuda.max_memory_allocated())
+            if turn >= warm:
+                times[i].append(time.perf_counter() - began)
+    return list(zip(times, peaks))
+
+
+def flops(policy, prompt, branches, head=True):
+    """Of one row, forward and backward, by the formula at the top."""
+    text, visual = policy.config.text_config, policy.model.visual
+    targets, start = sum(map(len, branches)), len(prompt.input_ids)
+    pairs = start * (start + 1) // 2 + sum(start * len(b) + len(b) * (len(b) + 1) // 2 for b in branches)
+    linear = sum(p.numel() for p in policy.model.language_model.layers.parameters()) * (start + targets)
+    linear += sum(p.numel() for p in visual.parameters()) * len(prompt.pixel_values)
+    linear += head * text.vocab_size * text.hidden_size * targets
+    return 3 * (2 * linear + 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs)
+
+
+def ratio_row(name, what, ours, theirs, tokens, target, work=None):
+    """Cells of one line; ours and theirs as `clock` gives them, tokens and FLOPs (`work`) of a round of our side."""
+    (seconds, peak), (other, other_peak) = ours, theirs
+    ratio, middle = median(b / a for a, b in zip(seconds, other)), median(seconds)
+    memory = f"{peak / 2**30:.1f} / {other_peak / 2**30:.1f}" if peak else ""
+    card = next((speed for gpu, speed in PEAK.items() if gpu in torch.cuda.get_device_name()), None) if peak else None
+    mfu = f"{work / middle / card:.0%}" if card and work else ""
+    return [name, what, f"{ratio:.1f}", target, f"{middle:.3f}", f"{median(other):.3f}", f"{tokens / middle:.0f}", memory, mfu]
+
+
+# -------------------------------------------------------------------------------------------------------- a: discriminator
+def segment_scores(disc, prompt, segments, k):
+    """Scores [n] by expert k of segments as separate sequences in one padded batch."""
+    start, width, head = len(prompt.input_ids), max(map(len, segments)), list(disc.heads.values())[k]
+    disc.sizes[:] = (start, 0, width) if k else (start, width, 0)
+    hidden = disc.backbone(**padded(prompt, segments, head.weight.device), use_cache=False).last_hidden_state
+    ends = hidden[range(len(segments)), [start + len(segment) - 1 for segment in segments]]
+    return head(ends.float())[:, 0]
+
+
+def pair_loss(teacher, student, count):
+    loss = bradley_terry(teacher, student, torch.ones_like(student, dtype=torch.bool), count)
+    return loss + ARGS.score_l2 * 0.5 * (teacher.square() + student.square()).sum() / count
+
+
+def authors_schedule(disc, group):
+    score, teacher = partial(segment_scores, disc, group.prompt), group.teachers[0]
+    with torch.no_grad():
+        scores = [torch.cat([score([pair[k]], k) for k in (0, 1)]) for pair in group.pairs]
+    for pair in group.pairs:
+        sum(pair_loss(score([teacher[k]], k), score([pair[k]], k), len(group.pairs)) for k in (0, 1)).backward()
+    return torch.stack(scores)
+
+
+def padded_batches(disc, group, batch):
+    scores, count = [], len(group.pairs)
+
+    def score_all(segments, k):
+        order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
+        parts = [[segments[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)]
+        return torch.cat([segment_scores(disc, group.prompt, part, k) for part in parts])[np.argsort(order)]
+
+    for k in (0, 1):
+        students = [pair[k] for pair in group.pairs]
+        with torch.no_grad():
+            scores.append(score_all(students, k))
+        d = score_all([group.teachers[0][k], *students], k)
+        pair_loss(d[:1].expand(count), d[1:], count).backward()
+    return torch.stack(scores, dim=1)
+
+
+def bench_discriminator(setting):
+    disc, sizes = setting.disc.train(), setting.sizes
+    group = make_group(setting.policy.config, sizes)
+    ours = lambda: align.score_and_learn(disc, group.records, group.pairs, group.teachers, None, ARGS, setting.one)
+    authors = lambda: stocked(disc.backbone, authors_schedule, disc, group)
+    pad = lambda batch: stocked(disc.backbone, padded_batches, disc, group, batch)
+    scores, gradient = ours()[:, :2], take_gradient(disc)
+    for side in (authors, partial(pad, 8)):
+        same(scores, side().cpu(), setting.tolerance)
+        same(gradient, take_gradient(disc), setting.tolerance)
+    trial = {batch: min(clock(setting.device, partial(pad, batch), rounds=1)[0][0]) for batch in (2, 4, 8, sizes.N + 1)}
+    batch = min(trial, key=trial.get)
+    row, per_pair, per_batch = clock(setting.device, ours, authors, partial(pad, batch), rounds=setting.rounds)
+    disc.zero_grad(set_to_none=True)
+    branches = [segments[k] for k in (0, 1) for segments in (group.teachers[0], *group.pairs)]
+    work, tokens = flops(setting.policy, group.prompt, branches, head=False), sizes.P + sum(map(len, branches))
+    yield ratio_row("a", "discriminator / authors' schedule", row, per_pair, tokens, ">= 8", work)
+    yield ratio_row("a", f"discriminator / padded batches of {batch}", row, per_batch, tokens, ">= 2", work)
+
+
+# ------------------------------------------------------------------------------------------------ b, c: policy and sampling
+def padded_logprobs(policy, prompt, branches):
+    """Log-probs [n, R] of branches of one length as separate sequences in one batch; logits of the responses only."""
+    targets = torch.tensor(branches, device=policy.device)
+    inputs = padded(prompt, branches, policy.device)
+    logits = policy(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits[:, :-1].float()
+    logits = logits.index_fill(-1, torch.tensor(rollout.banned_ids(policy.config), device=policy.device), LOWEST)
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def padded_update(policy, group):
+    logp = padded_logprobs(policy, group.prompt, [record.rollout.ids for record in group.records])
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    rl.policy_loss(logp, logp.detach(), group.advantages.to(logp), mask, "grpo")[0].backward()
+
+
+def bench_policy(setting):
+    policy, sizes = setting.policy.train(), setting.sizes
+    group = make_group(policy.config, sizes)
+    ours = lambda: rl.accumulate_policy_gradient(policy, group.records, group.advantages, "grpo", ARGS, setting.one)
+    theirs = lambda: stocked(policy, padded_update, policy, group)
+    ours()
+    gradient = take_gradient(policy)
+    theirs()
+    same(gradient, take_gradient(policy), setting.tolerance)
+    row, batch = clock(setting.device, ours, theirs, rounds=setting.rounds)
+    policy.zero_grad(set_to_none=True)
+    work = flops(policy, group.prompt, [record.rollout.ids for record in group.records])
+    yield ratio_row("b", "policy update / padded batch", row, batch, sizes.P + sizes.N * sizes.R, ">= 1.8", work)
+
+
+def bench_sampling(setting):
+    policy, sizes = setting.policy.eval(), setting.sizes
+    prompt = make_prompt(policy.config, sizes.P, np.random.default_rng(0))
+    inputs = {**padded(prompt, [[]], policy.device), "num_return_sequences": sizes.N, "max_new_tokens": sizes.R, "top_k": 0,
+              "do_sample": True, "pad_token_id": 0, "suppress_tokens": rollout.banned_ids(policy.config)}  # fmt: skip
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.config.image_token_id).int()
+    del inputs["position_ids"]  # generate works them out
+    ours = lambda: rollout.sample(policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+    theirs = lambda **more: stocked(policy, policy.generate, **inputs, **more)
+    drawn, out = ours()[0], theirs(return_dict_in_generate=True, output_scores=True)
+    recorded = policy.compute_transition_scores(out.sequences, out.scores, normalize_logits=True).cpu()
+    with torch.no_grad():
+        again = lambda branches: stocked(policy, padded_logprobs, policy, prompt, branches).cpu()
+        same(torch.tensor([r.logprobs for r in drawn]), again([r.ids for r in drawn]), setting.tolerance)
+        same(recorded, again(out.sequences[:, sizes.P :].tolist()), setting.tolerance)
+    slots, generate = clock(setting.device, ours, theirs, rounds=setting.rounds)
+    yield ratio_row("c", "sample / generate", slots, generate, sizes.N * sizes.R, ">= 1.5")
+
+
+# ---------------------------------------------------------------------------------------------------------- d: head memory
+def head_memory(whole, tokens, hidden, device):
+    """(peak growth in bytes, log-probs, gradient of the hidden states) of log-probs + gradient of `tokens` targets."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    head = torch.nn.Linear(hidden, VOCABULARY, bias=False, device=device, dtype=dtype)
+    states = torch.randn(tokens, hidden, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.randint(10, VOCABULARY - 100, (tokens,), device=device)
+    config = SimpleNamespace(image_token_id=0, video_token_id=1, vision_start_token_id=2)
+    model = SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=states[None]), lm_head=head, config=config)
+    pack = SimpleNamespace(inputs={"pixel_values": 0}, source=torch.arange(tokens, device=device), targets=targets)
+    peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        peak = torch.cuda.max_memory_allocated
+    before = peak()
+    if whole:
+        logits = head(states).float().index_fill_(-1, torch.tensor(rollout.banned_ids(config), device=device), LOWEST)
+        logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        del logits
+    else:
+        logp = rollout.target_logprobs(model, pack)[0]
+    logp.mean().backward()
+    return peak() - before, logp.detach().cpu().numpy(), states.grad.float().cpu().numpy()
+
+
+def bench_memory(setting):
+    results, tokens = [], min(16384, 4 * setting.sizes.N * setting.sizes.R)
+    for whole in (False, True):
+        work = (whole, tokens, setting.policy.config.text_config.hidden_size, setting.device)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of a process never falls: one for each side
+            results.append(pool.apply(head_memory, work))
+    (ours, *values), (theirs, *others) = results
+    for left, right in zip(values, others):
+        same(torch.from_numpy(left), torch.from_numpy(right), setting.tolerance)
+    memory = f"{ours / 2**30:.2f} / {theirs / 2**30:.2f}"
+    yield ["d", f"peak of log-probs / full logits, {tokens} targets", f"{theirs / ours:.1f}", ">= 8", "", "", "", memory, ""]
+
+
+# ---------------------------------------------------------------------------------------------------- e, f: the whole step
+def step_phases(setting, sizes, prompts, learn):
+    """{name: function} of an alignment step; they hand their results on in `group`."""
+    policy, disc, group = setting.policy, setting.disc, make_group(setting.policy.config, sizes, prompts)
+    distinct = [group.records[g * sizes.N].prompt for g in range(prompts)]
+    optimizers = {model: sft.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc) if learn}
+    step = lambda m: sft.Skips().step(m, optimizers[m], 1e-6, 1.0, setting.one, 0.0) if learn else m.zero_grad()
+
+    def sampling():
+        drawn = rollout.sample(policy.eval(), distinct, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+        for record, one in zip(group.records, sum(drawn, [])):
+            record.rollout = one
+
+    def discriminator():
+        pairs = [(r.rollout.ids[: sizes.R // 2], r.rollout.ids[sizes.R // 2 :]) for r in group.records]
+        group.scores = align.score_and_learn(disc.train(), group.records, pairs, group.teachers, None, ARGS, setting.one)
+        step(disc)
+
+    def update():
+        d_v, d_r = group.scores[:, :2].T.reshape(2, prompts, sizes.N)
+        advantages = align.alignment_advantages(d_v, d_r, torch.ones_like(d_v, dtype=torch.bool)).flatten()
+        metrics = rl.accumulate_policy_gradient(policy.train(), group.records, advantages, "grpo", ARGS, setting.one)
+        assert metrics["drift"] <= setting.tolerance, metrics  # sampling and update agree on the log-probs
+        step(policy)
+
+    return {"rollout": sampling, "reward + discriminator update": discriminator, "policy update": update}
+
+
+def bench_step(setting):
+    phases = step_phases(setting, setting.sizes, 4, True)
+    results, tokens = clock(setting.device, *phases.values(), rounds=setting.rounds), 4 * setting.sizes.N * setting.sizes.R
+    whole = [sum(seconds) for seconds in zip(*(seconds for seconds, _ in results))]
+    for name, (seconds, peak) in zip([*phases, "all"], [*results, (whole, max(peak for _, peak in results))]):
+        share, middle, memory = median(a / b for a, b in zip(seconds, whole)), median(seconds), peak and f"{peak / 2**30:.1f}"
+        times = f"{middle:.3f}", f"{median(whole):.3f}", f"{tokens / middle:.0f}"
+        yield ["e", f"{name} / whole alignment step", f"{share:.2f}", "", *times, memory or "", ""]
+
+
+def bench_growth(setting):
+    base = {"P": 64, "R": 16, "N": 4, "prompts": 1}
+    for name in base:
+        steps, tokens = [], []
+        for factor in (1, 2, 4, 8):
+            sizes = SimpleNamespace(**{**base, name: base[name] * factor})
+            phases = step_phases(setting, sizes, sizes.prompts, False).values()
+            steps.append(lambda phases=phases: [phase() for phase in phases])
+            tokens.append(sizes.prompts * (sizes.P + sizes.N * sizes.R))
+        times = [seconds for seconds, _ in clock(setting.device, *steps, rounds=setting.rounds)]
+        ratios = " ".join(f"{median(b / a for a, b in zip(times[0], more)):.1f}" for more in times[1:])
+        what = f"step, {name} = {base[name]} x 2, 4, 8 / base (tokens: {' '.join(f'{t / tokens[0]:.1f}' for t in tokens[1:])})"
+        speed = f"{tokens[-1] / median(times[-1]):.0f}"
+        yield ["f", what, ratios, "", f"{median(times[-1]):.3f}", f"{median(times[0]):.3f}", speed, "", ""]
+
+
+ROWS = {"a": bench_discriminator, "b": bench_policy, "c": bench_sampling, "d": bench_memory, "e": bench_step, "f": bench_growth}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows to measure")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    parser.add_argument("--size", choices=("toy", *SHAPES), default="toy", help="shape of the model")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each row; the median counts")
+    args = parser.parse_args()
+    began, (P, R) = time.perf_counter(), (256, 64) if args.size == "toy" else (1024, 512)
+    sft.hf_logging.disable_progress_bar()
+    policy, disc = build(args.size, args.device)
+    one, sizes = sft.World(0, 1, torch.device(args.device)), SimpleNamespace(P=P, R=R, N=16)
+    setting = SimpleNamespace(policy=policy, disc=disc, device=args.device, rounds=args.rounds, sizes=sizes, one=one)
+    setting.tolerance = 1e-4 if args.size == "toy" else 0.1
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{args.size} on {args.device}, {where}; P {P}, R {R}, N 16; medians of {args.rounds} rounds\n")
+    print("| | ours / baseline | ratio | target | ours, s | baseline, s | ours, tokens/s | peak GiB, ours / baseline | MFU |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.only:
+        for row in ROWS[name](setting):
+            print(f"| {' | '.join(row)} |", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

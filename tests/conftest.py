@@ -1,0 +1,164 @@
+"""Run: pytest tests          (fixtures of the whole suite: tiny data files and checkpoints; CPU only, nothing is fetched)"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import AutoModelForImageTextToText  # noqa: E402
+
+import rollout  # noqa: E402
+import sft  # noqa: E402
+from toy import checkpoint, world  # noqa: E402
+
+logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
+torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
+ONE = sft.World(0, 1, torch.device("cpu"))  # one process
+SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
+
+
+def short(rng, answer):
+    """A well-formed response of a dozen tokens."""
+    caption = f"{rng.integers(1, 4)} {rng.choice(list(world.COLORS))} {rng.choice(world.SHAPES)}"
+    return f"<caption>\n{caption}\n</caption>\n<think>\n{answer}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+def noise(rng, size):
+    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def write_rows(folder, name, count, rng):
+    """COUNT rows, every fourth without a picture, every fourth with two of different sizes. The answers are chance."""
+    rows = []
+    for i in range(count):
+        images = [f"{name}_{i}_{k}.png" for k in range((1, 0, 1, 2)[i % 4])]
+        for k, path in enumerate(images):
+            noise(rng, SIZES[(i + k) % 3]).save(folder / path)
+        answer = str(rng.choice(["even", "odd"]))
+        question = f"How many {rng.choice(list(world.COLORS))} in row {rng.integers(1, 4)}?"
+        turns = [("system", world.SYSTEM), ("user", "<image>" * len(images) + question)]
+        prompt = [{"role": role, "content": content} for role, content in turns]
+        rows.append({"prompt": prompt, "images": images, "response": short(rng, answer), "answer": answer})
+    write_jsonl(folder / f"{name}.jsonl", rows)
+    return rows
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A world so small that tests take no time: data files, base checkpoint, tokenizer, processor, `model` with row
+    attention, `stock` as transformers loads it, and encoded prompts with 0, 1 and 3 pictures."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    rows = {name: write_rows(folder, name, count, rng) for name, count in (("sft", 24), ("align", 12), ("rl", 12))}
+    texts = ["\n".join([*(turn["content"] for turn in row["prompt"]), row["response"]]) for row in rows["sft"]]
+    base = str(folder / "base")
+    checkpoint.make_checkpoint(base, texts, hidden=64, layers=2, vision_layers=1)
+    tokenizer, image_processor = sft.load_tokenizer(base)
+    pictures = [noise(rng, size) for size in SIZES]
+    prompts = {}
+    for count in (0, 1, 3):
+        turn = {"role": "user", "content": "see " + "<image> and " * count + "count"}
+        example = rollout.Example("x", [turn], pictures[:count])
+        prompts[count] = rollout.encode_prompt(example, tokenizer, image_processor, system_prompt=world.SYSTEM)
+    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+    return SimpleNamespace(
+        folder=folder, rows=rows, base=base, tokenizer=tokenizer, image_processor=image_processor, prompts=prompts,
+        model=sft.load_policy(base), stock=stock, banned=rollout.banned_ids(stock.config), eos=tokenizer.eos_token_id,
+        **{name: str(folder / f"{name}.jsonl") for name in rows},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def policy(tiny):
+    """A checkpoint that knows the format and guesses the answer: most of its samples are valid, about half are right."""
+    model, out = sft.load_policy(tiny.base), str(tiny.folder / "policy")
+    args = argparse.Namespace(max_tokens=10**6, max_prompt=512, max_length=1024, ckpt=tiny.base)
+    examples = rollout.load_examples(tiny.sft)
+    data = [sft.encode_demonstration(e, tiny.tokenizer, tiny.image_processor, args, "") for e in examples]
+    optimizer, rng = sft.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
+    for _ in range(60):
+        sft.update(model, [data[i] for i in rng.choice(len(data), 8, replace=False)], args, ONE)
+        optimizer.step()
+        optimizer.zero_grad()
+    sft.save(model, out, ONE, "sft", args, 60, {})
+    return out
+
+
+def ids_of(rng, tiny, *lengths):
+    """Random responses of the given lengths: ordinary tokens, then the EOS."""
+    return [[*rng.integers(len(rollout.TAGS) + 10, len(tiny.tokenizer), n - 1).tolist(), tiny.eos] for n in lengths]
+
+
+def stock_inputs(prompt, ids, config):
+    """One sequence as transformers wants it; it works out the positions by itself from `mm_token_type_ids`."""
+    tokens = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])[None]
+    kinds = (tokens == config.image_token_id).int()
+    pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": kinds, **pixels}
+
+
+def stock_logprobs(tiny, prompt, ids, model=None):
+    """Log-probs [L] of one response, alone in a stock transformers model."""
+    model = model or tiny.stock
+    logits = model(**stock_inputs(prompt, ids, model.config)).logits[0, -len(ids) - 1 : -1]
+    logits = logits.index_fill(-1, torch.tensor(tiny.banned), -torch.inf)
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def grads(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_grads(left, right, tolerance=1e-5):
+    zero = torch.zeros(())
+    worst = {name: (left.get(name, zero) - right.get(name, zero)).abs().max().item() for name in left | right}
+    assert max(worst.values()) <= tolerance, sorted(worst.items(), key=lambda item: -item[1])[:5]
+    assert max(g.abs().max() for g in left.values()) > 100 * tolerance  # otherwise the comparison says nothing
+
+
+def launch(script, *flags, processes=0, background=False):
+    """Start a stage script as a user would: with python, or under torchrun with `processes` of them."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    command = [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if background:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def stage(name, *flags):
+    """Run a stage in this process as its script would -> exit status."""
+    before, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
+    try:
+        sft.run(importlib.import_module(name).main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def untimed(rows):
+    """Rows of metrics.jsonl without what differs from run to run."""
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]

@@ -1,0 +1,198 @@
+"""Run: pytest tests/test_align.py          (alignment advantages, the discriminator's step, the game's loop; CPU only)"""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE, assert_same_grads, grads, read_jsonl, short, stage, untimed, write_jsonl
+from safetensors.torch import load_file
+
+import align
+import rl
+import rollout
+from discriminator import VARIANTS, load_discriminator
+
+# -------------------------------------------------------------------------------------------------------------- advantages
+
+
+def zscore(values, floor):
+    """Of the valid members of one group, in float64."""
+    if len(values) < 2 or max(values) == min(values):
+        return [0.0] * len(values)
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return [(v - mean) / max(std, floor) for v in values]
+
+
+def expected_advantages(d_v, d_r, valid, alpha, normalize, floor, penalty, clip):
+    out = np.zeros(d_v.shape)
+    for b in range(len(d_v)):
+        members = [i for i in range(d_v.shape[1]) if valid[b, i]]
+        v, r = ([min(max(d[b, i], -clip), clip) for i in members] for d in (d_v, d_r))
+        if normalize == "per-expert":
+            z = [alpha * zv + (1 - alpha) * zr for zv, zr in zip(zscore(v, floor), zscore(r, floor))]
+        else:
+            z = zscore([alpha * a + (1 - alpha) * b for a, b in zip(v, r)], floor)
+        for i in range(d_v.shape[1]):
+            out[b, i] = z[members.index(i)] if i in members else -penalty if members else 0.0
+    return out
+
+
+@pytest.mark.parametrize("normalize", ["per-expert", "combined"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_advantages_equal_float64(normalize, alpha):
+    rng = np.random.default_rng(0)
+    d_v, d_r = rng.normal(0, 6, (2, 12, 7))
+    d_v[0], d_r[0] = 2.0, 0.1 + 0.2  # equal scores
+    d_v[1] = 2.0  # equal for one expert only
+    d_v[2], d_r[2] = 3 + 0.01 * rng.normal(size=(2, 7))  # under the floor
+    d_v[3], d_r[3] = rng.choice([-40, 11, 25, 3], (2, 7))  # beyond the clip
+    valid = rng.random((12, 7)) < 0.7
+    valid[:4] = True
+    valid[4], valid[5] = False, np.arange(7) == 2  # none; one
+    settings = {"alpha": alpha, "normalize": normalize, "floor": 0.1, "penalty": 1.5, "clip": 10.0}
+    expected = expected_advantages(d_v, d_r, valid, **settings)
+    tensors = [torch.tensor(x).float() for x in (d_v, d_r)]
+    got = align.alignment_advantages(*tensors, torch.tensor(valid), alpha, normalize)  # the defaults are these settings
+    assert np.abs(got.numpy() - expected).max() < 1e-4
+    assert not got[0].any() and not got[4].any()
+    assert got[5].tolist() == [0.0 if i == 2 else -1.5 for i in range(7)]
+    for b, i in [(2, 0), (3, 1)]:  # what an invalid rollout scores is nobody's business: not its group's, not its own
+        broken, mask = tensors[0].clone(), torch.tensor(valid)
+        broken[b, i], mask[b, i] = torch.nan, False
+        again = align.alignment_advantages(broken, tensors[1], mask, alpha, normalize)
+        assert np.abs(again.numpy() - expected_advantages(d_v, d_r, mask.numpy(), **settings)).max() < 1e-4
+
+
+def test_equal_scores_give_exactly_nothing():
+    """In float32 the mean of seven times 0.1 is not 0.1."""
+    for value in (0.1, 0.1 + 0.2, 1 / 3, 9.7):
+        for n in range(1, 17):
+            scores, valid = torch.full((1, n), value), torch.ones(1, n, dtype=torch.bool)
+            assert not align.alignment_advantages(scores, scores, valid, floor=1e-12).any()
+
+
+# ------------------------------------------------------------------------------------------------------ the discriminator
+RESPONSES = ["good", "good", "cut", "broken", "good", "good", "good", "broken", "broken"]  # three groups of three
+
+
+def make_game(tiny, responses=RESPONSES, counts=(1, 0, 3)):
+    rng, records, teachers = np.random.default_rng(0), [], {}
+    encode = lambda: rollout.encode_response(short(rng, "odd"), tiny.tokenizer)
+    for i, kind in enumerate(responses):
+        ids = encode()
+        if kind == "broken":
+            del ids[0]
+        records.append(rl.Record(i // 3, None, tiny.prompts[counts[i // 3]], rollout.Rollout(ids, [], kind != "cut"), ""))
+    for group in range(3):
+        teachers[group] = rollout.split_segments(encode(), tiny.tokenizer)
+    return records, align.segment_pairs(records, tiny.tokenizer), teachers
+
+
+def with_heads(tiny, variant="moe"):
+    disc = load_discriminator(tiny.base, variant)
+    for i, head in enumerate(disc.heads.values()):
+        torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(i))
+    return disc
+
+
+def learn(tiny, disc, game, max_tokens=10**6):
+    args = argparse.Namespace(max_tokens=max_tokens, disc_variant=disc.variant, score_l2=0.01)
+    disc.zero_grad()
+    return align.score_and_learn(disc, *game, tiny.tokenizer, args, ONE), grads(disc)
+
+
+def test_cut_and_broken_rollouts_are_invalid(tiny):
+    _, pairs, _ = make_game(tiny)
+    assert [pair is not None for pair in pairs] == [kind == "good" for kind in RESPONSES]
+    assert all(part[-1] == tiny.eos for pair in pairs if pair for part in pair)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
+    """Whatever --max-tokens, which splits groups and then repeats prompt and teacher."""
+    disc, game = with_heads(tiny, variant), make_game(tiny)
+    records, pairs, teachers = game
+    prompts = [
+        rollout.without_images(r.prompt, tiny.tokenizer) if variant == "text-only" else r.prompt for r in records
+    ]  # fmt: skip
+    expected, loss, count = torch.full((9, 4), torch.nan), 0.0, 5
+    for i, pair in enumerate(pairs):
+        if pair is not None:
+            one = lambda segments: torch.cat(disc.scores([prompts[i]], [(0, segments[0])], [(0, segments[1])]))
+            student, teacher = one(pair), one(teachers[records[i].group])
+            expected[i] = torch.cat([student, teacher]).detach()
+            for s, t in zip(student, teacher):
+                loss = loss + (-torch.log(torch.sigmoid((t - s).double())) + 0.01 / 2 * (s**2 + t**2)) / count
+    disc.zero_grad()
+    loss.backward()
+    reference = grads(disc)
+    for max_tokens in (10**6, 150, 1):
+        scores, got = learn(tiny, disc, game, max_tokens)
+        assert torch.equal(scores.isnan(), expected.isnan()) and (scores - expected).nan_to_num().abs().max() <= 1e-5
+        assert_same_grads(got, reference)
+
+
+def test_without_a_valid_rollout_nothing_is_learned(tiny):
+    scores, got = learn(tiny, with_heads(tiny), make_game(tiny, ["broken", "cut", "broken"] * 3))
+    assert scores.isnan().all() and not any(g.any() for g in got.values())
+    assert align.expert_metrics(scores) == {}
+
+
+def test_expert_metrics():
+    scores = torch.tensor([[1.0, 0.0, 3.0, 0.0], [2.0, 5.0, 1.0, 1.0], [torch.nan] * 4])  # student v, r, teacher v, r
+    got = align.expert_metrics(scores)
+    expected = {"gap_v": (2 - 1) / 2, "gap_r": (0 - 4) / 2, "acc_v": 0.5, "acc_r": (0.5 + 0) / 2, "score_v": 1.5, "score_r": 2.5}
+    expected["loss_v"] = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
+    expected["loss_r"] = (math.log(2) + math.log(1 + math.exp(4))) / 2
+    assert got == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loop
+def flags_of(tiny, policy, out, **more):
+    flags = {"ckpt": policy, "data": tiny.align, "out": out, "prompts": 2, "rollouts": 4, "max-new-tokens": 24, "lr": 1e-4}
+    flags |= {"disc-lr": 1e-3, "log-rollouts": 1, "steps": 2} | {key.replace("_", "-"): value for key, value in more.items()}
+    return [part for key, value in flags.items() for part in (f"--{key}", value)]
+
+
+def test_rewards_come_from_before_the_update(tiny, policy, tmp_path):
+    """The heads start at zero, so the first step has no preference, however often the discriminator learns in it."""
+    assert stage("align", *flags_of(tiny, policy, tmp_path, disc_updates=3)) == 0
+    first, second = read_jsonl(tmp_path / "metrics.jsonl")
+    assert first["loss_v"] == pytest.approx(math.log(2)) and first["gap_v"] == first["score_r"] == 0
+    assert second["loss_v"] != first["loss_v"] and second["gap_v"] != 0
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    scores = {step: [row["d_v"] for row in rows if row["step"] == step and "d_v" in row] for step in (1, 2)}
+    assert set(scores[1]) == {0.0} and 0.0 not in scores[2] and 0 < len(scores[2])
+    assert len(rows) == 16 and first["valid"] == len(scores[1]) / 8
+
+
+def test_warm_up_trains_the_discriminator_only(tiny, policy, tmp_path):
+    assert stage("align", *flags_of(tiny, policy, tmp_path, warmup_steps=2, steps=0)) == 0
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (policy, tmp_path))
+    assert all(torch.equal(before[key], after[key]) for key in before | after)
+    disc, fresh = load_discriminator(str(tmp_path / "discriminator")), load_discriminator(policy)
+    moved = [name for (name, p), q in zip(disc.named_parameters(), fresh.parameters()) if not torch.equal(p, q)]
+    assert len(moved) == len(list(fresh.parameters()))
+    assert "grad_norm" not in read_jsonl(tmp_path / "metrics.jsonl")[0]
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
+    """Policy, discriminator and both optimizers come back."""
+    assert stage("align", *flags_of(tiny, policy, tmp_path / "whole", warmup_steps=1, steps=3)) == 0
+    assert stage("align", *flags_of(tiny, policy, tmp_path / "broken", warmup_steps=1, steps=1)) == 0
+    assert stage("align", *flags_of(tiny, policy, tmp_path / "broken", warmup_steps=1, steps=3), "--resume") == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        whole, broken = (untimed(read_jsonl(tmp_path / out / name)) for out in ("whole", "broken"))
+        assert whole == broken and len(whole) >= 4
+
+
+def test_rows_without_a_well_formed_teacher_are_left_out(tiny, policy, tmp_path):
+    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.rows["align"]]
+    for i, row in enumerate(rows):
+        row["response"] = row["response"] if i in (2, 5) else ["no blocks", None][i % 2]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    assert stage("align", *flags_of(tiny, policy, tmp_path / "out", data=data, rollouts=2)) == 0
+    assert {row["id"] for row in read_jsonl(tmp_path / "out" / "rollouts.jsonl")} == {f"{data}:3", f"{data}:6"}

@@ -1,0 +1,237 @@
+"""Run: pytest tests/test_cli.py          (the scripts as a user starts them: one and two processes, bad input; CPU only)"""
+
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import launch, read_jsonl, stage, untimed
+from safetensors.torch import load_file
+
+SFT = {"batch": 6, "lr": 1e-3, "max-tokens": 200, "max-prompt": 62}  # packs differ between ranks; some rows are dropped
+DAPO = {"algo": "dapo", "overlong-buffer": 20, "max-gen-batches": 1}
+ADVERSARY = {"disc-lr": 1e-3, "disc-updates": 2}
+GAME = {"max-new-tokens": 24, "lr": 1e-4, "max-tokens": 200, "log-rollouts": 1}
+
+# name: script, checkpoint, data, flags
+RUNS = {
+    "sft": ("sft", "base", "sft", SFT),
+    "align": ("align", "policy", "align", GAME | {"prompts": 2, "rollouts": 3, "disc-lr": 1e-3, "warmup-steps": 1}),
+    "align, a group over both": ("align", "policy", "align", GAME | ADVERSARY | {"prompts": 1, "rollouts": 4}),
+    "grpo, a group over both": ("rl", "policy", "rl", GAME | {"prompts": 1, "rollouts": 4, "kl": 0.1}),
+    "grpo, two updates": ("rl", "policy", "rl", GAME | {"prompts": 2, "rollouts": 4, "updates-per-rollout": 2}),
+    "dapo": ("rl", "policy", "rl", GAME | DAPO | {"prompts": 2, "rollouts": 2}),
+    "gspo": ("rl", "policy", "rl", GAME | {"algo": "gspo", "prompts": 4, "rollouts": 3, "updates-per-rollout": 2}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
+    """Same seed, same global batch: same losses, rewards, scores, lengths, weights; under FSDP2 on two ranks as on one."""
+    script, ckpt, data, more = RUNS[name]
+    flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": getattr(tiny, data), "steps": 3, "seed": 5} | more
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    assert stage(script, *flags, "--out", tmp_path / "one") == 0
+    result = launch(f"{script}.py", *flags, "--out", tmp_path / "two", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("one", "two"))
+    assert len(one) == len(two) >= 3
+    for left, right in zip(one, two):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
+    assert any(row.get("grad_norm") for row in one)  # something was learned
+    if script != "sft":
+        one, two = (read_jsonl(tmp_path / out / "rollouts.jsonl") for out in ("one", "two"))
+        assert [(row["id"], row["response"]) for row in one] == [(row["id"], row["response"]) for row in two]
+    for part in ("", "discriminator/") if script == "align" else ("",):
+        weights = [load_file(tmp_path / out / f"{part}model.safetensors") for out in ("one", "two")]
+        assert weights[0].keys() == weights[1].keys()
+        assert all((weights[0][key] - weights[1][key]).abs().max() < 5e-3 for key in weights[0])
+
+
+def test_two_processes_resume_what_one_began(tiny, policy, tmp_path):
+    """A state is not bound to the number of processes that wrote it."""
+    flags = {"ckpt": policy, "data": tiny.rl, "prompts": 2, "rollouts": 4, "kl": 0.1} | GAME
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    assert stage("rl", *flags, "--out", tmp_path / "whole", "--steps", 3) == 0
+    assert stage("rl", *flags, "--out", tmp_path / "broken", "--steps", 1) == 0
+    result = launch("rl.py", *flags, "--out", tmp_path / "broken", "--steps", 3, "--resume", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    whole, broken = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "broken"))
+    assert len(whole) == len(broken) == 3
+    for left, right in zip(whole, broken):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+def jsonl(tmp_path, content):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    return tmp_path / "data.jsonl"
+
+
+def with_row(tiny, tmp_path, numbers, **columns):
+    """A data file of which the rows of these numbers (from 1) have other columns; None: the column is missing."""
+    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.rows["sft"]]
+    for number in numbers:
+        rows[number - 1] = {key: value for key, value in (rows[number - 1] | columns).items() if value is not None}
+    return jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def folder(tmp_path, tiny, *names):
+    path = tmp_path / "ckpt"
+    path.mkdir()
+    for name in names:
+        (path / name).write_bytes((Path(tiny.base) / name).read_bytes())
+    return path
+
+
+def with_cut_weights(tmp_path, tiny):
+    path = folder(tmp_path, tiny, *os.listdir(tiny.base))
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000])
+    return path
+
+
+def a_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    return str(tmp_path / name)
+
+
+ALL = ("sft", "align", "rl")
+EVERY = range(1, 25)
+# name: stages, flag, its value from (tiny, tmp_path), words that the line must hold
+BAD = {
+    "no --ckpt": (ALL, "ckpt", lambda t, p: None, "--ckpt"),
+    "missing --ckpt folder": (ALL, "ckpt", lambda t, p: p / "nowhere", "--ckpt .*nowhere"),
+    "--ckpt is empty": (ALL, "ckpt", lambda t, p: folder(p, t), "--ckpt .*config.json"),
+    "--ckpt has no weights": (ALL, "ckpt", lambda t, p: folder(p, t, "config.json", "tokenizer.json"), "--ckpt .*weights"),
+    "--ckpt has no tokenizer": (ALL, "ckpt", lambda t, p: folder(p, t, "config.json", "model.safetensors"), "--ckpt "),
+    "--ckpt has cut weights": (ALL, "ckpt", lambda t, p: with_cut_weights(p, t), "--ckpt "),
+    "missing data": (ALL, "data", lambda t, p: p / "no.jsonl", "no.jsonl"),
+    "empty data": (ALL, "data", lambda t, p: jsonl(p, b""), "data.jsonl.* empty"),
+    "blank data": (ALL, "data", lambda t, p: jsonl(p, b"\n\n"), "data.jsonl.* empty"),
+    "not JSON at line 3": (ALL, "data", lambda t, p: jsonl(p, b'{"prompt": "x"}\n\n{"prompt"\n'), "data.jsonl:3"),
+    "no object at line 2": (ALL, "data", lambda t, p: jsonl(p, b'{"prompt": "x"}\n[1]\n'), "data.jsonl:2"),
+    "bytes at line 2": (ALL, "data", lambda t, p: jsonl(p, b'{"prompt": "x"}\n\xff\xfe\n'), "data.jsonl:2"),
+    "no column of a prompt": (ALL, "data", lambda t, p: jsonl(p, b'{"text": "x"}\n'), "data.jsonl:1.*prompt.*found text"),
+    "row 2 has no prompt": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt=None), "data.jsonl:2.*prompt"),
+    "row 2 has no turns": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt=["x"]), "data.jsonl:2"),
+    "no responses": (["sft"], "data", lambda t, p: with_row(t, p, EVERY, response=None), "data.jsonl.* response"),
+    "row 2 has no response": (["sft"], "data", lambda t, p: with_row(t, p, [2], response=None), "data.jsonl:2.* response"),
+    "no teacher": (["align"], "data", lambda t, p: with_row(t, p, EVERY, response="y"), "data.jsonl.* teacher"),
+    "no answers": (["rl"], "data", lambda t, p: with_row(t, p, EVERY, answer=None), "data.jsonl.* answer"),
+    "row 2 has no answer": (["rl"], "data", lambda t, p: with_row(t, p, [2], answer=None), "data.jsonl:2.* answer"),
+    "row 1: image missing": (ALL, "data", lambda t, p: with_row(t, p, [1], images=["gone.png"]), "data.jsonl:1.*gone.png"),
+    "row 3: image missing": (ALL, "data", lambda t, p: with_row(t, p, [3], images=["gone.png"]), "data.jsonl:3.*gone.png"),
+    "no images": (ALL, "data", lambda t, p: with_row(t, p, EVERY, images=["data.jsonl"] * 2), "data.jsonl:.* image"),
+    "three images for two places": (
+        ALL, "data", lambda t, p: with_row(t, p, EVERY, prompt="<image><image>", images=["data.jsonl"] * 3),
+        "data.jsonl:.* 2 <image>.* 3 images",
+    ),
+    "a batch of nothing": (["sft"], "batch", lambda t, p: 0, "--batch"),
+    "no prompts": (["align", "rl"], "prompts", lambda t, p: 0, "--prompts"),
+    "unknown --algo": (["rl"], "algo", lambda t, p: "ppo", "--algo.*ppo.*grpo.*dapo.*gspo"),
+    "unknown flag": (ALL, "bacth", lambda t, p: 3, "--bacth"),
+    "no number": (ALL, "lr", lambda t, p: "fast", "--lr.*fast"),
+    "updates do not divide": (["rl"], "updates-per-rollout", lambda t, p: 3, "--updates-per-rollout 3 .*--prompts 2"),
+    "nothing to resume": (ALL, "resume", lambda t, p: "", "--resume.*state"),
+    "--out is a file": (ALL, "out", lambda t, p: a_file(p, "file", b"x"), "--out .*file"),
+    "missing --system-prompt": (ALL, "system-prompt", lambda t, p: p / "gone.txt", "--system-prompt .*gone.txt"),
+    "every prompt too long": (ALL, "max-prompt", lambda t, p: 3, "--max-prompt"),
+}  # fmt: skip
+CASES = [(name, script) for name, (scripts, *_) in BAD.items() for script in scripts]
+
+
+def bad_flags(tiny, tmp_path, script, name):
+    flags = {"ckpt": tiny.base, "data": getattr(tiny, script), "out": tmp_path / "out", "steps": 1}
+    flags |= {"batch": 24} if script == "sft" else {"prompts": 2, "rollouts": 2, "max-new-tokens": 4}
+    flags[BAD[name][1]] = BAD[name][2](tiny, tmp_path)
+    return [part for key, value in flags.items() if value is not None for part in (f"--{key}", value) if part != ""]
+
+
+def assert_one_clear_line(script, error, words, out):
+    lines = error.splitlines()
+    assert len(lines) == 1 and re.match(f"{script}.py: error: .*{words}", lines[0]), error
+    assert not out.is_dir()  # nothing half-written
+
+
+@pytest.mark.parametrize("name, script", CASES)
+def test_bad_input_is_one_clear_line(tiny, tmp_path, capfd, name, script):
+    flags = bad_flags(tiny, tmp_path, script, name)
+    capfd.readouterr()
+    assert stage(script, *flags) == 2
+    assert_one_clear_line(script, capfd.readouterr().err, BAD[name][3], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, script", [
+    ("not JSON at line 3", "sft"), ("--ckpt has no weights", "align"), ("unknown --algo", "rl")
+])  # fmt: skip
+def test_bad_input_of_a_real_script(tiny, tmp_path, name, script):
+    result = launch(f"{script}.py", *bad_flags(tiny, tmp_path, script, name))
+    assert result.returncode == 2 and result.stdout == ""
+    assert_one_clear_line(script, result.stderr, BAD[name][3], tmp_path / "out")
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("sft", ["--batch", "3"], "--batch.* 3 .*2 processes"),
+    ("align", ["--prompts", "1", "--rollouts", "3"], "--prompts.* 3 .*2 processes"),
+    ("rl", ["--prompts", "3", "--rollouts", "5"], "--prompts.* 15 .*2 processes"),
+])  # fmt: skip
+def test_a_batch_that_the_processes_do_not_divide(tiny, tmp_path, capfd, monkeypatch, script, flags, words):
+    """Every flag that the line names must exist."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert stage(script, "--ckpt", tiny.base, "--data", getattr(tiny, script), "--out", tmp_path / "out", *flags) == 2
+    error = capfd.readouterr().err
+    assert_one_clear_line(script, error, words, tmp_path / "out")
+    stage(script, "--help")
+    assert set(re.findall(r"--[a-z-]+", error)) <= set(re.findall(r"--[a-z-]+", capfd.readouterr().out))
+
+
+def test_under_torchrun_the_line_appears_once(tiny, tmp_path):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 3, "--out", tmp_path / "out"]
+    result = launch("sft.py", *flags, processes=2)
+    assert result.returncode != 0 and result.stderr.count("sft.py: error: --batch") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_on_one_rank_ends_all(tiny, tmp_path):
+    """Only the rank that draws the row sees it; the others must not wait for it in a collective for ever."""
+    data = with_row(tiny, tmp_path, [4], images=[a_file(tmp_path, "a.png", b"text")] * 2)
+    flags = ["--ckpt", tiny.base, "--data", data, "--batch", 24, "--steps", 1, "--out", tmp_path / "out"]
+    result = launch("sft.py", *flags, processes=2)
+    assert result.returncode != 0 and result.stderr.count("sft.py: error: ") == 1
+    assert re.search(r"sft.py: error: .*data.jsonl:4: image cannot be read", result.stderr)
+
+
+DEFAULTS = {  # the published settings
+    "sft": {"lr": 1e-5, "epochs": 1.0, "warmup": 0.1, "steps": None},
+    "align": {"steps": 500, "prompts": 4, "n": 16, "temperature": 1.0, "lr": 1e-6, "disc_lr": 1e-6, "disc_updates": 1,
+              "alpha": 0.5, "normalize": "per-expert", "invalid_penalty": 1.5, "score_l2": 1e-3},
+    "rl": {"steps": 1500, "prompts": 32, "n": 16, "algo": "grpo", "updates_per_rollout": 1, "kl": 0.0, "max_gen_batches": 10},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_only_the_checkpoint_has_to_be_given(monkeypatch, capsys, script):
+    """--ckpt alone runs the paper's settings, and --help gives the command line."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--ckpt", "x"])
+    args = vars(importlib.import_module(script).parse_args())
+    assert {key: args[key] for key in DEFAULTS[script]} == DEFAULTS[script]
+    assert args["data"].startswith("prism-vlm/") and args["out"] == f"{script}_out"
+    assert stage(script, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"torchrun --nproc_per_node=8 {script}.py" in text
+
+
+def test_one_stage_hands_over_to_the_next(tiny, policy, tmp_path):
+    """sft -> align -> rl by folders alone; each records where it came from."""
+    small = ["--prompts", 1, "--rollouts", 2, "--max-new-tokens", 16, "--steps", 1]
+    assert stage("sft", "--ckpt", policy, "--data", tiny.sft, "--out", tmp_path / "sft", "--batch", 2, "--steps", 1) == 0
+    assert stage("align", "--ckpt", tmp_path / "sft", "--data", tiny.align, "--out", tmp_path / "align", *small) == 0
+    assert stage("rl", "--ckpt", tmp_path / "align", "--data", tiny.rl, "--out", tmp_path / "rl", *small) == 0
+    for script, parent in (("sft", policy), ("align", str(tmp_path / "sft")), ("rl", str(tmp_path / "align"))):
+        meta = json.loads((tmp_path / script / "meta.json").read_text())
+        assert (meta["stage"], meta["step"], meta["parent"], meta["args"]["ckpt"]) == (script, 1, parent, parent)
+        logged = read_jsonl(tmp_path / script / "metrics.jsonl")[-1]
+        assert {key: value for key, value in meta["metrics"].items() if value is not None} == logged

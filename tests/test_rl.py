@@ -1,0 +1,231 @@
+"""Run: pytest tests/test_rl.py          (advantages, policy loss, normalisation, dynamic sampling; CPU only)"""
+
+import argparse
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE, assert_same_grads, grads, ids_of, read_jsonl, stage, stock_logprobs, untimed
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import rl
+import rollout
+
+CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+
+
+# -------------------------------------------------------------------------------------------------------------- advantages
+def test_group_advantages_equal_float64():
+    rewards = torch.tensor(np.random.default_rng(0).choice([0, 0.2, 1.0, -0.3], (7, 5)))
+    rewards[3] = 0.2
+    expected = []
+    for group in rewards.tolist():
+        mean = sum(group) / 5
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 4)
+        expected.append([(r - mean) / (std + 1e-6) for r in group])
+    assert np.abs(rl.group_advantages(rewards).numpy() - expected).max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_nothing(dtype):
+    """The float mean of equal values need not be equal to them: the z-score of 0.1 + 0.2 in a group of 3 is not 0."""
+    trapped = 0
+    for value in (0.1, 0.1 + 0.2, 0.2, 0.7, 1 / 3, 1e-8, 1e6 + 0.1):
+        for n in range(1, 17):
+            rewards = torch.full((2, n), value, dtype=dtype)
+            trapped += bool((rewards - rewards.mean(1, keepdim=True)).any())
+            assert not rl.group_advantages(rewards).any()
+    assert trapped > 0
+    assert rl.group_advantages(torch.tensor([[5.0], [-2.0]])).tolist() == [[0.0], [0.0]]  # a group of one
+
+
+@pytest.mark.parametrize("length, expected", [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (101, -1), (500, -1)])
+def test_overlong_penalty(length, expected):
+    assert rl.overlong_penalty(length, limit=100, buffer=20) == pytest.approx(expected)
+    assert rl.overlong_penalty(length, limit=100, buffer=0) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- policy loss
+def surrogate(algo, logp, old, advantages, ref=None, kl=0.0):
+    """The loss from the formulas, one token at a time. logp, old, ref: lists of float64 rows without padding."""
+    low, high = CLIPS[algo]
+    tokens, total, sides = sum(map(len, logp)), 0.0, []
+    for i, a in enumerate(advantages):
+        gaps = [new - before for new, before in zip(logp[i], old[i])]
+        for t in range(len(gaps)):
+            ratio = torch.exp(sum(gaps) / len(gaps) if algo == "gspo" else gaps[t])
+            clipped = min(max(ratio, ratio.new_tensor(1 - low)), ratio.new_tensor(1 + high))
+            loss = -min(ratio * a, clipped * a)
+            sides.append((a > 0, bool(ratio < 1 - low) - bool(ratio > 1 + high)))
+            if kl:
+                d = ref[i][t] - logp[i][t]
+                loss = loss + kl * min(torch.exp(d) - d - 1, d.new_tensor(10.0))
+            total = total + loss / (len(gaps) * len(logp) if algo == "gspo" else tokens)
+    return total, sides
+
+
+def random_batch(algo, seed, n=30, longest=9):
+    """Ragged rows whose ratios lie below, inside and above the clip range; some of the k3 terms reach the clamp."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, n)
+    lengths[0] = longest
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    logp = torch.tensor(rng.normal(-2, 1, (n, longest)))
+    old = logp + torch.tensor(rng.normal(0, 0.001 if algo == "gspo" else 0.4, (n, longest)))
+    ref = logp + torch.tensor(rng.normal(0, 2, (n, longest)))
+    advantages = torch.tensor(rng.normal(0, 1, n))
+    advantages[3:5] = 0.0
+    return mask, logp, old, ref, advantages
+
+
+@pytest.mark.parametrize("algo, kl, seed", [(a, kl, s) for a in CLIPS for kl in (0.0, 0.3) for s in (0, 1)])
+def test_policy_loss_equals_float64(algo, kl, seed):
+    mask, logp, old, ref, advantages = random_batch(algo, seed)
+    rows = lambda table: [row[m] for row, m in zip(table, mask)]
+    exact = logp.clone().requires_grad_()
+    expected, sides = surrogate(algo, rows(exact), rows(old), advantages.tolist(), rows(ref), kl)
+    expected.backward()
+    assert {(up, side) for up in (True, False) for side in (-1, 0, 1)} <= set(sides)  # clips of both sides, both signs
+    k3 = (ref - logp).exp() - (ref - logp) - 1
+    assert (k3[mask] > 10).any() and (k3[mask] < 10).any()
+
+    garbage = lambda table: torch.where(mask, table, 1e4).float()  # padding must not matter
+    ours = garbage(logp).requires_grad_()
+    reference = {"ref_logp": garbage(ref), "kl": kl} if kl else {}
+    loss, metrics = rl.policy_loss(ours, garbage(old), advantages.float(), mask, algo, **reference)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert (ours.grad - exact.grad).abs().max() < 1e-6 and exact.grad.abs().max() > 1e-3
+    per_token = advantages.repeat_interleave(mask.sum(1)).tolist()
+    active = sum(a != 0 and side == (-1 if up else 1) for (up, side), a in zip(sides, per_token))
+    assert metrics["clipped"] == pytest.approx(active / mask.sum().item(), abs=1e-6)
+    assert ("kl" in metrics) == (kl > 0)
+    if kl:
+        assert metrics["kl"] == pytest.approx(k3[mask].clamp(max=10).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("algo", CLIPS)
+def test_micro_batches_with_global_counts_add_up(algo):
+    mask, logp, old, ref, advantages = random_batch(algo, 2)
+    logp, old, ref, advantages = (x.float() for x in (logp, old, ref, advantages))
+
+    def run(parts, **counts):
+        leaf, total, sums = logp.clone().requires_grad_(), 0.0, {}
+        for part in parts:
+            longest = int(mask[part].sum(1).max())  # a part is padded to its own longest row only
+            cut = lambda table: table[part, :longest]
+            loss, metrics = rl.policy_loss(cut(leaf), cut(old), advantages[part], cut(mask), algo, cut(ref), 0.1, **counts)
+            total = total + loss
+            sums = {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
+        total.backward()
+        return torch.cat([leaf.grad.flatten(), total.detach()[None], torch.tensor(list(sums.values()))])
+
+    whole = run([slice(0, 30)])
+    counts = {"tokens": mask.sum(), "sequences": 30}
+    for parts in ([slice(0, 1), slice(1, 30)], [slice(i, i + 10) for i in (0, 10, 20)], [slice(i, i + 1) for i in range(30)]):
+        assert (run(parts, **counts) - whole).abs().max() < 1e-6
+
+
+def make_records(tiny, seed=0):
+    """Rollouts of three prompts; old log-probs off-policy; one group has equal rewards."""
+    rng, records = np.random.default_rng(seed), []
+    for group, count in enumerate((1, 0, 3)):
+        for ids in ids_of(rng, tiny, *rng.integers(2, 8, 3)):
+            record = rl.Record(group, None, tiny.prompts[count], rollout.Rollout(ids, [-1.0] * len(ids), True), "")
+            with torch.no_grad():
+                exact = stock_logprobs(tiny, record.prompt, ids)
+            record.old_logp = exact + torch.tensor(rng.normal(0, 0.3, len(ids))).float()
+            record.ref_logp = exact + torch.tensor(rng.normal(0, 0.3, len(ids))).float()
+            records.append(record)
+    return records, torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, 0.7, 0.6, -1.3])
+
+
+@pytest.mark.parametrize("algo, kl", [("grpo", 0.0), ("grpo", 0.2), ("dapo", 0.0), ("gspo", 0.0)])
+def test_gradient_equals_separate_sequences_whatever_the_split(tiny, algo, kl):
+    """Rollouts with advantage 0 are not computed but count in the means."""
+    records, advantages = make_records(tiny)
+    tiny.stock.zero_grad()
+    logp = [stock_logprobs(tiny, r.prompt, r.rollout.ids) for r in records]
+    columns = [[r.old_logp for r in records], advantages.tolist(), [r.ref_logp for r in records]]
+    expected, _ = surrogate(algo, logp, *columns, kl)
+    expected.backward()
+    for max_tokens in (10**6, 120, 1):
+        tiny.model.zero_grad()
+        args = argparse.Namespace(max_tokens=max_tokens, temperature=1.0)
+        metrics = rl.accumulate_policy_gradient(tiny.model, records, advantages, algo, args, ONE, kl)
+        assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
+        assert_same_grads(grads(tiny.model), grads(tiny.stock))
+        computed = [i for i, a in enumerate(advantages) if a or kl]
+        drift = torch.cat([(logp[i].detach() + 1.0).abs() for i in computed]).mean().item()  # sampled log-probs are -1 here
+        assert metrics["drift"] == pytest.approx(drift, abs=1e-4)
+        assert ("kl" in metrics) == (kl > 0)
+
+
+def test_without_advantages_there_is_no_gradient(tiny):
+    records, _ = make_records(tiny)
+    tiny.model.zero_grad()
+    args = argparse.Namespace(max_tokens=100, temperature=1.0)
+    metrics = rl.accumulate_policy_gradient(tiny.model, records, torch.zeros(9), "grpo", args, ONE)
+    assert metrics["loss"] == 0 and metrics["entropy"] is None
+    assert not any(g.any() for g in grads(tiny.model).values())
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 90, 1])
+def test_stored_logprobs_equal_separate_sequences(tiny, max_tokens):
+    records, _ = make_records(tiny)
+    rl.store_logprobs(tiny.model, records, "old_logp", argparse.Namespace(max_tokens=max_tokens, temperature=1.0), ONE)
+    for r in records:
+        expected = stock_logprobs(tiny, r.prompt, r.rollout.ids)
+        assert r.old_logp.shape == expected.shape and (r.old_logp - expected).abs().max() <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loop
+def flags_of(tiny, policy, out, algo="grpo", **more):
+    flags = {"ckpt": policy, "data": tiny.rl, "out": out, "algo": algo, "prompts": 2, "rollouts": 4, "max-new-tokens": 24}
+    flags |= {"lr": 1e-4, "log-rollouts": 1, "steps": 2} | {key.replace("_", "-"): value for key, value in more.items()}
+    return [part for key, value in flags.items() for part in (f"--{key}", value)]
+
+
+def test_rewards_in_the_log_are_those_of_the_rollouts(tiny, policy, tmp_path):
+    assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", overlong_buffer=24, max_gen_batches=20)) == 0
+    rows, log = read_jsonl(tmp_path / "rollouts.jsonl"), read_jsonl(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        here = [row for row in rows if row["step"] == step]
+        assert len(here) == 4 * log[step - 1]["groups"] > 0
+        for i in range(0, len(here), 4):  # dynamic sampling: no group that is all right or all wrong
+            assert {row["accuracy"] for row in here[i : i + 4]} == {0.0, 1.0}
+        assert all(row["score"] == 0.8 * row["accuracy"] + 0.2 * row["format"] for row in here)
+        penalty = log[step - 1]["length"] / 24  # the buffer is the whole limit: every token costs the same
+        assert np.mean([row["score"] - row["reward"] for row in here]) == pytest.approx(penalty)
+        assert log[step - 1]["reward"] == pytest.approx(np.mean([row["reward"] for row in here]))
+
+
+def test_every_step_makes_k_updates(tiny, policy, tmp_path):
+    """Under dynamic sampling the groups of a step come from several rounds, in each of which they are numbered from 0."""
+    more = {"steps": 5, "updates_per_rollout": 2, "max_gen_batches": 40, "rollouts": 2}
+    assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", **more)) == 0
+    log = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["groups"] for row in log] == [2] * 5 and any(row["gen_batches"] > 1 for row in log)
+    dcp_to_torch_save(tmp_path / "state", tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=False)["policy"]["optimizer"]["state"]
+    assert {float(entry["step"]) for entry in state.values()} == {10.0}
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
+    """Metrics and rollouts: also the rollouts of a step that is repeated appear once."""
+    for out, steps in (("whole", 4), ("broken", 3), ("two", 2)):
+        assert stage("rl", *flags_of(tiny, policy, tmp_path / out, steps=steps)) == 0
+    shutil.rmtree(tmp_path / "broken" / "state")
+    (tmp_path / "two" / "state").rename(tmp_path / "broken" / "state")  # as if killed in step 4, after the save of step 2
+    assert stage("rl", *flags_of(tiny, policy, tmp_path / "broken", steps=4), "--resume") == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        whole, broken = (untimed(read_jsonl(tmp_path / out / name)) for out in ("whole", "broken"))
+        assert whole == broken and len(whole) > 3, name
+
+
+def test_a_new_run_does_not_keep_the_rollouts_of_an_old_one(tiny, policy, tmp_path):
+    for _ in range(2):
+        assert stage("rl", *flags_of(tiny, policy, tmp_path, steps=1)) == 0
+    assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == 8

@@ -1,0 +1,270 @@
+"""Run: pytest tests/test_sft.py          (schedule, data order, loss, save and resume, skipped steps; CPU only)"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_inputs, stock_logprobs, untimed
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import rollout
+import sft
+from discriminator import load_discriminator
+from rollout import InputError
+
+# ---------------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("total, warmup", [(10, 0.1), (100, 0.1), (7, 0.0), (1, 0.1), (20, 0.5), (3, 1.0)])
+def test_cosine(total, warmup):
+    ramp = max(1, round(total * warmup))
+    got = [sft.cosine(step, total, 2.0, warmup) for step in range(total)]
+    rising = [2.0 * (step + 1) / ramp for step in range(min(ramp, total))]
+    falling = [1 + math.cos(math.pi * i / (total - ramp)) for i in range(total - ramp)]
+    assert got == pytest.approx(rising + falling)
+    assert max(got) == pytest.approx(2.0) and min(got) > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- data order
+class Numbers(list):
+    source = "numbers"
+
+
+def take(n, count, steps, usable, seed=3):
+    examples, position, out, lost = Numbers(range(n)), 0, [], []
+    for _ in range(steps):
+        encode = lambda x: f"row {x}" if usable(x) else None
+        indices, encoded, position, dropped = sft.draw(examples, encode, position, count, seed, ONE)
+        assert encoded == {place: f"row {i}" for place, i in enumerate(indices)}
+        out.append(indices)
+        lost.append(dropped)
+    return out, position, lost
+
+
+def test_draw_covers_every_row_once_an_epoch():
+    batches, position, lost = take(12, 5, 12, lambda x: True)  # five epochs, batches that cross their borders
+    flat = [i for batch in batches for i in batch]
+    epochs = [flat[at : at + 12] for at in range(0, 60, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
+    assert position == 60 and sum(lost) == 0
+    assert take(12, 5, 12, lambda x: True)[0] == batches
+    assert take(12, 5, 12, lambda x: True, seed=4)[0] != batches
+
+
+def test_draw_replaces_dropped_rows_and_counts_them():
+    usable = lambda x: x % 3 > 0
+    batches, position, lost = take(12, 4, 4, usable)
+    upcoming = list(islice(sft.order(12, 0, 3), position))
+    assert [i for batch in batches for i in batch] == [i for i in upcoming if usable(i)]
+    assert sum(lost) == sum(not usable(i) for i in upcoming) == position - 16 > 0
+    indices, _, _, _ = sft.draw(Numbers(range(12)), lambda x: x if usable(x) else None, 7, 3, 3, ONE)
+    assert indices == [i for i in islice(sft.order(12, 7, 3), 12) if usable(i)][:3]  # from any position, as after --resume
+
+
+def test_draw_gives_up_when_nothing_fits():
+    with pytest.raises(InputError, match="--max-prompt"):
+        take(12, 4, 1, lambda x: False)
+
+
+# -------------------------------------------------------------------------------------------------------------------- loss
+def demonstrations(tiny, count):
+    args = argparse.Namespace(max_prompt=512, max_length=1024)
+    examples = rollout.load_examples(tiny.sft)
+    return [sft.encode_demonstration(examples[i], tiny.tokenizer, tiny.image_processor, args, "") for i in range(count)]
+
+
+def test_loss_is_the_token_mean_whatever_the_split(tiny):
+    batch = demonstrations(tiny, 6)
+    assert all(ids[-1] == tiny.eos for _, ids in batch)  # the EOS is trained
+    tiny.stock.zero_grad()
+    total = sum(len(ids) for _, ids in batch)
+    expected = -sum(stock_logprobs(tiny, prompt, ids).sum() for prompt, ids in batch) / total
+    expected.backward()
+    for max_tokens in (10**6, 200, 1):
+        tiny.model.zero_grad()
+        loss, tokens = sft.update(tiny.model, batch, argparse.Namespace(max_tokens=max_tokens), ONE)
+        assert tokens == total and loss == pytest.approx(expected.item(), abs=1e-5)
+        assert_same_grads(grads(tiny.model), grads(tiny.stock))
+
+
+def test_long_demonstrations_are_dropped(tiny):
+    example = rollout.load_examples(tiny.sft)[0]
+    lengths = lambda limit: argparse.Namespace(max_prompt=512, max_length=limit)
+    encode = lambda limit: sft.encode_demonstration(example, tiny.tokenizer, tiny.image_processor, lengths(limit), "")
+    prompt, ids = encode(1024)
+    assert encode(len(prompt.input_ids) + len(ids)) is not None
+    assert encode(len(prompt.input_ids) + len(ids) - 1) is None
+
+
+@pytest.mark.parametrize("load", [sft.load_policy, load_discriminator])
+def test_checkpointing_recomputes_activations(tiny, load):
+    """from_pretrained leaves a model in eval mode, in which transformers silently keeps all activations."""
+    runs = {}
+    for checkpointing in (False, True):
+        model = sft.shard(load(tiny.base), ONE, checkpointing)
+        backbone, calls = getattr(model, "backbone", None) or model.model, []
+        backbone.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        if hasattr(model, "heads"):
+            d_v, d_r = model.scores([tiny.prompts[1]], [(0, [20, tiny.eos])], [(0, [21, tiny.eos])])
+            (d_v.sum() + d_r.sum()).backward()
+        else:
+            rollout.branch_logprobs(model, tiny.prompts[1], [[20, tiny.eos]])[0].sum().backward()
+        runs[checkpointing] = len(calls)
+    assert runs == {False: 1, True: 2}
+
+
+def test_checkpointing_leaves_sampling_alone(tiny):
+    """Under checkpointing transformers drops the cache of a model in train mode; sampling needs it."""
+    model = sft.shard(sft.load_policy(tiny.base), ONE, True)
+    draw = lambda model: rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)
+    assert draw(model.train()) == draw(tiny.model)
+    assert model.training  # and what follows is recomputed as before
+
+
+# ---------------------------------------------------------------------------------------------------------- save and resume
+def changed_model(tiny):
+    model = sft.load_policy(tiny.base)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
+    model, args = changed_model(tiny), argparse.Namespace(ckpt=tiny.base, lr=1e-5)
+    sft.save(model, str(tmp_path), ONE, "sft", args, 7, {"loss": 1.5})
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert again.dtype == torch.float32
+    inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], model.config)
+    before = changed_model(tiny)
+    before.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, before(**inputs).logits)
+        assert not torch.allclose(again(**inputs).logits, tiny.stock(**inputs).logits)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == ("sft", 7, tiny.base, {"loss": 1.5})
+    assert meta["args"]["lr"] == 1e-5
+    tokenizer, image_processor = sft.load_tokenizer(str(tmp_path))
+    assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab() and tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert image_processor.to_dict() == tiny.image_processor.to_dict()
+
+
+def test_state_restores_model_and_optimizer(tiny, tmp_path):
+    model = changed_model(tiny)
+    optimizer = sft.make_optimizer(model, 1e-3, 0.01)
+    batch = demonstrations(tiny, 2)
+
+    def step(model, optimizer):
+        sft.update(model, batch, argparse.Namespace(max_tokens=10**6), ONE)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    sft.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2})
+    fresh = sft.load_policy(tiny.base)
+    fresh_optimizer = sft.make_optimizer(fresh, 1e-3, 0.01)
+    assert sft.resume(str(tmp_path), ONE, {"policy": (fresh, fresh_optimizer)}) == {"step": 1, "position": 2}
+    step(model, optimizer)
+    step(fresh, fresh_optimizer)
+    for left, right in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert os.listdir(tmp_path) == ["state"]  # nothing of the writing is left
+
+
+def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 8, "--steps", 6, "--save-every", 2, "--lr", 1e-3]
+    assert stage("sft", *flags, "--out", tmp_path / "whole") == 0
+    process = launch("sft.py", *flags, "--out", tmp_path / "killed", background=True)
+    while not (tmp_path / "killed" / "state").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "meta.json").exists()  # it was killed before it had finished
+    assert stage("sft", *flags, "--out", tmp_path / "killed", "--resume") == 0
+    whole, killed = (untimed(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed"))
+    assert whole == killed and [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
+
+
+def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
+    for step in range(1, 6):
+        sft.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
+    sft.start_log(ONE, str(tmp_path), 3)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    sft.start_log(ONE, str(tmp_path), 0)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ skipped steps
+def test_steps_that_are_not_finite_are_skipped():
+    model = torch.nn.Linear(2, 1)
+    optimizer, skips = sft.make_optimizer(model, 0.1, 0.0), sft.Skips()
+
+    def step(scale, loss=0.0):
+        before = model.weight.detach().clone()
+        (model(torch.ones(1, 2)) * scale).sum().backward()
+        norm = skips.step(model, optimizer, 0.1, 1.0, ONE, loss)
+        assert all(p.grad is None for p in model.parameters())
+        return norm, torch.equal(before, model.weight)
+
+    assert step(2.0) == (pytest.approx(math.sqrt(12)), False)  # the norm before clipping; a step was made
+    assert step(math.nan) == (None, True)
+    assert step(math.inf) == (None, True)
+    assert step(2.0)[1] is False  # two in a row, then a good one: the count starts again
+    assert step(2.0, loss=math.nan) == (None, True)
+    assert step(math.nan) == (None, True)
+    with pytest.raises(InputError, match="3 steps in a row"):
+        step(math.nan)
+    assert skips.total == 5 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_without_finite_losses_stops(tiny, tmp_path, capfd):
+    """NaN weights: three steps are tried, then one clear line."""
+    broken = shutil.copytree(tiny.base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    key = next(k for k in weights if k.endswith("norm.weight"))
+    save_file(weights | {key: weights[key] * np.nan}, broken / "model.safetensors", {"format": "pt"})
+    flags = ["--ckpt", broken, "--data", tiny.sft, "--batch", 2, "--steps", 5, "--out", tmp_path / "out"]
+    assert stage("sft", *flags) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "sft.py: error: loss or gradient was not finite in 3 steps in a row; lower --lr or look at the last rows of data"
+    ]
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [1, 2] and "grad_norm" not in rows[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize("name, message", [
+    ("Qwen/Qwen3-VL-4B-Instruct", None), ("prism-vlm/Qwen3-VL-2B.x_y", None), ("nowhere", "no such folder"),
+    ("nowhere/", "no such folder"), ("./a/b", "no such folder"), ("a/b/c", "no such folder"), ("/no/where", "no such folder"),
+    ("../nowhere", "no such folder"), ("a/", "no such folder"),
+])  # fmt: skip
+def test_folders_and_hub_ids(name, message):
+    """owner/name is a Hub id unless there is such a folder; anything else has to be a folder."""
+    if message is None:
+        sft.check_checkpoint(name)
+    else:
+        with pytest.raises(InputError, match=f"--ckpt .*{message}"):
+            sft.check_checkpoint(name)
+
+
+@pytest.mark.parametrize("load", [sft.load_policy, load_discriminator])
+def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
+    """Otherwise transformers initialises it at random and training goes on."""
+    broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    key = next(k for k in weights if k.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({k: w for k, w in weights.items() if k != key}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
+        load(str(broken))

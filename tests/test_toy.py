@@ -1,0 +1,155 @@
+"""Run: pytest tests/test_toy.py          (exact scores of the picture world, its teachers, its checkpoint; CPU only)"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from rollout import parse_response
+from toy import checkpoint, world
+
+N = world.ROWS * world.COLUMNS
+
+
+def problem_with(parity):
+    """A problem in which the answer is not 0, so that every edit below changes something."""
+    rng = np.random.default_rng(0)
+    while True:
+        problem = world.make_problem(rng)
+        if problem["parity"] == parity and recount(problem)[0] > 1:
+            return problem
+
+
+def recount(problem):
+    """(The sum, the true answer), from the grid alone."""
+    grid = np.array(problem["cells"]).reshape(world.ROWS, world.COLUMNS, 2)
+    cells = grid[problem["number"] - 1] if problem["line"] == "row" else grid[:, problem["number"] - 1]
+    total = sum(int((cells == attribute).sum()) for attribute in problem["terms"])
+    return total, ("even", "odd")[total % 2] if problem["parity"] else str(total)
+
+
+def blocks(text):
+    parsed = parse_response(text)
+    return parsed and [parsed.caption, parsed.think, parsed.answer]
+
+
+def elsewhere(problem):
+    """Index of a cell that the question does not ask for."""
+    line = lambda i: (i // world.COLUMNS if problem["line"] == "row" else i % world.COLUMNS) + 1
+    return next(i for i in range(N) if line(i) != problem["number"])
+
+
+def repaint(line):
+    number, _, shape = line.split()
+    return f"{number} grey {shape}"
+
+
+OTHER = {"odd": "even", "even": "odd"}
+CAPTION, TRACE, ANSWER = range(3)
+EDITS = [  # of the lines of one block of a perfect response; i: a cell elsewhere -> cells lost, steps lost, accuracy
+    ("nothing", TRACE, lambda lines, i: lines, 0, 0, 1),
+    ("wrong answer", ANSWER, lambda lines, i: [OTHER.get(lines[0], lines[0] + "1")], 0, 1, 0),
+    ("no trace", TRACE, lambda lines, i: [], 0, "all but the answer", 1),
+    ("a count left out", TRACE, lambda lines, i: lines[1:], 0, 1, 1),
+    ("a wrong count", TRACE, lambda lines, i: [lines[0] + "7", *lines[1:]], 0, 1, 1),
+    ("a wrong sum", TRACE, lambda lines, i: [*lines[:2], lines[2] + "7", *lines[3:]], 0, 1, 1),
+    ("steps in another order", TRACE, lambda lines, i: lines[::-1], 0, 0, 1),
+    ("more than needed", TRACE, lambda lines, i: ["let me see", *lines], 0, 0, 1),
+    ("a wrong colour elsewhere", CAPTION, lambda lines, i: [*lines[:i], repaint(lines[i]), *lines[i + 1 :]], 1, 0, 1),
+    ("a cell left out elsewhere", CAPTION, lambda lines, i: lines[:i] + lines[i + 1 :], 1, 0, 1),
+    ("a cell said twice", CAPTION, lambda lines, i: [*lines, repaint(lines[i])], 1, 0, 1),
+    ("an unreadable line", CAPTION, lambda lines, i: [*lines[:i], lines[i] + " ?", *lines[i + 1 :]], 1, 0, 1),
+    ("cells in another order", CAPTION, lambda lines, i: lines[::-1], 0, 0, 1),
+]
+
+
+@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize("row", EDITS, ids=[row[0] for row in EDITS])
+def test_scores_are_exact(row, parity):
+    _, block, change, cells, steps, accuracy = row
+    problem, count = problem_with(parity), 5 if parity else 4
+    parts = blocks(world.respond(problem))
+    parts[block] = "\n".join(change(parts[block].split("\n"), elsewhere(problem)))
+    steps = count - 1 if steps == "all but the answer" else steps
+    expected = {"perception": 1 - cells / N, "reasoning": 1 - steps / count, "accuracy": accuracy, "format": 1}
+    assert world.score(problem, parts) == pytest.approx(expected)
+
+
+GRID = [("red", "circle"), ("red", "square"), *[("lime", "cross")] * (N - 2)]
+HAND = {"cells": GRID, "line": "row", "number": 1, "terms": ["red", "circle"], "parity": False, "question": "?", "answer": "3"}
+REST = range(3, world.COLUMNS + 1)
+RED = "row 1: 1 red red yes 2 red red yes" + "".join(f" {i} lime red no" for i in REST) + " = 2"
+CIRCLE = "row 1: 1 circle circle yes 2 square circle no" + "".join(f" {i} cross circle no" for i in REST) + " = 1"
+
+
+def test_reasoning_is_judged_by_its_own_caption():
+    """Right steps from a wrong caption count, right results that do not follow from it do not."""
+    caption = "\n".join(f"{i} {color} {shape}" for i, (color, shape) in enumerate(GRID, 1))
+    trace = f"{RED}\n{CIRCLE}\n2 + 1 = 3"
+    assert set(world.score(HAND, (caption, trace, "3")).values()) == {1.0}
+    wrong = caption.replace("2 red square", "2 blue square")
+    follows = f"{RED.replace('2 red red yes', '2 blue red no')[:-1]}1\n{CIRCLE}\n1 + 1 = 2"
+    found = world.score(HAND, (wrong, follows, "2"))
+    assert found == pytest.approx({"perception": 1 - 1 / N, "reasoning": 1, "accuracy": 0, "format": 1})
+    found = world.score(HAND, (wrong, trace, "3"))
+    assert found == pytest.approx({"perception": 1 - 1 / N, "reasoning": 1 / 4, "accuracy": 1, "format": 1})
+
+
+def test_broken_format_scores_nothing():
+    assert world.score(HAND, None) == {"perception": 0, "reasoning": 0, "accuracy": 0, "format": 0}
+
+
+def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
+    rng = np.random.default_rng(0)
+    problems = [world.make_problem(rng) for _ in range(300)]
+    assert {problem["parity"] for problem in problems} == {True, False}
+    for problem in problems:
+        assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
+        assert problem["answer"] == recount(problem)[1]
+    public = [world.score(problem, blocks(world.respond(problem, rng))) for problem in problems]
+    mean = {key: np.mean([s[key] for s in public]) for key in public[0]}
+    assert mean["format"] == 1
+    assert all(0.2 < mean[key] < 0.9 for key in ("perception", "reasoning", "accuracy")), mean
+
+
+def test_problems_and_pictures_depend_on_the_generator_only():
+    first, again, other = (world.make_problem(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    picture = world.draw(first["cells"], first["seed"])
+    assert picture.size == (world.COLUMNS * 32, world.ROWS * 32)
+    assert picture.tobytes() == world.draw(again["cells"], again["seed"]).tobytes()
+    assert picture.tobytes() != world.draw(other["cells"], other["seed"]).tobytes()
+
+
+def test_each_cell_is_drawn_in_its_own_place():
+    """Changing one cell changes the pixels of that cell and no others."""
+    problem = world.make_problem(np.random.default_rng(3))
+    before = np.array(world.draw(problem["cells"], problem["seed"])).astype(int)
+    for i, (color, shape) in enumerate(problem["cells"]):
+        cells = list(problem["cells"])
+        cells[i] = ("green" if color != "green" else "red", shape)
+        changed = (np.array(world.draw(cells, problem["seed"])) != before).any(-1)
+        row, column = divmod(i, world.COLUMNS)
+        cell = np.zeros(changed.shape, dtype=bool)
+        cell[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32] = True
+        assert changed[cell].sum() > 50 and not changed[~cell].any()
+
+
+def test_checkpoint_is_an_ordinary_one(tmp_path):
+    """Loads with the Auto classes, is the same for the same seed, has Qwen's tokens, and reads the world's texts whole."""
+    rng = np.random.default_rng(0)
+    texts = [world.respond(world.make_problem(rng)) for _ in range(40)]
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        checkpoint.make_checkpoint(str(tmp_path / name), texts, seed, hidden=64, layers=1, vision_layers=1)
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("one", "same", "other")]
+    assert all(isinstance(model, Qwen3VLForConditionalGeneration) for model in models)
+    one, same, other = ([p for p in model.parameters()] for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(one, same)) and not all(torch.equal(a, b) for a, b in zip(one, other))
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path / "one"), models[0].config
+    assert tokenizer.eos_token == "<|im_end|>" and models[0].generation_config.eos_token_id == tokenizer.eos_token_id
+    for token, number in [("<|image_pad|>", config.image_token_id), ("<|vision_start|>", config.vision_start_token_id)]:
+        assert tokenizer.convert_tokens_to_ids(token) == number and tokenizer(token)["input_ids"] == [number]
+    for text in [*texts, "äß 中文 🙂\n\t x"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
