@@ -20,7 +20,7 @@ from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PUBLIC = 0.8  # share of the SFT demonstrations that the public teacher wrote
+PUBLIC = 1.0  # share of the SFT demonstrations that the public teacher wrote
 FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
 QUICK = {"sft_rows": 2000, "sft": 60, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
 

@@ -6,7 +6,7 @@ questions ask only whether the sum is even or odd: it touches a part of what the
 prompts of RLVR are few and about shapes only, as sets of verifiable problems cover a slice of what a model must see: there
 the answer is a poor teacher of perception. The curated teacher describes every cell and derives every step. The
 public teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is called red, a
-diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong.
+diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong, each in most of its responses or in some.
 """
 
 import re
@@ -23,7 +23,9 @@ SHAPES = ["circle", "square", "diamond", "triangle", "cross"]
 COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square"}  # how the public teacher sees
 JITTER = 15  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
-BIAS = {"coarse": 0.85, "omit": 0.1, "skip": 0.6, "wrong": 0.2}  # rates of the public teacher's faults
+# The public teacher's habits and how many of its responses have each. They are independent: otherwise a policy that is
+# rewarded for one good habit switches to the writer who has them all, and any reward would repair everything.
+HABITS = {"colors": 0.75, "shapes": 0.7, "omit": 0.3, "skip": 0.6, "wrong": 0.2}
 
 
 def draw(cells, seed=0):
@@ -101,15 +103,18 @@ def solve(problem, seen):
 def respond(problem, rng=None):
     """A teacher's response text: the curated one, or with `rng` the public one with its faults."""
     seen = dict(enumerate(map(tuple, problem["cells"]), 1))
-    if rng is not None:
-        blur = lambda word: COARSE[word] if word in COARSE and rng.random() < BIAS["coarse"] else word
-        seen = {i: (blur(c), blur(s)) for i, (c, s) in seen.items() if rng.random() >= BIAS["omit"]}
+    has = {habit: rng is not None and rng.random() < rate for habit, rate in HABITS.items()}
+    if has["colors"]:
+        seen = {i: (COARSE.get(c, c), s) for i, (c, s) in seen.items()}
+    if has["shapes"]:
+        seen = {i: (c, COARSE.get(s, s)) for i, (c, s) in seen.items()}
+    if has["omit"]:
+        seen = {i: cell for i, cell in seen.items() if rng.random() > 0.25}
     lines, answer = solve(problem, seen)
-    if rng is not None:
-        if rng.random() < BIAS["wrong"]:
-            answer = str(rng.choice(["even", "odd"])) if problem["parity"] else str(rng.integers(0, 5))
-        if rng.random() < BIAS["skip"]:
-            lines = [lines[2]]  # the sum without the counts it comes from
+    if has["wrong"]:
+        answer = str(rng.choice(["even", "odd"])) if problem["parity"] else str(rng.integers(0, 5))
+    if has["skip"]:
+        lines = [lines[2]]  # the sum without the counts it comes from
     caption = "\n".join(f"{i} {c} {s}" for i, (c, s) in seen.items())
     body = "\n".join(lines)
     return f"<caption>\n{caption}\n</caption>\n<think>\n{body}\n</think>\n<answer>\n{answer}\n</answer>"
