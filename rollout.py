@@ -229,6 +229,8 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
     messages = [dict(m) for m in example.prompt]
     if messages[0]["role"] != "system" and system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
+    for message in messages:
+        refuse_vision_tokens(message["content"], example.id)
     found = sum(m["content"].count("<image>") for m in messages)
     if found == 0 and example.images:  # pictures without a place in the text come first, as the chat models expect
         user = next(m for m in messages if m["role"] == "user")
@@ -255,8 +257,16 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
     return Prompt(ids, mrope_positions(ids, grid, pad, image_processor.merge_size), pixel_values, grid)
 
 
+def refuse_vision_tokens(text, where):
+    """A literal image token in a text would be taken for a picture that is not there."""
+    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
+        if token in text:
+            raise InputError(f"{where}: the text contains {token}; write <image> where a picture belongs, or remove it")
+
+
 def encode_response(text, tokenizer):
     """Token ids of a response as a policy would emit it: its text, then the EOS."""
+    refuse_vision_tokens(text or "", "response")
     return tokenizer(text or "", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 

@@ -126,7 +126,7 @@ def setup(args, global_sizes=()):
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
-    if hasattr(args, "save_every") and args.resume and not os.path.exists(os.path.join(args.out, "state")):
+    if hasattr(args, "save_every") and args.resume and find_state(args.out) is None:
         raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
     if args.system_prompt and not os.path.exists(args.system_prompt):
         raise InputError(f"--system-prompt {args.system_prompt}: no such file")
@@ -186,8 +186,8 @@ def check_loaded(path, info):
 def choose_attention(name, world):
     """--attn -> sdpa, flash or flex, said once at the start."""
     on_cuda = world.device.type == "cuda"
-    if name == "flash" and not on_cuda:
-        raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
+    if name in ("flash", "flex") and not on_cuda:
+        raise InputError(f"--attn {name} needs a CUDA device; use --attn sdpa")
     name = ("flash" if on_cuda else "sdpa") if name == "auto" else name
     if world.rank == 0:
         print(f"attention: {name}", flush=True)
@@ -399,6 +399,13 @@ def save_state(out, world, parts, progress):
         dist.barrier()
 
 
+def find_state(out):
+    """The newest complete state: progress.json is written last, and a run killed between save_state's two renames leaves
+    its state under one of the other names. None when there is none."""
+    paths = [os.path.join(out, name) for name in ("state", "state.new", "state.old")]
+    return next((path for path in paths if os.path.exists(os.path.join(path, "progress.json"))), None)
+
+
 def state_dicts(parts):
     return {
         name: {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -408,7 +415,7 @@ def state_dicts(parts):
 
 def resume(out, world, parts):
     """Load what save_state wrote into models and optimizers (any number of processes) -> progress."""
-    path = os.path.join(out, "state")
+    path = find_state(out)
     states = state_dicts(parts)
     dcp.load(states, checkpoint_id=path, no_dist=world.size == 1)
     for name, (model, optimizer) in parts.items():

@@ -85,6 +85,8 @@ def build(size, device):
     if size != "toy":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    rows(policy)
+    rows(backbone)
     policy.generation_config.eos_token_id = None  # every response has its full length
     return policy, disc
 
@@ -121,7 +123,13 @@ def stocked(model, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     finally:
-        model.set_attn_implementation("rows")
+        rows(model)
+
+
+def rows(model):
+    """The attention that the stages choose."""
+    model.set_attn_implementation("rows")
+    rollout.set_attention(getattr(model, "model", model), "flash" if model.device.type == "cuda" else "sdpa")
 
 
 def padded(prompt, segments, device):

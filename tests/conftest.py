@@ -22,17 +22,18 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 
 import rollout  # noqa: E402
 import sft  # noqa: E402
-from toy import checkpoint, world  # noqa: E402
+from toy import checkpoint  # noqa: E402
 
 logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
 torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
 ONE = sft.World(0, 1, torch.device("cpu"))  # one process
+SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]
 SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
 
 
 def short(rng, answer):
     """A well-formed response of a dozen tokens."""
-    caption = f"{rng.integers(1, 4)} {rng.choice(list(world.COLORS))} {rng.choice(world.SHAPES)}"
+    caption = f"{rng.integers(1, 4)} {rng.choice(COLORS)} {rng.choice(['circle', 'square', 'cross'])}"
     return f"<caption>\n{caption}\n</caption>\n<think>\n{answer}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
@@ -48,8 +49,8 @@ def write_rows(folder, name, count, rng):
         for k, path in enumerate(images):
             noise(rng, SIZES[(i + k) % 3]).save(folder / path)
         answer = str(rng.choice(["even", "odd"]))
-        question = f"How many {rng.choice(list(world.COLORS))} in row {rng.integers(1, 4)}?"
-        turns = [("system", world.SYSTEM), ("user", "<image>" * len(images) + question)]
+        question = f"How many {rng.choice(COLORS)} in row {rng.integers(1, 4)}?"
+        turns = [("system", SYSTEM), ("user", "<image>" * len(images) + question)]
         prompt = [{"role": role, "content": content} for role, content in turns]
         rows.append({"prompt": prompt, "images": images, "response": short(rng, answer), "answer": answer})
     write_jsonl(folder / f"{name}.jsonl", rows)
@@ -80,7 +81,7 @@ def tiny(tmp_path_factory):
     for count in (0, 1, 3):
         turn = {"role": "user", "content": "see " + "<image> and " * count + "count"}
         example = rollout.Example("x", [turn], pictures[:count])
-        prompts[count] = rollout.encode_prompt(example, tokenizer, image_processor, system_prompt=world.SYSTEM)
+        prompts[count] = rollout.encode_prompt(example, tokenizer, image_processor, system_prompt=SYSTEM)
     stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     return SimpleNamespace(
         folder=folder, rows=rows, base=base, tokenizer=tokenizer, image_processor=image_processor, prompts=prompts,
