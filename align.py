@@ -114,7 +114,7 @@ def expert_metrics(scores):
         for k, name in enumerate(("v", "r")):
             student, teacher = scores[:, k], scores[:, k + 2]
             gap = teacher - student
-            acc = (gap > 0).float() + 0.5 * (gap == 0).float()  # a tie is a coin toss
+            acc = torch.where(gap.abs() < 1e-5, 0.5, (gap > 0).float())  # a tie (the same text, up to rounding) is a coin toss
             out |= {f"gap_{name}": gap.mean().item(), f"acc_{name}": acc.mean().item()}
             out |= {f"loss_{name}": bradley_terry(teacher, student, torch.ones_like(gap, dtype=torch.bool)).item()}
             out |= {f"score_{name}": student.mean().item()}
