@@ -319,11 +319,12 @@ def head_memory(whole, tokens, hidden, device):
     config = SimpleNamespace(image_token_id=0, video_token_id=1, vision_start_token_id=2)
     model = SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=states[None]), lm_head=head, config=config)
     pack = SimpleNamespace(inputs={"pixel_values": 0}, source=torch.arange(tokens, device=device), targets=targets)
-    peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        peak = torch.cuda.max_memory_allocated
-    before = peak()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:  # Linux: pages in use now; ru_maxrss is in KiB
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if whole:
         logits = head(states).float().index_fill_(-1, torch.tensor(rollout.banned_ids(config), device=device), LOWEST)
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
