@@ -24,7 +24,6 @@ import argparse
 import copy
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -322,9 +321,9 @@ def head_memory(whole, tokens, hidden, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:  # Linux: pages in use now; ru_maxrss is in KiB
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:  # Linux; ru_maxrss would start at the peak of the parent process
+        status = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+        before, peak = status("VmRSS:"), partial(status, "VmHWM:")
     if whole:
         logits = head(states).float().index_fill_(-1, torch.tensor(rollout.banned_ids(config), device=device), LOWEST)
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]

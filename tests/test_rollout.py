@@ -76,7 +76,7 @@ WHOLE = {
     "no white space": GOOD.replace("\n", ""),  # `</caption><think>` may share a token
     "white space around": f" \n{GOOD} \n\n ",
     "empty blocks": "<caption></caption><think></think><answer></answer>",
-    "special tokens inside": GOOD.replace("cross", "<|vision_start|><|im_start|> cross"),
+    "special tokens inside": GOOD.replace("cross", "<|vision_end|><|im_start|> cross"),
     "several bytes a character": GOOD.replace("cross", "çà 中文 🙂 \u0085"),
     "other tags": GOOD.replace("cross", "<b>cross</b> </ caption> <Caption> <caption"),
 }
@@ -349,3 +349,13 @@ def test_choose_is_the_inverse_of_the_distribution():
         tokens, logprobs = rollout.choose(p.log().clamp(min=-1e30)[None], torch.tensor([u]), 1.0)
         assert tokens.item() == expected
         assert abs(logprobs.item() - p[expected].log().item()) < 1e-6
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+def test_a_literal_vision_token_in_a_text_is_refused(tiny, token):
+    """It would be taken for a picture that is not there."""
+    with pytest.raises(rollout.InputError, match="the text contains"):
+        rollout.encode_response(f"a {token} b", tiny.tokenizer)
+    example = rollout.Example("row 7", [{"role": "user", "content": f"what is {token}?"}])
+    with pytest.raises(rollout.InputError, match="row 7: the text contains"):
+        rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor)
