@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--out", default="toy_out", help="folder for everything that is written")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the weights, the order and the sampling")
     parser.add_argument("--processes", type=int, default=1, help="processes per stage, as torchrun's --nproc_per_node")
-    parser.add_argument("--quick", action="store_true", help="every stage in a few minutes; the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="every stage in 2 minutes; the numbers mean nothing")
     parser.add_argument("--resume", action="store_true", help="continue a broken run; finished stages are not repeated")
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.resume:
