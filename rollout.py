@@ -589,7 +589,7 @@ def head_chunk(lm_head, hidden, targets, banned, temperature):
     return logp, entropy
 
 
-def target_logprobs(model, pack, temperature=1.0, chunk=1024):
+def target_logprobs(model, pack, temperature=1.0, chunk=256):
     """Log-probs [n] and entropies [n, no gradient] of all branch tokens of a pack, float32.
 
     The head runs on target positions only, `chunk` at a time, and is recomputed in backward, so that memory never

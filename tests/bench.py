@@ -193,7 +193,7 @@ def ratio_row(name, what, ours, theirs, tokens, target, work=None):
     memory = f"{peak / 2**30:.1f} / {other_peak / 2**30:.1f}" if peak else ""
     card = next((speed for gpu, speed in PEAK.items() if gpu in torch.cuda.get_device_name()), None) if peak else None
     mfu = f"{work / middle / card:.0%}" if card and work else ""
-    return [name, what, f"{ratio:.1f}", target, f"{middle:.3f}", f"{median(other):.3f}", f"{tokens / middle:.0f}", memory, mfu]
+    return [name, what, f"{ratio:.2f}", target, f"{middle:.3f}", f"{median(other):.3f}", f"{tokens / middle:.0f}", memory, mfu]
 
 
 # -------------------------------------------------------------------------------------------------------- a: discriminator
