@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from types import MethodType
 
@@ -80,15 +81,25 @@ def run(main):
     """Run a stage; a mistake of the user ends it with one line and exit status 2 instead of a traceback."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    status = 0
     try:
         main()
     except InputError as error:
+        status = 2
         if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized():
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
+    except Exception:
+        status = 1
+        traceback.print_exc()
+    # Not sys.exit: FSDP's caches keep gloo's worker threads alive, and one of them that frees its last tensor while the
+    # interpreter shuts down aborts the process (pytorch/pytorch#179291). After an error the other ranks may hang in a
+    # collective, and so would an orderly end; torchrun stops them once this process is gone.
+    if dist.is_initialized():
+        if status == 0:
             dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @dataclass
