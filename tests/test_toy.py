@@ -1,5 +1,7 @@
 """Run: pytest tests/test_toy.py          (exact scores of the picture world, its teachers, its checkpoint; CPU only)"""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,8 @@ def repaint(line):
 
 OTHER = {"odd": "even", "even": "odd"}
 CAPTION, TRACE, ANSWER = range(3)
-EDITS = [  # of the lines of one block of a perfect response; i: a cell elsewhere -> cells lost, steps lost, accuracy
+# edits of the lines of one block (of the steps of a trace); i: a cell elsewhere -> cells lost, steps lost, accuracy
+EDITS = [
     ("nothing", TRACE, lambda lines, i: lines, 0, 0, 1),
     ("wrong answer", ANSWER, lambda lines, i: [OTHER.get(lines[0], lines[0] + "1")], 0, 1, 0),
     ("no trace", TRACE, lambda lines, i: [], 0, "all but the answer", 1),
@@ -69,7 +72,8 @@ def test_scores_are_exact(row, parity):
     _, block, change, cells, steps, accuracy = row
     problem, count = problem_with(parity), 5 if parity else 4
     parts = blocks(world.respond(problem))
-    parts[block] = "\n".join(change(parts[block].split("\n"), elsewhere(problem)))
+    lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])  # the cells that a step counts belong to that step
+    parts[block] = "\n".join(change(lines, elsewhere(problem)))
     steps = count - 1 if steps == "all but the answer" else steps
     expected = {"perception": 1 - cells / N, "reasoning": 1 - steps / count, "accuracy": accuracy, "format": 1}
     assert world.score(problem, parts) == pytest.approx(expected)
@@ -78,8 +82,8 @@ def test_scores_are_exact(row, parity):
 GRID = [("red", "circle"), ("red", "square"), *[("lime", "cross")] * (N - 2)]
 HAND = {"cells": GRID, "line": "row", "number": 1, "terms": ["red", "circle"], "parity": False, "question": "?", "answer": "3"}
 REST = range(3, world.COLUMNS + 1)
-RED = "row 1: 1 red red yes 2 red red yes" + "".join(f" {i} lime red no" for i in REST) + " = 2"
-CIRCLE = "row 1: 1 circle circle yes 2 square circle no" + "".join(f" {i} cross circle no" for i in REST) + " = 1"
+RED = "row 1:\n1 red red yes\n2 red red yes" + "".join(f"\n{i} lime red no" for i in REST) + " = 2"
+CIRCLE = "row 1:\n1 circle circle yes\n2 square circle no" + "".join(f"\n{i} cross circle no" for i in REST) + " = 1"
 
 
 def test_reasoning_is_judged_by_its_own_caption():

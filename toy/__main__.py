@@ -20,12 +20,11 @@ from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PUBLIC = 1.0  # share of the SFT demonstrations that the public teacher wrote
 FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
 QUICK = {"sft_rows": 2000, "sft": 60, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
 
 
-def write_rows(folder, name, count, rng, public=0.0, kinds=(0, 1)):
+def write_rows(folder, name, count, rng, public=False, kinds=(0, 1)):
     """COUNT problems as FOLDER/NAME.jsonl with their pictures; `world` keeps the truth for the toy's own scores."""
     rows = []
     for i in range(count):
@@ -36,7 +35,7 @@ def write_rows(folder, name, count, rng, public=0.0, kinds=(0, 1)):
             "id": f"{name}-{i}",
             "prompt": [{"role": "system", "content": world.SYSTEM}, {"role": "user", "content": "<image>" + problem["question"]}],
             "images": [path],
-            "response": world.respond(problem, rng if rng.random() < public else None),
+            "response": world.respond(problem, rng if public else None),
             "answer": problem["answer"],
             "world": problem,
         })  # fmt: skip
@@ -50,7 +49,7 @@ def write_data(out, seed, sizes):
     folder = os.path.join(out, "data")
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     generator = lambda stream: np.random.default_rng([seed, stream])
-    demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), PUBLIC)
+    demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), public=True)
     curated = write_rows(folder, "align", 256, generator(1))
     write_rows(folder, "rl", 32, generator(2), kinds=(1,))  # few prompts, and about shapes only
     write_rows(folder, "test", sizes["items"], generator(3))

@@ -82,22 +82,23 @@ def line_cells(line, number):
 
 
 def solve(problem, seen):
-    """The complete trace over a description `seen` {cell number: (colour, shape)} -> (its lines, the answer)."""
-    lines, counts = [], []
+    """The complete trace over a description `seen` {cell number: (colour, shape)} -> (its steps, the answer). A cell begins
+    a line here as in the caption: it is the same token there, which makes a look at the caption easy to learn."""
+    steps, counts = [], []
     for attribute in problem["terms"]:
         kind = int(attribute in SHAPES)  # 0: the term is about colour, 1: about shape
         numbers = [i + 1 for i in line_cells(problem["line"], problem["number"])]
         cells = [(i, seen[i][kind] if i in seen else "none") for i in numbers]
         counts.append(sum(value == attribute for _, value in cells))
-        listed = " ".join(f"{i} {value} {attribute} {'yes' if value == attribute else 'no'}" for i, value in cells)
-        lines.append(f"{problem['line']} {problem['number']}: {listed} = {counts[-1]}")
+        listed = "\n".join(f"{i} {value} {attribute} {'yes' if value == attribute else 'no'}" for i, value in cells)
+        steps.append(f"{problem['line']} {problem['number']}:\n{listed} = {counts[-1]}")
     total = sum(counts)
-    lines.append(f"{counts[0]} + {counts[1]} = {total}")
+    steps.append(f"{counts[0]} + {counts[1]} = {total}")
     if not problem["parity"]:
-        return lines, str(total)
+        return steps, str(total)
     answer = "odd" if total % 2 else "even"
-    lines.append(f"{total} is {answer}")
-    return lines, answer
+    steps.append(f"{total} is {answer}")
+    return steps, answer
 
 
 def respond(problem, rng=None):
@@ -110,13 +111,13 @@ def respond(problem, rng=None):
         seen = {i: (c, COARSE.get(s, s)) for i, (c, s) in seen.items()}
     if has["omit"]:
         seen = {i: cell for i, cell in seen.items() if rng.random() > 0.25}
-    lines, answer = solve(problem, seen)
+    steps, answer = solve(problem, seen)
     if has["wrong"]:
         answer = str(rng.choice(["even", "odd"])) if problem["parity"] else str(rng.integers(0, 5))
     if has["skip"]:
-        lines = [lines[2]]  # the sum without the counts it comes from
+        steps = [steps[2]]  # the sum without the counts it comes from
     caption = "\n".join(f"{i} {c} {s}" for i, (c, s) in seen.items())
-    body = "\n".join(lines)
+    body = "\n".join(steps)
     return f"<caption>\n{caption}\n</caption>\n<think>\n{body}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
@@ -146,9 +147,8 @@ def score(problem, blocks):
     caption, think, answer = blocks
     seen = read_caption(caption)
     truth = dict(enumerate(map(tuple, problem["cells"]), 1))  # tuples: JSON gives lists
-    lines, result = solve(problem, seen)
-    said = think.split("\n")
-    steps = [line in said for line in lines] + [answer == result]
+    steps, result = solve(problem, seen)
+    steps = [f"\n{step}\n" in f"\n{think}\n" for step in steps] + [answer == result]
     return {
         "perception": sum(seen.get(i) == cell for i, cell in truth.items()) / len(truth),
         "reasoning": sum(steps) / len(steps),
