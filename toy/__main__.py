@@ -20,8 +20,8 @@ from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FULL = {"sft_rows": 16000, "sft": 600, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
-QUICK = {"sft_rows": 2000, "sft": 60, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
+FULL = {"sft_rows": 16000, "sft": 1200, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
+QUICK = {"sft_rows": 2000, "sft": 120, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
 
 
 def write_rows(folder, name, count, rng, public=False, kinds=(0, 1)):
@@ -68,8 +68,8 @@ def stages(out, seed, sizes):
     last = [at(arm) for arm in ARMS]
     judge = ["eval.py", "--ckpt", *last, "--data", at("data", "test.jsonl"), "--max-new-tokens", 128, "--seed", seed, "--resume"]
     return [
-        ("sft", ["sft.py", "--ckpt", at("base"), "--data", at("data", "sft.jsonl"), "--out", at("sft"), "--batch", 32,
-                 "--steps", sizes["sft"], "--lr", 3e-3, "--seed", seed]),
+        ("sft", ["sft.py", "--ckpt", at("base"), "--data", at("data", "sft.jsonl"), "--out", at("sft"), "--batch", 16,
+                 "--steps", sizes["sft"], "--lr", 2e-3, "--seed", seed]),
         ("align", ["align.py", "--ckpt", at("sft"), "--data", at("data", "align.jsonl"), "--out", at("align"), "--warmup-steps",
                    sizes["warmup"], "--steps", sizes["align"], "--lr", 5e-5, "--disc-lr", 1e-3, "--log-rollouts", 5, *sampling]),
         ("sft_rl", ["rl.py", "--ckpt", at("sft"), "--out", at("sft_rl"), "--steps", sizes["rl"] + extra, *rl]),
