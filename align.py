@@ -23,12 +23,12 @@ import os
 import time
 
 import torch
-from torch.utils.data import Subset
 
-from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
+from discriminator import VARIANTS, compare_tokenizers, expert_metrics, load_discriminator, pair_loss, reader
+from discriminator import save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
 from rollout import InputError, encode_prompt, encode_response, load_examples, split_rows, split_segments
-from sft import Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
+from sft import Feed, Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
 from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 
@@ -85,40 +85,13 @@ def score_and_learn(disc, records, pairs, teachers, tokenizer, args, world):
     for p in range(most(len(packs), world)):
         parts = [[members[r][b] for b in branches] for r, branches in packs[p]] if p < len(packs) else [[]]
         firsts = [records[part[0]] if part else records[0] for part in parts]
-        # per row: the teacher first, then its students
-        captions = [(r, s[0]) for r, part in enumerate(parts) for s in [teachers[firsts[r].group], *[pairs[i] for i in part]]]
-        traces = [(r, s[1]) for r, part in enumerate(parts) for s in [teachers[firsts[r].group], *[pairs[i] for i in part]]]
-        prompts = [reader(first.prompt, tokenizer, args.disc_variant) for first in firsts]
-        d = torch.stack(disc.scores(prompts, captions, traces))  # [2, responses]
-        student, teacher, at = [], [], 0
-        for part in parts:
-            student += range(at + 1, at + 1 + len(part))
-            teacher += [at] * len(part)
-            at += 1 + len(part)
-        s, t = d[:, student], d[:, teacher]  # [2, valid rollouts of the pack]
-        valid = torch.ones_like(s[0], dtype=torch.bool)
-        loss = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
-        loss = loss + args.score_l2 * 0.5 * (s.square() + t.square()).sum() / count + d.sum() * 0
+        rows = [(reader(first.prompt, tokenizer, disc.variant), teachers[first.group], [pairs[i] for i in part])
+                for first, part in zip(firsts, parts)]  # fmt: skip
+        loss, student, teacher = pair_loss(disc, rows, count, args.score_l2)
         (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
         here = [i for part in parts for i in part]
-        scores[here] = torch.cat([s, t]).T.detach().float().cpu()
+        scores[here] = torch.cat([student, teacher]).T.detach().float().cpu()
     return scores
-
-
-def expert_metrics(scores):
-    """Per expert over all valid pairs of the step: gap = mean(teacher - student), acc = share of pairs ranked rightly
-    (0.5 is the equilibrium, not a failure), loss (2). Absent when no rollout was valid."""
-    scores = scores[~scores[:, 0].isnan()]
-    out = {}
-    if len(scores):
-        for k, name in enumerate(("v", "r")):
-            student, teacher = scores[:, k], scores[:, k + 2]
-            gap = teacher - student
-            acc = torch.where(gap.abs() < 1e-5, 0.5, (gap > 0).float())  # a tie (the same text, up to rounding) is a coin toss
-            out |= {f"gap_{name}": gap.mean().item(), f"acc_{name}": acc.mean().item()}
-            out |= {f"loss_{name}": bradley_terry(teacher, student, torch.ones_like(gap, dtype=torch.bool)).item()}
-            out |= {f"score_{name}": student.mean().item()}
-    return out
 
 
 def named_scores(scores):
@@ -138,13 +111,14 @@ def update_discriminator(disc, optimizer, skips, score_again, args, world):
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", help="prompts, teacher responses")
+    parser.add_argument("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
+                        help="prompts and teacher responses: SOURCE[:WEIGHT] ...")  # fmt: skip
     parser.add_argument("--steps", type=int, default=500, help="steps of the game")
     parser.add_argument("--warmup-steps", type=int, default=0, help="discriminator-only steps on fresh rollouts first")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
-    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe, or the ablations dense and text-only")
+    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
     group.add_argument("--disc-lr", type=float, default=1e-6, help="learning rate of the discriminator")
     group.add_argument("--disc-updates", type=int, default=1, help="discriminator steps per policy step, on the same rollouts")
     group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in its loss")
@@ -158,14 +132,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def well_taught(examples, tokenizer, args, world):
-    """The examples whose teacher response has the three blocks; the others are counted, and it is an error when none has."""
-    good = [i for i in range(len(examples)) if split_segments(encode_response(examples[i].response, tokenizer), tokenizer)]
-    if not good:
-        raise InputError(f"{args.data}: no row has a teacher response of <caption>, <think> and <answer> blocks")
-    if len(good) < len(examples) and world.rank == 0:
-        print(f"{len(examples) - len(good)} of {len(examples)} rows have no well-formed teacher response: left out")
-    return Subset(examples, good)
+def encode_taught(example, tokenizer, image_processor, args, system):
+    """Example -> Prompt, or None when it is too long; a row without a well-formed teacher response is of no use here."""
+    if not example.response or split_segments(encode_response(example.response, tokenizer), tokenizer) is None:
+        raise InputError(f"{example.id}: the row has no teacher response of <caption>, <think> and <answer> blocks")
+    return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
 
 
 def load_players(args, world):
@@ -183,23 +154,22 @@ def main():
     args = parse_args()
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     examples = load_examples(args.data, args.split)
-    tokenizer, image_processor = load_tokenizer(args.ckpt)
-    examples, system = well_taught(examples, tokenizer, args, world), system_prompt(args)
+    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
+    system = system_prompt(args)
+    compare_tokenizers(tokenizer, args.disc)
     parts, sampler = load_players(args, world)
     (policy, optimizer), (disc, disc_optimizer) = parts.values()
-    progress = {"step": 0, "position": 0, "dropped": 0}
+    progress = {"step": 0}
     if args.resume:
         progress = resume(args.out, world, parts)
         refresh(sampler, policy)
     start_log(world, args.out, progress["step"])
-    skips, disc_skips, row = Skips(), Skips(), {}
-    encode = lambda example: encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    encode = lambda example: encode_taught(example, tokenizer, image_processor, args, system)
+    feed, skips, disc_skips, row = Feed(examples, encode, args, world, progress), Skips(), Skips(), {}
     for step in range(progress["step"], args.warmup_steps + args.steps):
         began = time.time()
         # rollout
-        records, position, dropped = sample_records(
-            sampler, examples, encode, tokenizer, args, world, step, progress["position"]
-        )
+        records = sample_records(sampler, feed, tokenizer, args, world, step)
         sampled_at = time.time()
         # reward
         pairs = segment_pairs(records, tokenizer)
@@ -226,9 +196,9 @@ def main():
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, metrics["loss"])
             refresh(sampler, policy)
         # log
-        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + dropped}
+        progress = {"step": step + 1, **feed.progress()}
         row = {"step": step + 1, **metrics, "grad_norm": norm, "disc_grad_norm": disc_norm}
-        row |= rollout_metrics(records, world) | {"dropped": progress["dropped"]}
+        row |= rollout_metrics(records, world) | {"dropped": feed.dropped, "bad": feed.bad}
         row |= {"skipped_steps": skips.total + disc_skips.total, "seconds_rollout": round(sampled_at - began, 3)}
         row |= {"seconds_disc": round(scored_at - sampled_at, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
@@ -236,6 +206,7 @@ def main():
         # save
         if step + 1 == args.warmup_steps + args.steps or args.save_every and (step + 1) % args.save_every == 0:
             save_state(args.out, world, parts, progress)
+    feed.close()
     save_discriminator(disc, os.path.join(args.out, "discriminator"), world, args.ckpt)
     save(policy, args.out, world, "align", args, progress["step"], row)
 

@@ -13,8 +13,10 @@ experts; (2) two heads instead of one; (3) all segments are read at one and the 
 and use the policy's M-RoPE positions and image scale, so that no artefact tells teacher from student; (4) heads start at
 zero: before it has learned anything the discriminator rewards nothing.
 
-Diagnosis: D_v and D_r of every response of a data set, to filter or label it.
+Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`, and diagnosis: D_v and D_r of every response of
+a data set, to filter or label it.
 
+    torchrun --nproc_per_node=8 discriminator.py --pairs warmup_pairs.jsonl --ckpt Qwen/Qwen3-VL-2B-Instruct --out disc_out/
     python discriminator.py --score responses.jsonl --ckpt align_out/discriminator --out scores/
 """
 
@@ -22,21 +24,26 @@ import argparse
 import copy
 import json
 import os
+import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import Qwen3VLModel
+from transformers import AutoConfig, Qwen3VLModel, Qwen3VLMoeModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
 from rollout import set_attention, split_rows, split_segments, without_images
-from sft import Parser, check_checkpoint, check_loaded, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt
-from sft import write_json, write_rows
+from sft import Feed, Parser, Skips, check_checkpoint, check_loaded, choose_attention, common_flags, copy_processor
+from sft import full_weights, load_tokenizer, log, make_optimizer, most, resume, run, save_state, setup, shard, start_log
+from sft import system_prompt, write_json, write_rows
 
-VARIANTS = ("moe", "dense", "text-only")
+VARIANTS = ("moe", "dense", "text-only", "learned")
+RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # the one head of a released discriminator, in its shards
 
 
 class SegmentMLP(nn.Module):
@@ -53,17 +60,20 @@ class SegmentMLP(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """variant: "moe" (default), "dense" (one expert, one score for the whole response), "text-only" (no image)."""
+    """variant: "moe" (default), "dense" (one expert, one score for the whole response), "text-only" (no image), "learned" (a
+    Qwen3-VL-MoE backbone as the authors released it: top-k routing, a load-balancing loss, one head for both segments)."""
 
     def __init__(self, backbone, variant="moe"):
         super().__init__()
         if variant not in VARIANTS:
             raise InputError(f"--disc-variant {variant}: choose one of {', '.join(VARIANTS)}")
-        self.backbone, self.variant, self.sizes = backbone, variant, [0, 0, 0]
-        if variant != "dense":
-            for layer in backbone.language_model.layers:
+        self.backbone, self.variant, self.sizes, self.routed = backbone, variant, [0, 0, 0], []
+        for layer in backbone.language_model.layers:
+            if variant == "learned" and hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.register_forward_hook(lambda module, inputs, output: self.routed.append(output[0]))
+            elif variant in ("moe", "text-only"):
                 layer.mlp = SegmentMLP(layer.mlp, self.sizes)
-        heads = ("perception",) if variant == "dense" else ("perception", "reasoning")
+        heads = ("perception", "reasoning") if variant in ("moe", "text-only") else ("perception",)
         size = backbone.config.text_config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(size, 1, bias=False, dtype=torch.float32) for name in heads})
         for head in self.heads.values():
@@ -79,11 +89,22 @@ class Discriminator(nn.Module):
             branches = captions + traces
         pack = pack_rows(prompts, branches, self.heads["perception"].weight.device)
         self.sizes[:] = pack.prompt_tokens, sum(pack.lengths[:n]), sum(pack.lengths[n:])
+        self.routed.clear()
         ends = hidden_states(self.backbone, pack.inputs)[pack.ends].float()
         if self.variant == "dense":
             d = self.heads["perception"](ends)[:, 0]
             return d, d
-        return self.heads["perception"](ends[:n])[:, 0], self.heads["reasoning"](ends[n:])[:, 0]
+        reasoning = self.heads["perception" if self.variant == "learned" else "reasoning"]
+        return self.heads["perception"](ends[:n])[:, 0], reasoning(ends[n:])[:, 0]
+
+    def balance(self):
+        """The load-balancing loss of the last forward, with its coefficient (Switch Transformer, arXiv 2101.03961, equation
+        4): the one term that depends on how rows are packed, because it is a product of means. 0 without learned routing."""
+        if self.variant != "learned":
+            return 0.0
+        text = self.backbone.config.text_config
+        loss = load_balancing_loss_func(tuple(self.routed), text.num_experts, text.num_experts_per_tok)
+        return text.router_aux_loss_coef * loss
 
 
 def bradley_terry(teacher, student, valid, count=None):
@@ -93,33 +114,109 @@ def bradley_terry(teacher, student, valid, count=None):
     return losses.sum() / max(1, valid.sum() if count is None else count)
 
 
+def pair_loss(disc, rows, count, score_l2):
+    """(2) for both experts over the (teacher, student) pairs of one forward, plus score_l2 / 2 times the squared scores.
+
+    rows: list of (Prompt, teacher, [students]); a teacher or student is its (caption ids, trace ids). count: pairs of the
+    whole global batch. -> loss (with a zero that reaches every score: a rank without pairs still takes part in the
+    collectives), student scores [2, pairs], teacher scores [2, pairs], in the order of the rows."""
+    responses = [(r, s) for r, (_, teacher, students) in enumerate(rows) for s in [teacher, *students]]
+    captions, traces = ([(r, s[k]) for r, s in responses] for k in (0, 1))
+    d = torch.stack(disc.scores([prompt for prompt, _, _ in rows], captions, traces))  # [2, responses]
+    student, teacher, at = [], [], 0
+    for _, _, students in rows:
+        student += range(at + 1, at + 1 + len(students))
+        teacher += [at] * len(students)
+        at += 1 + len(students)
+    s, t = d[:, student], d[:, teacher]
+    valid = torch.ones_like(s[0], dtype=torch.bool)
+    loss = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
+    loss = loss + score_l2 * 0.5 * (s.square() + t.square()).sum() / count + d.sum() * 0
+    return loss + disc.balance() * (len(student) / count), s, t
+
+
+def expert_metrics(scores):
+    """Per expert over all valid pairs of the step: gap = mean(teacher - student), acc = share of pairs ranked rightly
+    (0.5 is the equilibrium, not a failure), loss (2). Absent when no rollout was valid."""
+    scores = scores[~scores[:, 0].isnan()]
+    out = {}
+    if len(scores):
+        for k, name in enumerate(("v", "r")):
+            student, teacher = scores[:, k], scores[:, k + 2]
+            gap = teacher - student
+            acc = torch.where(gap.abs() < 1e-5, 0.5, (gap > 0).float())  # a tie (the same text, up to rounding) is a coin toss
+            out |= {f"gap_{name}": gap.mean().item(), f"acc_{name}": acc.mean().item()}
+            out |= {f"loss_{name}": bradley_terry(teacher, student, torch.ones_like(gap, dtype=torch.bool)).item()}
+            out |= {f"score_{name}": student.mean().item()}
+    return out
+
+
 def reader(prompt, tokenizer, variant):
     """The prompt as the discriminator sees it."""
     return without_images(prompt, tokenizer) if variant == "text-only" else prompt
 
 
-def load_discriminator(path, variant="moe", attn="sdpa"):
-    """From a folder written by `save_discriminator`, or fresh on the backbone of any Qwen3-VL checkpoint."""
-    check_checkpoint(path)
+def stored_variant(path):
+    """The variant of a folder that `save_discriminator` wrote, else None."""
     settings = os.path.join(path, "discriminator.json")
-    saved = os.path.isfile(settings)
-    if saved:
-        with open(settings) as file:
-            stored = json.load(file)["variant"]
-        if stored != variant:
-            raise InputError(f"--disc {path} was trained as {stored}; pass --disc-variant {stored}")
-        backbone = Qwen3VLModel(Qwen3VLModel.config_class.from_pretrained(path, attn_implementation="rows"))
-    else:
-        backbone, info = Qwen3VLModel.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="rows", output_loading_info=True
-        )
-        check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - {"lm_head.weight"}})
+    if not os.path.isfile(settings):
+        return None
+    with open(settings) as file:
+        return json.load(file)["variant"]
+
+
+def load_discriminator(path, variant="moe", attn="sdpa"):
+    """From a folder written by `save_discriminator`, fresh on the backbone of any Qwen3-VL checkpoint, or the released
+    Qwen3-VL-MoE discriminator with its head (then the variant is "learned")."""
+    check_checkpoint(path)
+    stored = stored_variant(path)
+    if stored not in (None, variant) and (stored, variant) != ("learned", "moe"):
+        raise InputError(f"--disc {path} was trained as {stored}; pass --disc-variant {stored}")
+    try:
+        routed = AutoConfig.from_pretrained(path).model_type == "qwen3_vl_moe"
+        if variant == "learned" and not routed:
+            raise InputError(f"{path} is no discriminator: neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
+        variant, kind = ("learned", Qwen3VLMoeModel) if routed else (variant, Qwen3VLModel)
+        if stored:
+            backbone = kind(kind.config_class.from_pretrained(path, attn_implementation="rows"))
+        else:
+            backbone, info = kind.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="rows", output_loading_info=True
+            )
+            known = {"lm_head.weight", *(RELEASED_HEADS if routed else ())}
+            check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - known})
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--disc {path}: {str(error).splitlines()[0]}") from error
     set_attention(backbone, attn)
     model = Discriminator(backbone, variant)
-    if saved:
+    if stored:
         weights = load_file(os.path.join(path, "model.safetensors"))
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    elif routed:
+        model.heads["perception"].weight.data.copy_(released_head(path))
     return model
+
+
+def released_head(path):
+    """The head [1, hidden] of a released discriminator, from its shards (never from value_head.pt, which is a pickle)."""
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, allow_patterns="*.safetensors")
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(path, name), framework="pt") as shard:
+                for key in set(RELEASED_HEADS) & set(shard.keys()):
+                    return shard.get_tensor(key).float().view(1, -1)
+    raise InputError(f"--disc {path}: no head: none of {', '.join(RELEASED_HEADS)} is in its *.safetensors")
+
+
+def compare_tokenizers(tokenizer, path):
+    """The rollouts' ids go into the discriminator as they are: InputError unless `path` has the policy's vocabulary."""
+    if path is not None and load_tokenizer(path)[0].get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"--disc {path}: its tokenizer differs from that of --ckpt; both must have the same vocabulary")
 
 
 def save_discriminator(model, out, world, ckpt):
@@ -134,31 +231,102 @@ def save_discriminator(model, out, world, ckpt):
         write_json(os.path.join(out, "discriminator.json"), {"variant": model.variant})
 
 
+# ---------------------------------------------------------------------------------------------------------------- warm-up
+def encode_pair(example, tokenizer, image_processor, args, system):
+    """Example with a teacher's and a student's response -> (Prompt, teacher, [student]), or None when it is too long."""
+    segments = []
+    for who, text in (("teacher", example.response), ("student", example.rejected)):
+        segments.append(split_segments(encode_response(text, tokenizer), tokenizer) if text else None)
+        if segments[-1] is None:
+            raise InputError(f"{example.id}: the row has no {who} response (columns {who}_caption and {who}_cot)")
+    prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    return prompt and (reader(prompt, tokenizer, args.disc_variant), segments[0], segments[1:])
+
+
+def update(disc, batch, args, world):
+    """Accumulate the gradient of one global batch of pairs, this rank's share of it given -> scores [pairs, 4] of this rank:
+    D_v, D_r of the student, then of the teacher."""
+    lengths = [(len(prompt.input_ids), [sum(map(len, teacher + students[0]))]) for prompt, teacher, students in batch]
+    packs = [[batch[r] for r, _ in pack] for pack in split_rows(lengths, args.max_tokens)]
+    scores = []
+    for i in range(most(len(packs), world)):
+        rows = packs[i] if i < len(packs) else [(*batch[0][:2], [])]  # nothing left here, but the others go on
+        loss, student, teacher = pair_loss(disc, rows, args.batch, args.score_l2)
+        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
+        scores.append(torch.cat([student, teacher]).T.detach().float().cpu())
+    return torch.cat(scores)
+
+
+def warm_up(args, world):
+    """Train a discriminator on offline (teacher, student) pairs and write it to --out, as align.py takes it with --disc."""
+    examples = load_examples(args.pairs, args.split)
+    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
+    attn, system = choose_attention(args.attn, world), system_prompt(args)
+    disc = load_discriminator(args.ckpt, args.disc_variant, attn).to(world.device)
+    args.disc_variant = disc.variant
+    disc = shard(disc, world, args.checkpointing)
+    optimizer = make_optimizer(disc, args.lr, args.weight_decay)
+    steps, progress = args.steps or max(1, len(examples) // args.batch), {"step": 0}
+    if args.resume:
+        progress = resume(args.out, world, {"discriminator": (disc, optimizer)})
+    start_log(world, args.out, progress["step"])
+    encode = lambda example: encode_pair(example, tokenizer, image_processor, args, system)
+    feed, skips = Feed(examples, encode, args, world, progress), Skips()
+    for step in range(progress["step"], steps):
+        began = time.time()
+        indices, encoded = feed.draw(args.batch, step)
+        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share(args.batch)]
+        scores = torch.cat(world.gather(update(disc, batch, args, world)))
+        norm = skips.step(disc, optimizer, args.lr, args.clip, world, 0.0)
+        row = {"step": step + 1, **expert_metrics(scores), "grad_norm": norm, "dropped": feed.dropped, "bad": feed.bad}
+        log(world, args.out, row | {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)})
+        progress = {"step": step + 1, **feed.progress()}
+        if step + 1 == steps or args.save_every and (step + 1) % args.save_every == 0:
+            save_state(args.out, world, {"discriminator": (disc, optimizer)}, progress)
+    feed.close()
+    save_discriminator(disc, args.out, world, args.ckpt)
+    if world.rank == 0:
+        print(f"saved {args.out}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------- scoring
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a discriminator folder, e.g. align_out/discriminator")
-    parser.add_argument("--score", required=True, metavar="FILE", help="data set with responses, any format of load_examples")
-    parser.add_argument("--split", default=None, help="split of a Hub data set")
-    parser.add_argument("--out", default="score_out", help="folder for scores.jsonl and results.json")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on, any format of load_examples")
+    what.add_argument("--score", nargs="+", metavar="SOURCE", help="responses to score, any format of load_examples")
     parser.add_argument("--alpha", type=float, default=0.5, help="weight of perception in the combined score")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward")
-    parser.add_argument("--max-prompt", type=int, default=2048, help="longer prompts get no scores")
-    parser.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
+    group = parser.add_argument_group("warm-up")
+    group.add_argument("--batch", type=int, default=64, help="pairs per step, over all processes")
+    group.add_argument("--steps", type=int, default=None, help="steps (default: one pass over the pairs)")
+    group.add_argument("--lr", type=float, default=1e-6, help="learning rate")
+    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="what to build on --ckpt")
+    group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in the loss")
+    common_flags(parser, "disc")
     return parser.parse_args()
 
 
 @torch.no_grad()
-def score_examples(model, examples, tokenizer, image_processor, args):
-    """-> [{"id", "perception", "reasoning", "combined"}] of a few examples, packed; scores are None for a response without
-    the three blocks and for an over-long prompt."""
-    system, usable = system_prompt(args), []
-    rows = [{"id": example.id, "perception": None, "reasoning": None, "combined": None} for example in examples]
-    for row, example in zip(rows, examples):
-        prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
-        segments = split_segments(encode_response(example.response, tokenizer), tokenizer)
-        if prompt is not None and segments is not None:
-            usable.append((row, reader(prompt, tokenizer, model.variant), segments))
+def score_examples(model, examples, indices, tokenizer, image_processor, args):
+    """-> [{"id", "perception", "reasoning", "combined"}] of a few examples, packed; the scores are None, and `reason` says
+    why, for a response without the three blocks, an over-long prompt and a row that cannot be read."""
+    system, usable, rows = system_prompt(args), [], []
+    for i in indices:
+        rows.append({"id": "{}:{}".format(*examples.where(i)), "perception": None, "reasoning": None, "combined": None})
+        try:
+            example = examples[i]
+            rows[-1]["id"] = example.id
+            prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+            segments = split_segments(encode_response(example.response, tokenizer), tokenizer)
+        except InputError as error:
+            if args.bad_rows == "stop":
+                raise
+            rows[-1]["reason"] = str(error)
+            continue
+        if prompt is None or segments is None:
+            rows[-1]["reason"] = "the prompt is too long" if prompt is None else "the response has not the three blocks"
+            continue
+        usable.append((rows[-1], reader(prompt, tokenizer, model.variant), segments))
     for pack in split_rows([(len(p.input_ids), [sum(map(len, s))]) for _, p, s in usable], args.max_tokens):
         part = [usable[r] for r, _ in pack]
         captions, traces = ([(i, s[k]) for i, (_, _, s) in enumerate(part)] for k in (0, 1))
@@ -170,22 +338,20 @@ def score_examples(model, examples, tokenizer, image_processor, args):
 
 def main():
     args = parse_args()
-    world = setup(args)
+    world = setup(args, {"--batch": args.batch} if args.pairs else {})
+    if args.pairs:
+        return warm_up(args, world)
     examples = load_examples(args.score, args.split)
-    if not any(examples[i].response for i in range(len(examples))):
-        raise InputError(f"{args.score}: the rows have no response to score (column response, messages or teacher_*)")
-    tokenizer, image_processor = load_tokenizer(args.ckpt)
-    if not os.path.isfile(os.path.join(args.ckpt, "discriminator.json")):
-        raise InputError(f"--ckpt {args.ckpt} is not a discriminator folder; give align_out/discriminator")
-    with open(os.path.join(args.ckpt, "discriminator.json")) as file:
-        variant = json.load(file)["variant"]
-    model, rows = load_discriminator(args.ckpt, variant).to(world.device).eval(), []
+    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
+    model = load_discriminator(args.ckpt, stored_variant(args.ckpt) or "learned", choose_attention(args.attn, world))
+    model, rows = model.to(world.device).eval(), []
     mine = range(world.rank, len(examples), world.size)
     for start in tqdm(range(0, len(mine), 64), disable=world.rank > 0):
-        part = [examples[i] for i in mine[start : start + 64]]
-        rows += score_examples(model, part, tokenizer, image_processor, args)
+        rows += score_examples(model, examples, mine[start : start + 64], tokenizer, image_processor, args)
     gathered = world.gather(rows)
     rows = [gathered[i % world.size][i // world.size] for i in range(len(examples))]
+    if all(row["combined"] is None for row in rows):
+        raise InputError(f"--score: no response can be scored; the first, {rows[0]['id']}: {rows[0]['reason']}")
     if world.rank == 0:
         report(rows, examples, args.out)
 
@@ -194,9 +360,9 @@ def report(rows, examples, out):
     """Write OUT/scores.jsonl and OUT/results.json, print the distribution and the worst 20 with their prompts."""
     write_rows(os.path.join(out, "scores.jsonl"), rows)
     scored = [(row, i) for i, row in enumerate(rows) if row["combined"] is not None]
-    print(f"{len(scored)} of {len(rows)} responses scored; the others are malformed or their prompt is too long")
+    print(f"{len(scored)} of {len(rows)} responses scored; scores.jsonl says why the others are not")
     quantiles = {}
-    for key in ("perception", "reasoning", "combined") if scored else ():
+    for key in ("perception", "reasoning", "combined"):
         values = np.array([row[key] for row, _ in scored])
         quantiles[key] = dict(zip(("min", "5%", "50%", "95%", "max"), np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()))
         print(f"{key:>10}  " + "  ".join(f"{name} {value:.3f}" for name, value in quantiles[key].items()))

@@ -1046,7 +1046,7 @@ def load_sets(args):
     sets = {spec.partition("=")[0]: load_bench(spec) for spec in args.bench}
     for data in args.data:
         examples = load_examples(data, args.split)
-        sets[names[data]] = Questions(Benchmark(), [examples.rows], data, examples.base)
+        sets[names[data]] = Questions(Benchmark(), [rows for rows, _, _ in examples.files], data, examples.files[0][2])
     if len(sets) < len(args.bench) + len(args.data):
         raise InputError("--bench, --data: two test sets have the same name; rename one of the files")
     for questions in sets.values():

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 import eval as judge
 from rollout import Example, InputError, Prompt, Rollout, encode_prompt, load_examples, pack_logprobs, pack_rows
 from rollout import sample, split_rows
-from sft import Parser, Skips, choose_attention, common_flags, draw, load_policy, load_tokenizer, log, make_optimizer
+from sft import Feed, Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
 from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 ALGOS = {
@@ -95,25 +95,25 @@ class Record:
     ref_logp: torch.Tensor | None = None  # [L], only with --kl
 
 
-def sample_records(sampler, examples, encode, tokenizer, args, world, step, position):
+def sample_records(sampler, feed, tokenizer, args, world, step):
     """Draw args.prompts prompts and sample args.n rollouts of each; this rank does its equal share of all rollouts, so a
-    group may span ranks. -> (this rank's records in global order, new data position, prompts dropped as too long)."""
-    indices, encoded, position, dropped = draw(examples, encode, position, args.prompts, args.seed, world)
+    group may span ranks. -> this rank's records in global order."""
+    indices, encoded = feed.draw(args.prompts, step)
     mine = [divmod(i, args.n) for i in world.share(args.prompts * args.n)]
     groups = sorted({group for group, _ in mine})
-    prompts = {group: encoded.get(group) or encode(examples[indices[group]]) for group in groups}
+    prompts = {group: encoded.get(group) or feed.encode(feed.examples[indices[group]]) for group in groups}
     rollouts = sample(
         sampler, [prompts[g] for g in groups], args.n, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_token_id,
-        temperature=args.temperature, seeds=[(args.seed, step, position, g) for g in groups],
+        temperature=args.temperature, seeds=[(args.seed, step, feed.position, g) for g in groups],
         samples=[[s for g, s in mine if g == group] for group in groups], slots=args.slots,
     )  # fmt: skip
     records = []
     for group, group_rollouts in zip(groups, rollouts):
-        example = examples[indices[group]]
+        example = feed.examples[indices[group]]
         for r in group_rollouts:
             text = tokenizer.decode(r.ids[:-1] if r.finished else r.ids)
             records.append(Record(group, example, prompts[group], r, text))
-    return records, position, dropped
+    return records
 
 
 def packed(records, max_tokens):
@@ -218,7 +218,8 @@ def rollout_flags(parser, prompts, max_new_tokens):
 # --------------------------------------------------------------------------------------------------------------------- RL
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet", help="prompts, answers")
+    parser.add_argument("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
+                        help="prompts and answers: SOURCE[:WEIGHT] ...")  # fmt: skip
     parser.add_argument("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
     parser.add_argument("--steps", type=int, default=1500, help="rollout batches")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate")
@@ -232,15 +233,22 @@ def parse_args():
     return parser.parse_args()
 
 
-def collect(sampler, examples, encode, tokenizer, args, world, step, position):
+def encode_problem(example, tokenizer, image_processor, args, system):
+    """Example -> Prompt, or None when it is too long; a row without an answer is of no use here."""
+    if example.answer is None:
+        raise InputError(f"{example.id}: the row has no answer to verify against (column answer or reward_model)")
+    return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+
+
+def collect(sampler, feed, tokenizer, args, world, step):
     """The step's groups: sampled, judged, and under dynamic sampling replaced while all their rollouts agree.
 
-    -> (records, scores: list of dict, rewards [B, N] of all ranks, mine: indices of this rank's records in it, position,
-    counters). Groups in which every rollout is right or every one is wrong teach nothing and leave the batch."""
+    -> (records, scores: list of dict, rewards [B, N] of all ranks, mine: indices of this rank's records in it,
+    counters, a spare record). Groups in which every rollout is right or every one is wrong teach nothing and leave the batch."""
     a = ALGOS[args.algo]
-    kept, all_rewards, counters, groups = [], [], {"dropped": 0, "gen_batches": 0}, 0
+    kept, all_rewards, counters, groups = [], [], {"gen_batches": 0}, 0
     while True:
-        records, position, dropped = sample_records(sampler, examples, encode, tokenizer, args, world, step, position)
+        records = sample_records(sampler, feed, tokenizer, args, world, step)
         scores = [judge.reward(r.text, r.example.answer) for r in records]
         for r, s in zip(records, scores):
             length = len(r.rollout.ids)
@@ -256,7 +264,6 @@ def collect(sampler, examples, encode, tokenizer, args, world, step, position):
                 kept.append((r, s, (r.group, index)))
         all_rewards.append(rewards[use])
         groups += len(use)
-        counters["dropped"] += dropped
         counters["gen_batches"] += 1
         counters.setdefault("accuracy", accuracy.mean().item())  # of the first, unfiltered round
         if not a["dynamic"] or groups == args.prompts or counters["gen_batches"] == args.max_gen_batches:
@@ -264,7 +271,7 @@ def collect(sampler, examples, encode, tokenizer, args, world, step, position):
     counters["groups"] = groups
     spare = records[0]
     records, scores, mine = (list(part) for part in zip(*kept)) if kept else ([], [], [])
-    return records, scores, torch.cat(all_rewards), mine, position, counters, spare
+    return records, scores, torch.cat(all_rewards), mine, counters, spare
 
 
 def main():
@@ -273,30 +280,25 @@ def main():
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide --prompts {args.prompts}")
     examples = load_examples(args.data, args.split)
-    for i in range(len(examples) if isinstance(examples.rows, list) else 1):
-        if examples[i].answer is None:
-            raise InputError(f"{args.data}:{i + 1}: the row has no answer to verify against (column answer or reward_model)")
-    tokenizer, image_processor = load_tokenizer(args.ckpt)
+    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)
     policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     sampler = make_sampler(policy, world, args.ckpt, attn)
     reference = shard(load_policy(args.ckpt, attn=attn).to(world.device), world) if args.kl > 0 else None
-    progress = {"step": 0, "position": 0, "dropped": 0}
+    progress = {"step": 0}
     if args.resume:
         progress = resume(args.out, world, {"policy": (policy, optimizer)})
         refresh(sampler, policy)
     start_log(world, args.out, progress["step"])
-    skips, row = Skips(), {}
-    encode = lambda example: encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    encode = lambda example: encode_problem(example, tokenizer, image_processor, args, system)
+    feed, skips, row = Feed(examples, encode, args, world, progress), Skips(), {}
     for step in range(progress["step"], args.steps):
         began = time.time()
         # rollout
         # reward
-        records, scores, rewards, mine, position, counters, spare = collect(
-            sampler, examples, encode, tokenizer, args, world, step, progress["position"]
-        )
+        records, scores, rewards, mine, counters, spare = collect(sampler, feed, tokenizer, args, world, step)
         # advantage
         table = group_advantages(rewards).float()  # [B, N]
         advantages = torch.stack([table[m] for m in mine]) if mine else torch.zeros(0)
@@ -305,17 +307,18 @@ def main():
         metrics, norm = update_policy(policy, reference, optimizer, records, advantages, spare, skips, step, args, world)
         refresh(sampler, policy)
         # log
-        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + counters.pop("dropped")}
+        progress = {"step": step + 1, **feed.progress()}
         n = world.sum(len(scores))[0]
         mean = lambda key: world.sum(sum(s[key] for s in scores))[0] / n if n else None
         row = {"step": step + 1, "reward": mean("reward"), "format": mean("format"), **counters, **metrics, "grad_norm": norm}
-        row |= rollout_metrics(records, world) | {"dropped": progress["dropped"], "skipped_steps": skips.total}
+        row |= rollout_metrics(records, world) | {"dropped": feed.dropped, "bad": feed.bad, "skipped_steps": skips.total}
         row |= {"seconds_rollout": round(sampled_at - began, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
         log_rollouts(world, args.out, step + 1, records, scores, args.log_rollouts)
         # save
         if step + 1 == args.steps or args.save_every and (step + 1) % args.save_every == 0:
             save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+    feed.close()
     save(policy, args.out, world, "rl", args, args.steps, row)
 
 

@@ -13,10 +13,14 @@ A response is  y = (c, t):  `<caption>..</caption>` (perception), then `<think>.
 """
 
 import glob
+import gzip
 import io
 import json
 import os
 import re
+import shutil
+import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -35,6 +39,7 @@ SYSTEM_PROMPT = (
     "In <think> and </think> reason step by step from that description. "
     "In <answer> and </answer> give the final answer alone."
 )
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image refuses what Pillow warns of
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what one `<image>` of a data set becomes in the chat text
 
 
@@ -52,38 +57,75 @@ class Example:
     images: list = field(default_factory=list)  # path, bytes or PIL image each; opened by `load_image` when needed
     response: str | None = None
     answer: str | list[str] | None = None
+    rejected: str | None = None  # the student's response of a discriminator warm-up pair; `response` is the teacher's
 
 
 class Examples(Sequence):
-    """Rows of one or several sources, turned into `Example` when indexed, so that images are opened only when used."""
+    """Rows of one or several files, turned into `Example` when indexed: a broken row is an InputError there, and images are
+    opened only when used. weights: [(first row, rows, share of the draws)] per source, or None for draws by size."""
 
-    def __init__(self, rows, source, base):
-        self.rows, self.source, self.base = rows, source, base
+    def __init__(self, files, weights=None):
+        self.files, self.weights = files, weights  # files: [(rows, path, folder of relative image paths)]
+        self.ends = np.cumsum([len(rows) for rows, _, _ in files])
 
     def __len__(self):
-        return len(self.rows)
+        return int(self.ends[-1])
+
+    def find(self, i):
+        """-> (rows, path, folder, place in the file)."""
+        f = int(np.searchsorted(self.ends, i, side="right"))
+        return *self.files[f], i - int(self.ends[f]) + len(self.files[f][0])
+
+    def where(self, i):
+        """(file, line or row from 1) of example i."""
+        rows, path, _, place = self.find(range(len(self))[i])
+        return path, rows.line(place) if isinstance(rows, JsonLines) else place + 1
 
     def __getitem__(self, i):
-        return to_example(self.rows[i], f"{self.source}:{i + 1}", self.base)
+        i = range(len(self))[i]
+        rows, _, folder, place = self.find(i)
+        where = "{}:{}".format(*self.where(i))
+        row = rows.parse(place, where) if isinstance(rows, JsonLines) else rows[place]
+        return to_example(row, where, folder)
 
 
-def load_examples(source, split=None):
-    """Examples of a local .jsonl / .parquet file, a folder of those, or a Hub data set `owner/name[:file]`.
+def load_examples(sources, split=None):
+    """Examples of one source or a list of sources: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of those, a glob, or
+    a Hub data set `owner/name[:file]`. With weights, `a.jsonl:0.9 b.jsonl:0.1`, a source is drawn that often whatever its size.
 
-    Recognised by columns: our own (`prompt`, `images`, `response`, `answer`), LLaMA-Factory ShareGPT (`messages` or
-    `conversations`), the published alignment / RLVR sets (`teacher_*`, `reward_model`) and geometry3k (`problem`).
-    Raises InputError that names the file and the line.
+    Rows are recognised by columns, see `to_example`; every file's first row is checked here, the others when they are used.
+    Nothing but 16 bytes a row stays in memory. Raises InputError that names the source and the cure.
     """
+    sources = [sources] if isinstance(sources, str) else sources
+    files, weights = [], []
+    for source in sources:
+        match = None if os.path.exists(source) else re.fullmatch(r"(.+):(\d*\.?\d+)", source)
+        name, weight = (match[1], float(match[2])) if match else (source, None)
+        opened = open_source(name, split)
+        weights.append((sum(len(rows) for rows, _, _ in files), sum(len(rows) for rows, _, _ in opened), weight))
+        files += opened
+    given = [weight for _, _, weight in weights if weight is not None]
+    if given and (len(given) < len(weights) or min(given) <= 0):
+        raise InputError(f"--data {' '.join(sources)}: give every source a weight above 0, or none")
+    examples = Examples(files, weights if given else None)
+    for end, (rows, _, _) in zip(examples.ends, files):
+        examples[int(end) - len(rows)]  # a file without the needed columns fails now, not after the model is loaded
+    return examples
+
+
+def open_source(source, split):
+    """One source -> [(rows, path, folder of relative image paths)], one entry a file; no file is empty."""
+    kinds = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
     if os.path.isdir(source):
-        files = sorted(f for ext in ("jsonl", "parquet") for f in glob.glob(os.path.join(source, f"*.{ext}")))
-        if not files:
-            raise InputError(f"{source}: the folder holds no .jsonl or .parquet file")
+        paths = sorted(path for kind in kinds for path in glob.glob(os.path.join(glob.escape(source), f"*.{kind}")))
+        if not paths:
+            raise InputError(f"{source}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
     else:
-        files = [source]
-    if os.path.exists(files[0]):
-        base = os.path.dirname(os.path.abspath(files[0]))
-        rows = [row for file in files for row in read_file(file)] if len(files) > 1 else read_file(files[0])
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.endswith((".jsonl", ".parquet", ".json")):
+        paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
+    if paths:
+        files = [(read_file(path), path, os.path.dirname(os.path.abspath(path))) for path in paths]
+        files = [file for file in files if len(file[0])]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.endswith(kinds):
         from datasets import load_dataset  # imported here: the local formats do not need it
 
         name, _, file = source.partition(":")
@@ -91,36 +133,103 @@ def load_examples(source, split=None):
             rows = load_dataset(name, data_files=file or None, split=split or "train")
         except Exception as error:
             raise InputError(f"{source}: neither a local file nor a data set that the Hub gives ({error})") from error
-        rows, base = undecoded(rows), ""
+        files = [(undecoded(rows), source, "")] if len(rows) else []
     else:
-        raise InputError(f"{source}: no such file; give a .jsonl or .parquet file, a folder, or a Hub id owner/name")
-    if len(rows) == 0:
+        raise InputError(f"{source}: no such file; give a .jsonl, .json or .parquet file, a folder, or a Hub id owner/name")
+    if not files:
         raise InputError(f"{source}: the data set is empty")
-    examples = Examples(rows, source, base)
-    for i in range(len(rows) if isinstance(rows, list) else 1):
-        examples[i]  # a file without the needed columns fails now, not after the model is loaded
-    return examples
+    return files
+
+
+class JsonLines(Sequence):
+    """The JSON objects of a file, one a line, parsed when indexed. In memory: where each line starts, and its number."""
+
+    def __init__(self, file, path):
+        self.file, self.path, starts, at = file, path, [], 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                starts += [at, number]
+            at += len(line)
+            if len(starts) >= 1 << 16:  # as integers of Python they would take four times the memory
+                starts = self._keep(starts)
+        self._keep(starts)
+
+    def _keep(self, starts):
+        self.starts = np.concatenate([getattr(self, "starts", np.empty((0, 2), np.int64)), np.reshape(starts, (-1, 2))])
+        return []
+
+    def __len__(self):
+        return len(self.starts)
+
+    def line(self, i):
+        return int(self.starts[i, 1])
+
+    def parse(self, i, where):
+        end = int(self.starts[i + 1, 0]) if i + 1 < len(self) else os.fstat(self.file.fileno()).st_size
+        start = int(self.starts[i, 0])
+        try:
+            row = json.loads(os.pread(self.file.fileno(), end - start, start))  # pread: threads do not share a position
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}); one JSON object per line is needed") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+        return row
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.parse(i, f"{self.path}:{self.line(i)}")
 
 
 def read_file(path):
-    """Rows of one local file: a list for .jsonl, a memory-mapped data set for .parquet."""
-    if path.endswith(".parquet"):
+    """Rows of one local file, none of them in memory; recognised by content: parquet, or JSON, gzipped or not, as lines or
+    as one array."""
+    try:
+        file = open(path, "rb")
+        magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if magic == b"PAR1":
         from datasets import Dataset
 
-        return undecoded(Dataset.from_parquet(path))
-    rows = []
-    with open(path, "rb") as file:  # bytes: a line that is no UTF-8 is an error of its own
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error}); one JSON object per line is needed") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
-            rows.append(row)
-    return rows
+        try:
+            return undecoded(Dataset.from_parquet(path))
+        except Exception as error:
+            raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    file.seek(0)
+    try:
+        if magic[:2] == b"\x1f\x8b":
+            plain = tempfile.TemporaryFile()
+            with gzip.open(file) as packed:
+                shutil.copyfileobj(packed, plain)
+            file = plain
+            file.seek(0)
+        if next((line for line in file if line.strip()), b"").lstrip().startswith(b"["):
+            file.seek(0)
+            file = array_lines(file)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: {error}; JSON lines, or one JSON array of objects, are needed") from error
+    file.seek(0)
+    return JsonLines(file, path)
+
+
+def array_lines(file, chunk=1 << 20):
+    """A JSON array as a temporary file of one value a line; it is read in pieces, however long it is."""
+    out, decoder, text = tempfile.TemporaryFile(), json.JSONDecoder(), io.TextIOWrapper(file, encoding="utf-8")
+    buffer, at, opening = "", 0, True
+    while True:
+        at = re.compile(r"\s*\[?\s*" if opening else r"\s*,?\s*").match(buffer, at).end()
+        if buffer.startswith("]", at):
+            return out
+        try:
+            value, at = decoder.raw_decode(buffer, at)
+        except ValueError as error:  # cut by the end of the piece, or broken
+            more = text.read(max(chunk, len(buffer)))
+            if not more:
+                raise ValueError(f"not JSON ({error})") from None
+            buffer, at = buffer[0 if opening else at :] + more, 0
+            continue
+        opening = False
+        out.write(json.dumps(value).encode() + b"\n")
 
 
 def undecoded(dataset):
@@ -136,41 +245,81 @@ def undecoded(dataset):
     return dataset
 
 
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
+
+
 def to_example(row, where, base=""):
-    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves relative paths."""
-    turns = row.get("messages") or row.get("conversations") or row.get("prompt") or row.get("problem")
+    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves relative paths.
+
+    Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT: `messages` or `conversations`,
+    `system`. The published alignment and RLVR sets: `prompt`, `teacher_*`, `reward_model`. geometry3k: `problem`.
+    Discriminator warm-up pairs: `question` or `prompt`, `image`, `teacher_*`, `student_*`.
+    """
+    columns = ("messages", "conversations", "prompt", "problem", "question")
+    turns = next((row[column] for column in columns if row.get(column)), None)
     if not turns:
-        raise InputError(
-            f"{where}: none of the columns prompt, messages, conversations, problem; found {', '.join(row) or 'none'}"
-        )
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    roles = {"human": "user", "gpt": "assistant"}
+        found = [column for column in columns if column in row]
+        if found:
+            raise InputError(f"{where}: the column {found[0]} is empty")
+        raise InputError(f"{where}: none of the columns {', '.join(columns)}; found {', '.join(map(str, row)) or 'none'}")
+    messages = to_messages([{"role": "user", "content": turns}] if isinstance(turns, str) else turns, where)
+    if row.get("system"):
+        messages = to_messages([{"role": "system", "content": row["system"]}], where) + messages
+    response, answer, rejected = row.get("response"), row.get("answer"), None
+    if isinstance(row.get("reward_model"), dict):
+        answer = row["reward_model"].get("ground_truth", answer)
+        more = row["reward_model"].get("equivalent_answers") or []
+        answer = [answer, *(more if isinstance(more, list) else [more])] if more else answer
+    if messages[-1]["role"] == "assistant":
+        response = messages.pop()["content"]
+    if not any(message["role"] == "user" for message in messages):
+        raise InputError(f"{where}: the chat has no turn of the user")
+    answer = [to_answer(a, where) for a in answer] if isinstance(answer, list) else to_answer(answer, where)
+    if row.get("teacher_response") or row.get("teacher_caption"):
+        response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
+    if row.get("student_caption"):
+        rejected = join_blocks(row, "student", answer, where)
+    for name, text in (("response", response), ("student's response", rejected)):
+        if not isinstance(text, str | None):
+            raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    images = images if isinstance(images, list) else [images] if images else []
+    images = [resolve(image, base, where) for image in images]
+    return Example(str(row.get("id") or where), messages, images, response, answer, rejected)
+
+
+def to_messages(turns, where):
+    """Chat turns of either dialect -> [{"role", "content"}]."""
+    if not isinstance(turns, list):
+        raise InputError(f"{where}: the chat must be a text or a list of turns, not {type(turns).__name__}")
     messages = []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {"content": turn}
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise InputError(f"{where}: a chat turn needs the texts role and content (or from and value), got {turn}")
-        messages.append({"role": roles.get(role, role), "content": content})
-    response, answer = row.get("response"), row.get("answer")
-    if messages[-1]["role"] == "assistant":
-        response = messages.pop()["content"]
-    if row.get("teacher_response") or row.get("teacher_caption"):
-        response = row.get("teacher_response") or join_teacher(row["teacher_caption"], row.get("teacher_cot") or "", answer)
-    if isinstance(row.get("reward_model"), dict):
-        answer = row["reward_model"].get("ground_truth", answer)
-        answer = [answer, *(row["reward_model"].get("equivalent_answers") or [])]
-        answer = answer[0] if len(answer) == 1 else answer
+            raise InputError(f"{where}: a chat turn needs the texts role and content (or from and value), got {str(turn)[:100]}")
+        if role not in ROLES:
+            raise InputError(f"{where}: the role {role[:40]} is none of {', '.join(ROLES)}")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def to_answer(answer, where):
+    """A gold answer as text; numbers are written out."""
     if isinstance(answer, (int, float)):
-        answer = str(answer)
-    images = row.get("images") or ([row["image"]] if row.get("image") else [])
-    images = [resolve(image, base, where) for image in images]
-    return Example(str(row.get("id", where)), messages, images, response, answer)
+        return str(answer)
+    if not isinstance(answer, str | None):
+        raise InputError(f"{where}: the answer must be a text, a number or a list of those, not {type(answer).__name__}")
+    return answer
 
 
-def join_teacher(caption, cot, answer):
-    """The canonical response from a published row's two parts, which come with or without their tags."""
+def join_blocks(row, who, answer, where):
+    """The canonical response from a published row's two parts, which come with or without their tags. A trace without an
+    <answer> block gets the row's answer, or an empty one in warm-up pairs, which carry none."""
+    caption, cot = row[f"{who}_caption"], row.get(f"{who}_cot") or ""
+    if not isinstance(caption, str) or not isinstance(cot, str):
+        raise InputError(f"{where}: {who}_caption and {who}_cot must be texts")
+    answer = (answer[0] if isinstance(answer, list) else answer) or ""
     if "<caption>" not in caption:
         caption = f"<caption>\n{caption.strip()}\n</caption>"
     if "<think>" not in cot:
@@ -186,20 +335,28 @@ def resolve(image, base, where):
         image = image["bytes"] if image.get("bytes") else image.get("path")
     if isinstance(image, str):
         path = os.path.join(base, image)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise InputError(f"{where}: image {path} does not exist; paths are relative to the data file")
         return path
+    if not isinstance(image, bytes | Image.Image):
+        raise InputError(f"{where}: an image must be bytes, a path or a picture, not {type(image).__name__}")
     return image
 
 
 def load_image(image):
-    """A path, bytes or PIL image -> upright RGB PIL image; transparency on white."""
+    """A path, bytes or PIL image -> upright RGB PIL image: first frame, transparency on white, 16 bits scaled to 8. Raises
+    an exception of Pillow's, or ValueError for more than Image.MAX_IMAGE_PIXELS pixels (a decompression bomb)."""
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if not isinstance(image, Image.Image):
         image = Image.open(image)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS} in all")
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -230,7 +387,7 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
     if messages[0]["role"] != "system" and system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
     for message in messages:
-        refuse_vision_tokens(message["content"], example.id)
+        check_text(message["content"], example.id)
     found = sum(m["content"].count("<image>") for m in messages)
     if found == 0 and example.images:  # pictures without a place in the text come first, as the chat models expect
         user = next(m for m in messages if m["role"] == "user")
@@ -244,9 +401,9 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
     if example.images:
         try:
             pictures = [load_image(image) for image in example.images]
-        except (OSError, ValueError) as error:
+            encoded = image_processor(images=pictures, return_tensors="pt")
+        except Exception as error:  # Pillow's decoders raise many kinds
             raise InputError(f"{example.id}: image cannot be read ({error})") from error
-        encoded = image_processor(images=pictures, return_tensors="pt")
         pixel_values, grid = encoded["pixel_values"], encoded["image_grid_thw"]
         counts = iter((grid.prod(-1) // image_processor.merge_size**2).tolist())
         text = re.sub(re.escape("<|image_pad|>"), lambda _: "<|image_pad|>" * next(counts), text)
@@ -257,8 +414,13 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
     return Prompt(ids, mrope_positions(ids, grid, pad, image_processor.merge_size), pixel_values, grid)
 
 
-def refuse_vision_tokens(text, where):
-    """A literal image token in a text would be taken for a picture that is not there."""
+def check_text(text, where):
+    """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image token, which would be
+    taken for a picture that is not there."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the text is no valid UTF-8 ({error.reason} at character {error.start})") from None
     for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
         if token in text:
             raise InputError(f"{where}: the text contains {token}; write <image> where a picture belongs, or remove it")
@@ -266,7 +428,7 @@ def refuse_vision_tokens(text, where):
 
 def encode_response(text, tokenizer):
     """Token ids of a response as a policy would emit it: its text, then the EOS."""
-    refuse_vision_tokens(text or "", "response")
+    check_text(text or "", "response")
     return tokenizer(text or "", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 

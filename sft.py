@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MethodType
 
@@ -61,20 +62,30 @@ def common_flags(parser, stage):
     group = parser.add_argument_group("run")
     group.add_argument("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
     group.add_argument("--out", default=f"{stage}_out", help="folder to write: checkpoint, meta.json, metrics.jsonl, state/")
-    group.add_argument("--split", default=None, help="split of a Hub data set")
-    group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
     group.add_argument("--seed", type=int, default=0, help="of data order, sampling and initialisation")
     group.add_argument("--resume", action="store_true", help="continue from OUT/state")
     group.add_argument("--save-every", type=int, default=100, help="steps between saves of OUT/state; 0: at the end only")
+    data_flags(parser)
     group = parser.add_argument_group("memory")
     group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
-    group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
     group.add_argument("--attn", choices=("auto", *rollout.ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                        help="recompute activations in backward (default: on CUDA)")  # fmt: skip
     group = parser.add_argument_group("optimizer")
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+
+
+def data_flags(parser):
+    """The flags of everything that reads examples."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--split", default=None, help="split of a Hub data set")
+    group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
+    group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
+    group.add_argument("--min-pixels", type=int, default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=int, default=None, help="larger pictures are reduced (default: the checkpoint's)")
+    group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip", help="rows that cannot be used")
+    group.add_argument("--max-bad", type=float, default=0.05, help="share of unusable rows that ends the run")
 
 
 def run(main):
@@ -164,13 +175,19 @@ def check_checkpoint(path):
         raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
 
 
-def load_tokenizer(path):
-    """(tokenizer, Pillow image processor) of a checkpoint."""
+def load_tokenizer(path, args=None):
+    """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and --max-pixels."""
     check_checkpoint(path)
     try:
-        return AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+    for edge, pixels in (("shortest_edge", args and args.min_pixels), ("longest_edge", args and args.max_pixels)):
+        if pixels is not None:  # the processor's names; it means pixels of the whole picture
+            image_processor.size[edge] = pixels
+    if image_processor.size["shortest_edge"] > image_processor.size["longest_edge"]:
+        raise InputError(f"--min-pixels is above --max-pixels: {dict(image_processor.size)}")
+    return tokenizer, image_processor
 
 
 def load_policy(path, dtype=torch.float32, attn="sdpa"):
@@ -289,27 +306,104 @@ def order(n, start, seed):
         epoch, at = epoch + 1, 0
 
 
-def draw(examples, encode, position, count, seed, world):
-    """The next `count` usable examples from global data `position` on, the same on every rank.
+def mixed_order(sources, start, seed, block=1024):
+    """The same for weighted sources [(first row, rows, weight)]: every position draws a source, which gives its next row."""
+    firsts, sizes, weights = zip(*sources)
+    shares = np.cumsum(weights)[:-1] / sum(weights)
+    choose = lambda b: np.searchsorted(shares, np.random.default_rng([seed, b, 1]).random(block), side="right")
+    b, at = divmod(start, block)
+    past = np.concatenate([choose(i) for i in range(b)] + [choose(b)[:at]])
+    orders = [order(n, int((past == s).sum()), seed) for s, n in enumerate(sizes)]
+    while True:
+        for s in choose(b)[at:]:
+            yield firsts[s] + next(orders[s])
+        b, at = b + 1, 0
 
-    encode(example) -> anything, or None for a row that is too long. The ranks encode a share of the candidates each and
-    tell each other which were usable; a dropped row is replaced by the next. Returns (indices, {place in the batch:
-    encoded} for those this rank has encoded, the new position, rows dropped).
+
+class Feed:
+    """The next usable examples of a data set, in an order that depends on the seed alone and is the same on every rank.
+
+    encode(example) -> anything, or None for a row that is too long; an exception makes the row unusable. The ranks encode a
+    share of the candidates each, in threads and one batch ahead, and tell each other which were usable. What is not is
+    replaced by the next row and written to OUT/skipped.jsonl; too many unusable rows (--max-bad) end the run.
     """
-    indices, encoded, dropped, upcoming = [], {}, 0, order(len(examples), position, seed)
-    while len(indices) < count:
-        if dropped >= len(examples):
-            raise InputError("--data: no row is short enough; raise --max-prompt or --max-length")
-        candidates = [next(upcoming) for _ in range(count - len(indices))]
-        mine = {c: encode(examples[i]) for c, i in enumerate(candidates) if c * world.size // len(candidates) == world.rank}
-        usable = {c: ok for part in world.gather({c: e is not None for c, e in mine.items()}) for c, ok in part.items()}
-        for c, i in enumerate(candidates):
-            if usable[c] and c in mine:
-                encoded[len(indices)] = mine[c]
-            indices += [i] if usable[c] else []
-            dropped += not usable[c]
-        position += len(candidates)
-    return indices, encoded, position, dropped
+
+    def __init__(self, examples, encode, args, world, progress):
+        self.examples, self.encode, self.args, self.world = examples, encode, args, world
+        self.position, self.dropped, self.bad = (progress.get(key, 0) for key in ("position", "dropped", "bad"))
+        self.pool, self.ahead = ThreadPoolExecutor(4), {}
+        self.path = os.path.join(args.out, "skipped.jsonl")
+        self.written = set()  # (file, row): after the first epoch a row is counted again, but not written again
+        if os.path.exists(self.path):
+            with open(self.path) as file:
+                self.written = {(row["file"], row["row"]) for row in map(json.loads, file)}
+
+    def progress(self):
+        return {"position": self.position, "dropped": self.dropped, "bad": self.bad}
+
+    def try_encode(self, i):
+        """-> (encoded or None, why it cannot be used or None, whether that is the row's fault)."""
+        try:
+            encoded = self.encode(self.examples[i])
+        except Exception as error:  # whatever is wrong with a row, it must not end a run of days
+            return None, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
+        return encoded, None if encoded is not None else "too long for --max-prompt or --max-length", False
+
+    def mine(self, candidates):
+        """The places in a list of candidates that this rank encodes."""
+        return [c for c in range(len(candidates)) if c * self.world.size // len(candidates) == self.world.rank]
+
+    def draw(self, count, step):
+        """-> (indices of the next `count` usable examples, {place among them: encoded} for those encoded on this rank)."""
+        indices, encoded, lost = [], {}, 0  # lost: in a row
+        weights, seed = getattr(self.examples, "weights", None), self.args.seed
+        upcoming = mixed_order(weights, self.position, seed) if weights else order(len(self.examples), self.position, seed)
+        while len(indices) < count:
+            candidates = [next(upcoming) for _ in range(count - len(indices))]
+            jobs = {c: self.ahead.pop(candidates[c], None) or self.pool.submit(self.try_encode, candidates[c])
+                    for c in self.mine(candidates)}  # fmt: skip
+            results = {c: job.result() for c, job in jobs.items()}
+            verdicts = self.world.gather({c: result[1:] for c, result in results.items()})
+            verdicts = {c: verdict for part in verdicts for c, verdict in part.items()}
+            self.position += len(candidates)
+            for c, i in enumerate(candidates):
+                reason, fault = verdicts[c]
+                if reason is None:
+                    if c in results:
+                        encoded[len(indices)] = results[c][0]
+                    indices.append(i)
+                    lost = 0
+                else:
+                    lost += 1
+                    self.skip(i, reason, fault, step)
+            if lost > len(self.examples):
+                raise InputError(f"--data: no row can be used; the last: {reason}")
+        upcoming = [next(upcoming) for _ in range(count)]
+        self.ahead = {upcoming[c]: self.pool.submit(self.try_encode, upcoming[c]) for c in self.mine(upcoming)}
+        return indices, encoded
+
+    def skip(self, i, reason, fault, step):
+        """Count and write down a row that cannot be used; InputError when that ends the run."""
+        file, row = self.examples.where(i)
+        where, reason = f"{file}:{row}", " ".join(reason.removeprefix(f"{file}:{row}: ").split())
+        self.dropped += not fault
+        self.bad += fault
+        if fault and self.args.bad_rows == "stop":
+            raise InputError(f"{where}: {reason} (--bad-rows skip leaves such rows out)")
+        if (file, row) not in self.written and self.world.rank == 0:
+            os.makedirs(self.args.out, exist_ok=True)
+            with open(self.path, "a") as out:
+                out.write(json.dumps({"step": step + 1, "file": file, "row": row, "reason": reason}) + "\n")
+        self.written.add((file, row))
+        if self.bad > self.args.max_bad * max(self.position, min(100, len(self.examples))):
+            count = f"{self.bad} of the {self.position} rows seen cannot be used, more than --max-bad {self.args.max_bad:g}"
+            raise InputError(f"{where}: {reason} ({count}; all are listed in {self.path})")
+
+    def close(self):
+        """Print the totals."""
+        self.pool.shutdown(cancel_futures=True)
+        if self.world.rank == 0 and self.dropped + self.bad:
+            print(f"rows: {self.position} seen, {self.dropped} too long, {self.bad} unusable; listed in {self.path}", flush=True)
 
 
 def log(world, out, row):
@@ -326,7 +420,8 @@ def log(world, out, row):
 def start_log(world, out, step):
     """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated."""
     if world.rank == 0:
-        for path in filter(os.path.exists, (os.path.join(out, name) for name in ("metrics.jsonl", "rollouts.jsonl"))):
+        names = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
+        for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
             with open(path) as file:
                 rows = [row for row in file if json.loads(row)["step"] <= step]
             with open(path, "w") as file:
@@ -452,13 +547,14 @@ def most(packs, world):
 # -------------------------------------------------------------------------------------------------------------------- SFT
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="prism-vlm/gemini_distill", help="demonstrations: file, folder or Hub id")
+    parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_distill"], help="demonstrations: SOURCE[:WEIGHT] ...")
     parser.add_argument("--batch", type=int, default=128, help="examples per step, over all processes")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
     parser.add_argument("--steps", type=int, default=None, help="steps instead of --epochs")
     parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate")
     parser.add_argument("--max-length", type=int, default=8192, help="longer demonstrations are dropped and counted")
+    parser.add_argument("--truncate", action="store_true", help="cut them instead (a prompt is never cut)")
     common_flags(parser, "sft")
     return parser.parse_args()
 
@@ -469,9 +565,12 @@ def encode_demonstration(example, tokenizer, image_processor, args, system):
         raise InputError(f"{example.id}: the row has no response to learn from (columns response, messages or teacher_*)")
     prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
     ids = encode_response(example.response, tokenizer)
-    if prompt is None or len(prompt.input_ids) + len(ids) > args.max_length:
+    if prompt is None:
         return None
-    return prompt, ids
+    room = args.max_length - len(prompt.input_ids)
+    if len(ids) > room and not (args.truncate and room > 0):
+        return None
+    return prompt, ids[:room]
 
 
 def show_example(prompt, ids, tokenizer):
@@ -499,21 +598,21 @@ def main():
     args = parse_args()
     world = setup(args, {"--batch": args.batch})
     examples = load_examples(args.data, args.split)
-    tokenizer, image_processor = load_tokenizer(args.ckpt)
+    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)
     policy = shard(load_policy(args.ckpt, attn=attn).to(world.device).train(), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     steps = args.steps or max(1, math.ceil(len(examples) * args.epochs / args.batch))
-    progress = {"step": 0, "position": 0, "dropped": 0}
+    progress = {"step": 0}
     if args.resume:
         progress = resume(args.out, world, {"policy": (policy, optimizer)})
     start_log(world, args.out, progress["step"])
-    skips, row = Skips(), {}
+    encode = lambda example: encode_demonstration(example, tokenizer, image_processor, args, system)
+    feed, skips, row = Feed(examples, encode, args, world, progress), Skips(), {}
     for step in range(progress["step"], steps):
         began = time.time()
-        encode = lambda example: encode_demonstration(example, tokenizer, image_processor, args, system)
-        indices, encoded, position, dropped = draw(examples, encode, progress["position"], args.batch, args.seed, world)
+        indices, encoded = feed.draw(args.batch, step)
         batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share(args.batch)]
         if step == 0 and world.rank == 0:
             show_example(*batch[0], tokenizer)
@@ -522,13 +621,14 @@ def main():
         lr = cosine(step, steps, args.lr, args.warmup)
         norm = skips.step(policy, optimizer, lr, args.clip, world, loss)
         # log
-        progress = {"step": step + 1, "position": position, "dropped": progress["dropped"] + dropped}
+        progress = {"step": step + 1, **feed.progress()}
         row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": int(tokens)}
-        row |= {"dropped": progress["dropped"], "skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
+        row |= {"dropped": feed.dropped, "bad": feed.bad, "skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
         # save
         if step + 1 == steps or args.save_every and (step + 1) % args.save_every == 0:
             save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+    feed.close()
     save(policy, args.out, world, "sft", args, steps, row)
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration  # noqa: E402
 
 import rollout  # noqa: E402
 import sft  # noqa: E402
@@ -66,6 +69,31 @@ def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def write_released(folder, base):
+    """A discriminator as its authors released it: a Qwen3-VL-MoE of 4 experts, 2 a token, in several shards, with the head
+    `v_head.1.weight` in the last one, and the expert tensors of shape (E, hidden, 2 * inter) and (E, inter, hidden)."""
+    dense = AutoConfig.from_pretrained(base).to_dict()
+    text = dense["text_config"] | {"model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"moe_intermediate_size": text["intermediate_size"], "decoder_sparse_step": 1, "mlp_only_layers": []}
+    vision = dense["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
+    tokens = {key: value for key, value in dense.items() if key.endswith("_token_id")}
+    torch.manual_seed(3)
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens))
+    model.save_pretrained(folder, max_shard_size="300KB")
+    shutil.copy(Path(base) / "tokenizer.json", folder)
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
+        shutil.copy(Path(base) / name, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    for name in files:  # transformers 5 keeps the experts transposed
+        weights = {key: t.mT.contiguous() if ".experts." in key else t for key, t in load_file(folder / name).items()}
+        weights |= {"v_head.1.weight": torch.randn(1, text["hidden_size"]) * 0.1} if name == files[-1] else {}
+        save_file(weights, folder / name, metadata={"format": "pt"})
+    index["weight_map"]["v_head.1.weight"] = files[-1]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A world so small that tests take no time: data files, base checkpoint, tokenizer, processor, `model` with row
@@ -86,6 +114,7 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(
         folder=folder, rows=rows, base=base, tokenizer=tokenizer, image_processor=image_processor, prompts=prompts,
         model=sft.load_policy(base), stock=stock, banned=rollout.banned_ids(stock.config), eos=tokenizer.eos_token_id,
+        released=write_released(folder / "released", base),
         **{name: str(folder / f"{name}.jsonl") for name in rows},
     )  # fmt: skip
 

@@ -1,12 +1,15 @@
 """Run: pytest tests/test_discriminator.py          (experts, rows, Bradley-Terry loss, variants, scoring; CPU only)"""
 
-import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ONE, assert_same_grads, grads, ids_of, read_jsonl, stage, stock_inputs, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLMoeForConditionalGeneration
 
 import rollout
 from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
@@ -16,7 +19,7 @@ EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's ot
 
 def trained(tiny, variant="moe", seed=0):
     """A discriminator whose heads and experts differ, as after training."""
-    model = load_discriminator(tiny.base, variant)
+    model = load_discriminator(tiny.released if variant == "learned" else tiny.base, variant)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -163,9 +166,54 @@ def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant):
     again = load_discriminator(str(tmp_path / "disc"), variant)
     prompts = [reader(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
     assert torch.equal(torch.stack(disc.scores(prompts, *segments)), torch.stack(again.scores(prompts, *segments)))
-    for other in set(VARIANTS) - {variant}:
+    for other in set(VARIANTS) - {variant} - ({"moe"} if variant == "learned" else set()):  # moe is only the default there
         with pytest.raises(rollout.InputError, match=f"trained as {variant}"):
             load_discriminator(str(tmp_path / "disc"), other)
+
+
+def test_the_released_layout_is_read_as_it_is(tiny, tmp_path):
+    """Shards with the experts as (E, hidden, 2 inter) and the head among them; without the head it is an error."""
+    disk = {key: t for file in Path(tiny.released).glob("*.safetensors") for key, t in load_file(file).items()}
+    disc = load_discriminator(tiny.released)
+    assert disc.variant == "learned" and list(disc.heads) == ["perception"]
+    assert torch.equal(disc.heads["perception"].weight, disk["v_head.1.weight"])
+    experts = disc.backbone.language_model.layers[1].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        stored = disk[f"model.language_model.layers.1.mlp.experts.{name}"]
+        assert stored.shape[1:] == getattr(experts, name).shape[:0:-1] and torch.equal(getattr(experts, name), stored.mT)
+    shutil.copytree(tiny.released, tmp_path / "headless")
+    last = sorted((tmp_path / "headless").glob("*.safetensors"))[-1]
+    save_file({key: t for key, t in load_file(last).items() if not key.startswith("v_head")}, last, metadata={"format": "pt"})
+    with pytest.raises(rollout.InputError, match="headless.*v_head.1.weight"):
+        load_discriminator(str(tmp_path / "headless"))
+    with pytest.raises(rollout.InputError, match="Qwen3-VL-MoE"):
+        load_discriminator(tiny.base, "learned")
+
+
+def test_one_head_reads_both_segments_of_the_learned_variant(tiny):
+    """Scores equal those of the stock Qwen3-VL-MoE on whole sequences: prompt + segment, the head on the last token."""
+    disc, (captions, traces) = load_discriminator(tiny.released), pairs_of(tiny, [0, 0])
+    stock = Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny.released, dtype=torch.float32).model
+    for found, segments in zip(disc.scores([tiny.prompts[1]], captions, traces), (captions, traces)):
+        for score, (_, ids) in zip(found, segments):
+            last = stock(**stock_inputs(tiny.prompts[1], ids, stock.config)).last_hidden_state[0, -1]
+            assert abs(score - disc.heads["perception"].weight[0] @ last) <= 1e-5
+
+
+def test_the_load_balancing_loss(tiny):
+    """E * sum_e (share of choices of e) * (mean probability of e), over the tokens of all layers together, in float64."""
+    disc = load_discriminator(tiny.released)
+    gates, logits = [layer.mlp.gate for layer in disc.backbone.language_model.layers], []
+    hooks = [gate.register_forward_hook(lambda module, inputs, output: logits.append(output[0])) for gate in gates]
+    disc.scores([tiny.prompts[1]], *pairs_of(tiny, [0, 0]))
+    p = torch.cat(logits).double().softmax(-1)
+    chosen = torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0)
+    expected = 4 * sum(chosen[:, e].mean() * p[:, e].mean() for e in range(4))
+    assert len(hooks) == 2 and len(logits) == 2
+    found, weight = disc.balance(), disc.backbone.config.text_config.router_aux_loss_coef
+    assert found.item() == pytest.approx(weight * expected.item(), rel=1e-5) and weight > 0
+    found.backward()
+    assert all(gate.weight.grad.any() for gate in gates)
 
 
 def rows_with_broken_ones(tiny):
@@ -199,12 +247,9 @@ def test_scoring_a_data_set(tiny, tmp_path, capsys):
             assert whole[key] == pytest.approx(value, abs=1e-5) and split[key] == pytest.approx(value, abs=1e-5)
 
 
-def test_a_report_without_any_score_is_still_json(tiny, tmp_path):
-    """NaN is no JSON: a quantile that has no value must be absent."""
+def test_nothing_to_score_is_an_error(tiny, tmp_path, capsys):
     save_discriminator(trained(tiny), str(tmp_path / "disc"), ONE, tiny.base)
     rows = [{"prompt": [{"role": "user", "content": "x"}], "response": "no blocks"}]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
-    assert stage("discriminator", "--score", data, "--ckpt", tmp_path / "disc", "--out", tmp_path / "out") == 0
-    refuse = lambda constant: pytest.fail(f"{constant} in results.json")
-    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse)
-    assert (results["scored"], results["rows"]) == (0, 1)
+    assert stage("discriminator", "--score", data, "--ckpt", tmp_path / "disc", "--out", tmp_path / "out") == 2
+    assert "no response can be scored" in capsys.readouterr().err and not (tmp_path / "out").exists()

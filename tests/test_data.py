@@ -1,0 +1,546 @@
+"""Run: pytest tests/test_data.py          (published formats, pictures, broken rows, sources; CPU only, files made here)"""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, launch, noise, read_jsonl, short, stage, untimed, write_jsonl
+from PIL import Image
+
+import rollout
+from rollout import InputError, encode_prompt, load_examples, load_image
+
+ROWS = 200
+FLAGS = ["--max-tokens", 2000, "--max-prompt", 800]
+GAME = ["--prompts", 2, "--rollouts", 2, "--max-new-tokens", 24, "--steps", 2]
+
+
+# ------------------------------------------------------------------------------------------------------ published formats
+def picture(rng, kind="PNG"):
+    buffer = io.BytesIO()
+    noise(rng, [(64, 64), (96, 32), (32, 64)][rng.integers(3)]).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def parts(rng):
+    """(question, answer, caption, trace) with and without tags, as both occur."""
+    response = short(rng, str(rng.choice(["even", "odd"])))
+    found = rollout.parse_response(response)
+    caption, trace = response.split("</caption>")
+    tagged = rng.random() < 0.5
+    return "How many?", found.answer, caption + "</caption>" if tagged else found.caption, trace if tagged else found.think
+
+
+def sharegpt(rng, i, folder, dialect):
+    question, answer, _, _ = parts(rng)
+    turns = [("user", "<image>" * (i % 3) + question), ("assistant", short(rng, answer))]
+    if dialect == "messages":
+        chat = [{"role": role, "content": text} for role, text in turns]
+    else:
+        chat = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in turns]
+    paths = []
+    for k in range(i % 3):
+        paths.append(f"{dialect}_{i}_{k}.png")
+        (folder / paths[-1]).write_bytes(picture(rng))
+    return {dialect: chat, "images": paths}
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def make_messages(folder, rng):
+    """LLaMA-Factory ShareGPT, `messages`, paths relative to a .jsonl."""
+    return write_jsonl(folder / "data.jsonl", [sharegpt(rng, i, folder, "messages") for i in range(ROWS)])
+
+
+def make_conversations(folder, rng):
+    """LLaMA-Factory ShareGPT, `conversations`, one JSON array."""
+    rows = [sharegpt(rng, i, folder, "conversations") for i in range(ROWS)]
+    (folder / "dataset.json").write_text(json.dumps(rows, indent=1))
+    return folder / "dataset.json"
+
+
+def make_shards(folder, rng):
+    """The same in two parquet shards with the pictures inside."""
+    for shard in range(2):
+        rows = []
+        for i in range(ROWS // 2):
+            row = sharegpt(rng, 1 + i % 2, folder, "messages")
+            row["images"] = [{"bytes": (folder / path).read_bytes(), "path": path} for path in row["images"]]
+            rows.append(row)
+        write_parquet(folder / f"train-{shard:05d}-of-00002.parquet", rows)
+    return folder
+
+
+def published(rng, i):
+    """A row of the alignment and RLVR sets."""
+    question, answer, caption, trace = parts(rng)
+    prompt = [{"role": "system", "content": "Look."}, {"role": "user", "content": "<image>" * (1 + i % 2) + question}]
+    gold = {"ground_truth": answer, "style": "rule", "equivalent_answers": [answer.upper()] if i % 2 else None}
+    row = {"data_source": "made", "prompt": prompt, "teacher_caption": caption, "teacher_cot": trace, "answer": answer}
+    row |= {"teacher_response": short(rng, answer) if i % 2 else None, "reward_model": gold, "extra_info": {"index": i}}
+    return row | {"images": [{"bytes": picture(rng), "path": None} for _ in range(1 + i % 2)]}
+
+
+def make_published(folder, rng):
+    return write_parquet(folder / "rl_training_data.parquet", [published(rng, i) for i in range(ROWS)])
+
+
+def make_geometry(folder, rng):
+    """geometry3k: `problem` with one <image>, `answer`."""
+    rows = [{"images": [{"bytes": picture(rng), "path": None}], "problem": "<image>Find x.", "answer": "12"} for _ in range(ROWS)]
+    return write_parquet(folder / "geometry.parquet", rows)
+
+
+def make_pairs(folder, rng):
+    """Discriminator warm-up pairs: a picture by path, teacher and student parts, no answer."""
+    rows = []
+    for i in range(ROWS):
+        (folder / f"pair_{i}.jpg").write_bytes(picture(rng, "JPEG"))
+        (question, _, *teacher), (_, _, *student) = parts(rng), parts(rng)
+        row = {"id": f"p{i}", "image": f"pair_{i}.jpg", ("question", "prompt")[i % 2]: question}
+        row |= dict(zip(("teacher_caption", "teacher_cot"), teacher))
+        rows.append(row | dict(zip(("student_caption", "student_cot"), student)))
+    return write_jsonl(folder / "pairs.jsonl", rows)
+
+
+def make_ours(folder, rng):
+    """Our own rows, gzipped."""
+    rows = []
+    for i in range(ROWS):
+        question, answer, _, _ = parts(rng)
+        row = {"id": f"r{i}", "prompt": question, "response": short(rng, answer), "answer": answer, "images": []}
+        if i % 2:
+            (folder / f"{i}.png").write_bytes(picture(rng))
+            row["images"] = [f"{i}.png"]
+        rows.append(row)
+    with gzip.open(folder / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder / "rows.jsonl.gz"
+
+
+# format: (stages it feeds)
+FORMATS = {
+    make_messages: ["sft", "score"],
+    make_conversations: ["sft"],
+    make_shards: ["sft"],
+    make_published: ["sft", "align", "rl", "score"],
+    make_geometry: ["rl"],
+    make_pairs: ["pairs", "score"],
+    make_ours: ["sft", "align", "rl"],
+}
+
+
+SCRIPTS = {"pairs": "discriminator", "score": "discriminator"}
+CASES = [(make, kind) for make, kinds in FORMATS.items() for kind in kinds]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """format -> its file or folder, 200 rows."""
+    made = {}
+    for seed, make in enumerate(FORMATS):
+        made[make] = make(tmp_path_factory.mktemp(make.__name__), np.random.default_rng(seed))
+    return made
+
+
+@pytest.fixture(scope="session")
+def disc(tiny, policy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("disc") / "out"
+    flags = ["--ckpt", policy, "--data", tiny.align, "--disc-lr", 1e-3, *GAME, *FLAGS]
+    assert stage("align", *flags, "--out", out) == 0
+    return out / "discriminator"
+
+
+@pytest.mark.parametrize("make, kind", CASES, ids=[f"{make.__name__[5:]}-{kind}" for make, kind in CASES])
+def test_published_formats_run_through_the_command_line(make, kind, files, tiny, policy, disc, tmp_path):
+    """One process and two, with the same result; no row is bad."""
+    data = files[make]
+    flags = {
+        "sft": ["--ckpt", tiny.base, "--data", data, "--batch", 4, "--steps", 2],
+        "align": ["--ckpt", policy, "--data", data, *GAME],
+        "rl": ["--ckpt", policy, "--data", data, *GAME],
+        "pairs": ["--ckpt", tiny.base, "--pairs", data, "--batch", 4, "--steps", 2, "--lr", 1e-3],
+        "score": ["--ckpt", disc, "--score", data],
+    }[kind] + FLAGS
+    script, found = SCRIPTS.get(kind, kind), []
+    assert stage(script, *flags, "--out", tmp_path / "1") == 0
+    result = launch(f"{script}.py", *flags, "--out", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for out in (tmp_path / "1", tmp_path / "2"):
+        name = "scores.jsonl" if kind == "score" else "metrics.jsonl"
+        found.append(untimed(read_jsonl(out / name)))
+        assert not (out / "skipped.jsonl").exists()
+    assert len(found[0]) == len(found[1]) == (ROWS if kind == "score" else 2)
+    for left, right in zip(*found):
+        assert left.pop("id", None) == right.pop("id", None) and left == pytest.approx(right, rel=1e-4, abs=1e-4)
+    if kind == "score":
+        assert len({row["perception"] for row in found[0]}) > 10
+
+
+def test_warmed_up_discriminator_starts_the_game(tiny, policy, tmp_path, files):
+    """--pairs writes what align.py takes with --disc, and --resume continues it bitwise."""
+    flags = ["--ckpt", tiny.base, "--pairs", files[make_pairs], "--batch", 8, "--lr", 1e-3, *FLAGS]
+    assert stage("discriminator", *flags, "--steps", 12, "--out", tmp_path / "whole") == 0
+    assert stage("discriminator", *flags, "--steps", 5, "--out", tmp_path / "broken") == 0
+    assert stage("discriminator", *flags, "--steps", 12, "--out", tmp_path / "broken", "--resume") == 0
+    whole, broken = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken"))
+    assert whole == broken
+    log = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert log[0]["gap_v"] == log[0]["gap_r"] == 0 and log[0]["acc_v"] == 0.5  # zero heads
+    assert log[-1]["loss_v"] != log[0]["loss_v"] and log[-1]["grad_norm"] > 0
+    game = ["--ckpt", policy, "--data", tiny.align, "--disc", tmp_path / "whole", *GAME]
+    assert stage("align", *game, "--out", tmp_path / "game") == 0
+    assert abs(read_jsonl(tmp_path / "game" / "metrics.jsonl")[0].get("gap_v", 1.0)) > 0
+
+
+def test_released_discriminator_is_trained_on_as_it_is(tiny, policy, tmp_path):
+    """The Qwen3-VL-MoE folder as --disc: one and two processes agree, the saved folder scores what the trained one did."""
+    flags = ["--ckpt", policy, "--data", tiny.align, "--disc", tiny.released, "--disc-lr", 1e-3, *GAME, *FLAGS]
+    assert stage("align", *flags, "--out", tmp_path / "1") == 0
+    result = launch("align.py", *flags, "--out", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (read_jsonl(tmp_path / out / "metrics.jsonl") for out in "12")
+    for key in ("gap_v", "gap_r", "loss_v", "disc_grad_norm"):  # the balance term alone depends on the packs of a rank
+        assert one[0][key] == pytest.approx(two[0][key], rel=0.02, abs=1e-4) and one[0][key] != 0
+    scored = [tmp_path / "a", tmp_path / "b"]
+    for out, ckpt in zip(scored, (tmp_path / "1" / "discriminator", tiny.released)):
+        assert stage("discriminator", "--score", tiny.align, "--ckpt", ckpt, "--out", out, *FLAGS) == 0
+    trained, before = ([row["combined"] for row in read_jsonl(out / "scores.jsonl")] for out in scored)
+    assert all(a != b for a, b in zip(trained, before))
+
+
+def test_another_vocabulary_is_refused(tiny, policy, tmp_path, capsys):
+    from toy import checkpoint
+
+    checkpoint.make_checkpoint(str(tmp_path / "other"), ["quite another world of words"], hidden=64, layers=2, vision_layers=1)
+    flags = ["--ckpt", policy, "--data", tiny.align, "--disc", tmp_path / "other", *GAME, "--out", tmp_path / "out"]
+    assert stage("align", *flags) == 2 and "tokenizer differs" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- published rows
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__[5:])
+def test_rows_become_what_they_say(make, files, tiny):
+    """Every row of every format: placeholders match pictures, pictures open, responses have their blocks."""
+    examples = load_examples(str(files[make]))
+    assert len(examples) == ROWS
+    for i, example in enumerate(examples):
+        text = "".join(message["content"] for message in example.prompt)
+        assert text.count("<image>") in (0, len(example.images)) and example.prompt[-1]["role"] == "user"
+        assert all(load_image(image).mode == "RGB" for image in example.images[:1])
+        if make is not make_geometry:
+            assert rollout.parse_response(example.response), example.response
+        if make is make_published:
+            assert example.answer == ([example.answer[0], example.answer[0].upper()] if i % 2 else example.answer)
+            assert example.prompt[0] == {"role": "system", "content": "Look."}
+        if make is make_pairs:
+            assert rollout.parse_response(example.rejected) and example.rejected != example.response
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+def test_sources(tmp_path):
+    """A file, a folder of shards, a glob, several sources; gzipped or not; an array of objects that is read in pieces."""
+    rows = [{"prompt": f"question {i} ü", "answer": i, "nested": {"a": [[1, [2]], "]"]}} for i in range(50)]
+    write_jsonl(tmp_path / "a.jsonl", rows[:20])
+    (tmp_path / "b.json").write_text("\n  " + json.dumps(rows[20:], indent=2, ensure_ascii=False))
+    asked = lambda *sources: [example.prompt[0]["content"] for example in load_examples(list(map(str, sources)))]
+    every = [row["prompt"] for row in rows]
+    assert asked(tmp_path) == asked(tmp_path / "*.json*") == asked(tmp_path / "a.jsonl", tmp_path / "b.json") == every
+    for chunk in (1, 7, 1000):
+        with open(tmp_path / "b.json", "rb") as file, rollout.array_lines(file, chunk) as lines:
+            lines.seek(0)
+            assert [json.loads(line) for line in lines] == rows[20:]
+    with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+        json.dump(rows, file)
+    assert asked(tmp_path / "c.json.gz") == every
+    examples = load_examples([f"{tmp_path}/a.jsonl:0.9", f"{tmp_path}/b.json:0.1"])
+    assert examples.weights == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
+    assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (f"{tmp_path}/b.json", 2)
+    (tmp_path / "d.jsonl").write_text("\n\n" + json.dumps(rows[0]) + "\n\n" + "broken")  # blank lines count
+    assert load_examples(str(tmp_path / "d.jsonl")).where(0)[1] == 3
+    with pytest.raises(InputError, match="d.jsonl:5: not JSON"):
+        load_examples(str(tmp_path / "d.jsonl"))[1]
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "empty"), (b"\n\n", "empty"), (b"[]", "empty"), (b"[{", "not JSON"), (b'[{"prompt": "x"}', "not JSON"),
+    (b"PAR1 and no more", "parquet"), (b"\x1f\x8b\x08 cut", "data:"), (b"no json", ":1: not JSON"), (b"3", "JSON object"),
+    (b'{"text": "x"}', "none of the columns"),
+])  # fmt: skip
+def test_files_that_cannot_be_read(tmp_path, content, match):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(InputError, match=match) as caught:
+        load_examples(str(tmp_path / "data"))
+    assert str(tmp_path / "data") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sources", [["a:0.5", "b"], ["a:0", "b:1"], ["missing.jsonl"], ["no*match.jsonl"]])
+def test_sources_that_make_no_sense(tmp_path, sources):
+    for name in "ab":
+        write_jsonl(tmp_path / name, [{"prompt": "x"}])
+    with pytest.raises(InputError, match="weight|no such file"):
+        load_examples([str(tmp_path / source) for source in sources])
+
+
+MEMORY = """
+import resource, sys
+from rollout import load_examples
+examples = load_examples(sys.argv[1])
+words = sum(len(examples[i].prompt[-1]["content"]) for i in range(len(examples)))
+print(len(examples), words, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, kind):
+    """Every row of 1,000 and of 100,000 read, 1 kB each: at most 200 MB more at the highest point."""
+    peak = {}
+    for count in (1000, 100_000):
+        path, text = tmp_path / f"{count}.{kind}", "many words " * 90
+        rows = ({"prompt": f"{text} {i}", "response": "yes"} for i in range(count))
+        if kind == "parquet":
+            write_parquet(path, list(rows))
+        elif kind == "json":
+            path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+        else:
+            with (gzip.open if kind.endswith("gz") else open)(path, "wt") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        result = subprocess.run([sys.executable, "-c", MEMORY, path], cwd=ROOT, capture_output=True, text=True)
+        found, words, peak[count] = map(int, result.stdout.split())
+        assert found == count and words > 990 * count
+    assert peak[100_000] - peak[1000] < 200, peak
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+def save(image, kind, **more):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def two_colours(mode="RGB", size=(64, 32)):
+    """Left half red, right half blue."""
+    image = Image.new("RGB", size, (255, 0, 0))
+    image.paste((0, 0, 255), (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned; to be shown after a quarter turn clockwise
+    return save(two_colours().rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+
+
+PICTURES = {
+    "png": lambda: save(two_colours(), "PNG"),
+    "palette": lambda: save(two_colours("P"), "PNG"),
+    "palette with a transparent colour": lambda: save(two_colours("P"), "PNG", transparency=200),
+    "alpha": lambda: save(two_colours("RGBA"), "PNG"),
+    "cmyk": lambda: save(two_colours("CMYK"), "TIFF"),
+    "jpeg": lambda: save(two_colours(), "JPEG", quality=95),
+    "exif": rotated,
+    "animated gif": lambda: save(two_colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (64, 32), "green")]),
+    "animated webp": lambda: save(
+        two_colours(), "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 32), "green")], lossless=True
+    ),
+    "pil": two_colours,
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_are_read_as_they_look(kind):
+    image = load_image(PICTURES[kind]())
+    assert image.mode == "RGB" and image.size == (64, 32)
+    left, right = np.array(image)[16, 8].astype(int), np.array(image)[16, 56].astype(int)
+    assert np.abs(left - (255, 0, 0)).max() < 12 and np.abs(right - (0, 0, 255)).max() < 12
+
+
+def test_grey_deep_and_transparent_pictures():
+    pixel = lambda image: np.array(load_image(image))[0, 0].tolist()
+    assert pixel(save(Image.new("L", (32, 32), 100), "PNG")) == [100] * 3
+    assert pixel(save(Image.new("1", (32, 32), 1), "PNG")) == [255] * 3
+    deep = np.full((32, 32), 100 * 257, dtype=np.uint16)  # 16 bits a pixel
+    assert pixel(save(Image.fromarray(deep), "PNG")) == pixel(save(Image.fromarray(deep), "TIFF")) == [100] * 3
+    assert pixel(save(Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "PNG")) == [255] * 3  # on white
+    assert pixel(save(Image.new("LA", (32, 32), (9, 0)), "PNG")) == [255] * 3
+    half = pixel(save(Image.new("RGBA", (32, 32), (0, 0, 0, 128)), "PNG"))
+    assert all(abs(value - 127) <= 1 for value in half)
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_up_to_eight_pictures(tiny, count):
+    rng = np.random.default_rng(count)
+    sizes = [(32 * rng.integers(1, 4), 32 * rng.integers(1, 4)) for _ in range(count)]
+    example = rollout.Example("x", [{"role": "user", "content": "a<image>" * count + "b"}], [noise(rng, s) for s in sizes])
+    prompt = encode_prompt(example, tiny.tokenizer, tiny.image_processor)
+    assert int((prompt.input_ids == tiny.banned[0]).sum()) == sum(w * h // 1024 for w, h in sizes)
+    assert (prompt.image_grid_thw is None) == (count == 0)
+
+
+@pytest.mark.parametrize("flags, tokens", [([], 16), (["--max-pixels", 4096], 4), (["--min-pixels", 65536], 64)])
+def test_pixel_budget(tiny, flags, tokens):
+    """A picture of 128 x 128: one token for each 32 x 32 of what is left of it, or of what it becomes."""
+    import argparse
+
+    import sft
+
+    parser = argparse.ArgumentParser()
+    sft.data_flags(parser)
+    tokenizer, image_processor = sft.load_tokenizer(tiny.base, parser.parse_args(list(map(str, flags))))
+    example = rollout.Example("x", [{"role": "user", "content": "<image>"}], [noise(np.random.default_rng(0), (128, 128))])
+    prompt = encode_prompt(example, tokenizer, image_processor)
+    assert int((prompt.input_ids == tiny.banned[0]).sum()) == tokens
+
+
+# ------------------------------------------------------------------------------------------------------------- broken rows
+GOOD = {"prompt": "How many?", "response": "<caption>a</caption><think>b</think><answer>c</answer>", "images": []}
+
+
+def broken_rows(folder):
+    """{kind: (its line, a word of the reason)}, 33 kinds; writes the files they name."""
+    rng = np.random.default_rng(0)
+    good = save(noise(rng, (64, 64)), "PNG")
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (folder / "cut.jpg").write_bytes(save(noise(rng, (64, 64)), "JPEG")[:300])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "bomb.png").write_bytes(save(Image.new("1", (12000, 12000)), "PNG"))
+    (folder / "line.png").write_bytes(save(Image.new("RGB", (1000, 2)), "PNG"))
+    (folder / "good.png").write_bytes(good)
+    (folder / "folder").mkdir()
+    row = lambda **more: json.dumps(GOOD | more).encode()
+    chat = lambda *turns: row(prompt=[dict(zip(("role", "content"), turn)) for turn in turns])
+    see = lambda path: row(prompt="<image>How many?", images=[path])
+    return {
+        "cut line": (b'{"prompt": "How ma', "not JSON"),
+        "a list": (b"[1, 2]", "JSON object"),
+        "a text": (b'"prompt"', "JSON object"),
+        "no text at all": (b"\xff\xfe\x00", "not JSON"),
+        "nested too deep": (b"[" * 100_000, "not JSON"),
+        "two objects": (row() + row(), "not JSON"),
+        "no column that is known": (b'{"text": "x"}', "none of the columns"),
+        "empty prompt": (row(prompt=""), "empty"),
+        "no turns": (row(prompt=[]), "empty"),
+        "a number as prompt": (row(prompt=3), "a text or a list"),
+        "a turn without content": (row(prompt=[{"role": "user"}]), "role and content"),
+        "a number as content": (chat(("user", 3)), "role and content"),
+        "a role that nobody knows": (chat(("tool", "x")), "role tool"),
+        "no user": (chat(("system", "x")), "no turn of the user"),
+        "half a character": (b'{"prompt": "a \\ud800 b", "response": "c"}', "UTF-8"),
+        "image token in the prompt": (row(prompt="<|image_pad|>"), "<|image_pad|>"),
+        "image token in the response": (row(response="a <|vision_start|>"), "<|vision_start|>"),
+        "no response": (row(response=None), "no response"),
+        "empty response": (row(response=""), "no response"),
+        "empty last turn": (chat(("user", "x"), ("assistant", "")), "no response"),
+        "a number as response": (row(response=3), "must be a text"),
+        "an object as answer": (row(answer={"a": 1}), "answer must be"),
+        "picture is not there": (see("missing.png"), "does not exist"),
+        "picture is a folder": (see("folder"), "does not exist"),
+        "picture is a number": (see(7), "must be bytes, a path"),
+        "picture is an empty object": (see({}), "must be bytes, a path"),
+        "picture is cut": (see("cut.png"), "cannot be read"),
+        "jpeg is cut": (see("cut.jpg"), "cannot be read"),
+        "picture is a text file": (see("text.png"), "cannot be read"),
+        "picture is an empty file": (see("empty.png"), "cannot be read"),
+        "picture is a bomb": (see("bomb.png"), "12000 x 12000 pixels"),
+        "picture is a line": (see("line.png"), "aspect ratio"),
+        "more placeholders than pictures": (row(prompt="<image><image>", images=["good.png"]), "2 <image>"),
+        "fewer placeholders than pictures": (row(prompt="<image>", images=["good.png"] * 2), "1 <image>"),
+    }
+
+
+@pytest.fixture(scope="session")
+def dirty(tmp_path_factory):
+    """2,000 good rows and 204 broken ones in random order -> (path, {line: (kind, word)} of the broken)."""
+    folder, rng = tmp_path_factory.mktemp("dirty"), np.random.default_rng(0)
+    kinds = broken_rows(folder)
+    lines = [json.dumps(GOOD | {"id": f"g{i}", "prompt": f"How many {i}?"}).encode() for i in range(1980)]
+    lines += [json.dumps(GOOD | {"id": f"g{i}", "images": ["good.png"]}).encode() for i in range(1980, 2000)]
+    lines = [(line, None) for line in lines] + [(line, (kind, word)) for kind, (line, word) in kinds.items() for _ in range(6)]
+    lines = [lines[i] for i in rng.permutation(len(lines))]
+    first = next(i for i, (_, broken) in enumerate(lines) if broken is None)  # a broken first row would end the run at once
+    lines[0], lines[first] = lines[first], lines[0]
+    (folder / "dirty.jsonl").write_bytes(b"\n".join(line for line, _ in lines))
+    return folder / "dirty.jsonl", {n: broken for n, (_, broken) in enumerate(lines, 1) if broken}
+
+
+def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path):
+    path, broken = dirty
+    assert len(broken) >= 200 and len({kind for kind, _ in broken.values()}) >= 25
+    (tmp_path / "system.txt").write_text("x")  # our own is long
+    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 100, "--steps", 21, "--max-bad", 0.2, "--max-tokens", 8000]
+    flags += ["--system-prompt", tmp_path / "system.txt"]
+    assert stage("sft", *flags, "--out", tmp_path / "1") == 0
+    result = launch("sft.py", *flags, "--out", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "unusable; listed in" in result.stdout
+    one, two = (read_jsonl(tmp_path / out / "skipped.jsonl") for out in "12")
+    assert one == two and sorted(row["row"] for row in one) == sorted(broken)
+    for row in one:
+        kind, word = broken[row["row"]]
+        assert row["file"] == str(path) and word in row["reason"] and "\n" not in row["reason"], (kind, row)
+    logs = [[row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")] for out in "12"]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    # the first 20 batches of 100 are one epoch of the 2,000 good rows
+    import sft
+    from conftest import ONE
+
+    parser = sft.Parser()
+    sft.common_flags(parser, "sft")
+    parser.add_argument("--max-length", default=8192)
+    args = parser.parse_args(["--ckpt", "x", "--max-bad", "0.2", "--out", str(tmp_path / "feed")])
+    encode = lambda example: sft.encode_demonstration(example, tiny.tokenizer, tiny.image_processor, args, "")
+    feed = sft.Feed(load_examples(str(path)), encode, args, ONE, {})
+    used = [i + 1 for step in range(20) for i in feed.draw(100, step)[0]]
+    assert sorted(used) == sorted(set(range(1, 2001 + len(broken))) - set(broken))
+
+
+def test_too_many_bad_rows_end_the_run(dirty, tiny, tmp_path, capsys):
+    path, broken = dirty
+    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 50, "--steps", 30, "--out", tmp_path / "out"]
+    assert stage("sft", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--max-bad 0.05" in error and f"{path}:" in error and "skipped.jsonl" in error
+    assert stage("sft", *flags[:-1], tmp_path / "stop", "--bad-rows", "stop") == 2
+    assert "--bad-rows skip" in capsys.readouterr().err and not (tmp_path / "stop").exists()
+
+
+def test_skipped_rows_survive_a_resume(dirty, tiny, tmp_path):
+    (tmp_path / "system.txt").write_text("x")
+    flags = ["--ckpt", tiny.base, "--data", dirty[0], "--batch", 20, "--max-bad", 0.4, "--save-every", 2]
+    flags += ["--system-prompt", tmp_path / "system.txt"]
+    assert stage("sft", *flags, "--steps", 6, "--out", tmp_path / "whole") == 0
+    assert stage("sft", *flags, "--steps", 4, "--out", tmp_path / "broken") == 0
+    assert stage("sft", *flags, "--steps", 6, "--out", tmp_path / "broken", "--resume") == 0
+    whole, broken = (read_jsonl(tmp_path / out / "skipped.jsonl") for out in ("whole", "broken"))
+    assert whole == broken and len({(row["file"], row["row"]) for row in whole}) == len(whole) > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- real rows
+def test_text_only_and_many_pictures_mix_in_one_batch(tiny, tmp_path):
+    """The loss of a mixed batch is that of its rows alone, weighted by their target tokens."""
+    rng, rows = np.random.default_rng(0), []
+    for i, count in enumerate((0, 1, 0, 8, 2)):
+        paths = []
+        for k in range(count):
+            paths.append(f"{i}_{k}.png")
+            noise(rng, (64, 32)).save(tmp_path / paths[-1])
+        rows.append({"prompt": "<image>" * count + f"How many {i}?", "images": paths, "response": short(rng, "even" * (i + 1))})
+    flags = ["--ckpt", tiny.base, "--steps", 1, *FLAGS]
+    losses, tokens = [], []
+    for name, part in (("all", rows), *((str(i), [row]) for i, row in enumerate(rows))):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", part)
+        assert stage("sft", *flags, "--data", data, "--batch", len(part), "--out", tmp_path / name) == 0
+        (row,) = read_jsonl(tmp_path / name / "metrics.jsonl")
+        losses.append(row["loss"])
+        tokens.append(row["tokens"])
+    assert tokens[0] == sum(tokens[1:])
+    assert losses[0] == pytest.approx(np.dot(losses[1:], tokens[1:]) / tokens[0], rel=1e-5)
