@@ -27,8 +27,8 @@ import torch
 from discriminator import VARIANTS, compare_tokenizers, expert_metrics, load_discriminator, pair_loss, reader
 from discriminator import save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
-from rollout import InputError, encode_prompt, encode_response, load_examples, split_rows, split_segments
-from sft import Feed, Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
+from rollout import InputError, encode_prompt, encode_response, parse_response, split_rows, split_segments
+from sft import Feed, Parser, Skips, choose_attention, common_flags, load_data, load_policy, load_tokenizer, log, make_optimizer
 from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 
@@ -132,10 +132,14 @@ def parse_args():
     return parser.parse_args()
 
 
+def need_teacher(example):
+    if parse_response(example.response or "") is None:
+        raise InputError(f"{example.id}: the row has no teacher response of <caption>, <think> and <answer> blocks")
+
+
 def encode_taught(example, tokenizer, image_processor, args, system):
     """Example -> Prompt, or None when it is too long; a row without a well-formed teacher response is of no use here."""
-    if not example.response or split_segments(encode_response(example.response, tokenizer), tokenizer) is None:
-        raise InputError(f"{example.id}: the row has no teacher response of <caption>, <think> and <answer> blocks")
+    need_teacher(example)
     return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
 
 
@@ -153,7 +157,7 @@ def load_players(args, world):
 def main():
     args = parse_args()
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
-    examples = load_examples(args.data, args.split)
+    examples = load_data(args.data, args, need_teacher)
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     compare_tokenizers(tokenizer, args.disc)

@@ -37,10 +37,10 @@ from transformers import AutoConfig, Qwen3VLModel, Qwen3VLMoeModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
-from rollout import set_attention, split_rows, split_segments, without_images
+from rollout import parse_response, set_attention, split_rows, split_segments, without_images
 from sft import Feed, Parser, Skips, check_checkpoint, check_loaded, choose_attention, common_flags, copy_processor
-from sft import full_weights, load_tokenizer, log, make_optimizer, most, resume, run, save_state, setup, shard, start_log
-from sft import system_prompt, write_json, write_rows
+from sft import full_weights, load_data, load_tokenizer, log, make_optimizer, most, resume, run, save_state, setup, shard
+from sft import start_log, system_prompt, write_json, write_rows
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # the one head of a released discriminator, in its shards
@@ -232,13 +232,16 @@ def save_discriminator(model, out, world, ckpt):
 
 
 # ---------------------------------------------------------------------------------------------------------------- warm-up
+def need_pair(example):
+    for who, text in (("teacher", example.response), ("student", example.rejected)):
+        if parse_response(text or "") is None:
+            raise InputError(f"{example.id}: the row has no well-formed {who} response (columns {who}_caption and {who}_cot)")
+
+
 def encode_pair(example, tokenizer, image_processor, args, system):
     """Example with a teacher's and a student's response -> (Prompt, teacher, [student]), or None when it is too long."""
-    segments = []
-    for who, text in (("teacher", example.response), ("student", example.rejected)):
-        segments.append(split_segments(encode_response(text, tokenizer), tokenizer) if text else None)
-        if segments[-1] is None:
-            raise InputError(f"{example.id}: the row has no {who} response (columns {who}_caption and {who}_cot)")
+    need_pair(example)
+    segments = [split_segments(encode_response(text, tokenizer), tokenizer) for text in (example.response, example.rejected)]
     prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
     return prompt and (reader(prompt, tokenizer, args.disc_variant), segments[0], segments[1:])
 
@@ -259,7 +262,7 @@ def update(disc, batch, args, world):
 
 def warm_up(args, world):
     """Train a discriminator on offline (teacher, student) pairs and write it to --out, as align.py takes it with --disc."""
-    examples = load_examples(args.pairs, args.split)
+    examples = load_data(args.pairs, args, need_pair)
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     attn, system = choose_attention(args.attn, world), system_prompt(args)
     disc = load_discriminator(args.ckpt, args.disc_variant, attn).to(world.device)

@@ -26,9 +26,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import eval as judge
-from rollout import Example, InputError, Prompt, Rollout, encode_prompt, load_examples, pack_logprobs, pack_rows
+from rollout import Example, InputError, Prompt, Rollout, encode_prompt, pack_logprobs, pack_rows
 from rollout import sample, split_rows
-from sft import Feed, Parser, Skips, choose_attention, common_flags, load_policy, load_tokenizer, log, make_optimizer
+from sft import Feed, Parser, Skips, choose_attention, common_flags, load_data, load_policy, load_tokenizer, log, make_optimizer
 from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
 ALGOS = {
@@ -233,10 +233,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def encode_problem(example, tokenizer, image_processor, args, system):
-    """Example -> Prompt, or None when it is too long; a row without an answer is of no use here."""
+def need_answer(example):
     if example.answer is None:
         raise InputError(f"{example.id}: the row has no answer to verify against (column answer or reward_model)")
+
+
+def encode_problem(example, tokenizer, image_processor, args, system):
+    """Example -> Prompt, or None when it is too long; a row without an answer is of no use here."""
+    need_answer(example)
     return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
 
 
@@ -279,7 +283,7 @@ def main():
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide --prompts {args.prompts}")
-    examples = load_examples(args.data, args.split)
+    examples = load_data(args.data, args, need_answer)
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)

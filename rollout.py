@@ -47,6 +47,10 @@ class InputError(ValueError):
     """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
 
 
+class InputErrorOfAll(InputError):
+    """Raised by every rank alike, so that one of them says it."""
+
+
 # --------------------------------------------------------------------------------------------------------------- examples
 @dataclass
 class Example:

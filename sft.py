@@ -46,7 +46,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditiona
 from transformers.utils import logging as hf_logging
 
 import rollout
-from rollout import InputError, encode_prompt, encode_response, load_examples, pack_logprobs, pack_rows, split_rows
+from rollout import InputError, InputErrorOfAll, encode_prompt, encode_response, load_examples, pack_logprobs, pack_rows
+from rollout import split_rows
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
@@ -97,7 +98,7 @@ def run(main):
         main()
     except InputError as error:
         status = 2
-        if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized():
+        if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized() and not isinstance(error, InputErrorOfAll):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     except Exception:
         status = 1
@@ -297,6 +298,31 @@ class Skips:
         return None if bad else norm
 
 
+LOOK = 100  # rows looked at before a model is loaded
+
+
+def load_data(sources, args, check=lambda example: None):
+    """load_examples, and a look at the first rows, with --bad-rows stop at all of them: a wrong file is an error now, not after
+    a model was loaded. check(example) raises InputError for a row that lacks what the stage needs."""
+    examples, bad = load_examples(sources, args.split), 0
+    look = len(examples) if args.bad_rows == "stop" else min(LOOK, len(examples))
+    for i in range(look):
+        try:
+            check(examples[i])
+        except InputError as error:
+            bad += 1
+            if args.bad_rows == "stop":
+                raise InputErrorOfAll(f"{error} (--bad-rows skip leaves such rows out)") from error
+            if bad > args.max_bad * look:
+                raise too_many(bad, look, args, error) from error
+    return examples
+
+
+def too_many(bad, seen, args, last):
+    why = f"{bad} of {seen} rows looked at cannot be used, more than --max-bad {args.max_bad:g}"
+    return InputErrorOfAll(f"{last} ({why}; with a higher one they are skipped and listed in {args.out}/skipped.jsonl)")
+
+
 def order(n, start, seed):
     """Endless indices of a data set of n rows from global position `start`: a new permutation every epoch."""
     epoch, at = divmod(start, n)
@@ -333,7 +359,7 @@ class Feed:
         self.position, self.dropped, self.bad = (progress.get(key, 0) for key in ("position", "dropped", "bad"))
         self.pool, self.ahead = ThreadPoolExecutor(4), {}
         self.path = os.path.join(args.out, "skipped.jsonl")
-        self.written = set()  # (file, row): after the first epoch a row is counted again, but not written again
+        self.new, self.written = [], set()  # (file, row): after the first epoch a row is counted again, but not written again
         if os.path.exists(self.path):
             with open(self.path) as file:
                 self.written = {(row["file"], row["row"]) for row in map(json.loads, file)}
@@ -377,7 +403,8 @@ class Feed:
                     lost += 1
                     self.skip(i, reason, fault, step)
             if lost > len(self.examples):
-                raise InputError(f"--data: no row can be used; the last: {reason}")
+                raise InputErrorOfAll(f"--data: no row can be used; the last: {reason}")
+        self.write()
         upcoming = [next(upcoming) for _ in range(count)]
         self.ahead = {upcoming[c]: self.pool.submit(self.try_encode, upcoming[c]) for c in self.mine(upcoming)}
         return indices, encoded
@@ -389,15 +416,22 @@ class Feed:
         self.dropped += not fault
         self.bad += fault
         if fault and self.args.bad_rows == "stop":
-            raise InputError(f"{where}: {reason} (--bad-rows skip leaves such rows out)")
-        if (file, row) not in self.written and self.world.rank == 0:
+            raise InputErrorOfAll(f"{where}: {reason} (--bad-rows skip leaves such rows out)")
+        if (file, row) not in self.written:
+            self.new.append({"step": step + 1, "file": file, "row": row, "reason": reason})
+            self.written.add((file, row))
+        if self.bad > self.args.max_bad * max(self.position, min(LOOK, len(self.examples))):
+            if os.path.isdir(self.args.out):  # a run that fails before its first step leaves nothing behind
+                self.write()
+            raise too_many(self.bad, self.position, self.args, f"{where}: {reason}")
+
+    def write(self):
+        """Append the new rows to OUT/skipped.jsonl."""
+        if self.world.rank == 0 and self.new:
             os.makedirs(self.args.out, exist_ok=True)
-            with open(self.path, "a") as out:
-                out.write(json.dumps({"step": step + 1, "file": file, "row": row, "reason": reason}) + "\n")
-        self.written.add((file, row))
-        if self.bad > self.args.max_bad * max(self.position, min(100, len(self.examples))):
-            count = f"{self.bad} of the {self.position} rows seen cannot be used, more than --max-bad {self.args.max_bad:g}"
-            raise InputError(f"{where}: {reason} ({count}; all are listed in {self.path})")
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.new)
+        self.new = []
 
     def close(self):
         """Print the totals."""
@@ -559,10 +593,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def encode_demonstration(example, tokenizer, image_processor, args, system):
-    """Example -> (Prompt, response ids with the EOS), or None when it is too long."""
+def need_response(example):
     if not example.response:
         raise InputError(f"{example.id}: the row has no response to learn from (columns response, messages or teacher_*)")
+
+
+def encode_demonstration(example, tokenizer, image_processor, args, system):
+    """Example -> (Prompt, response ids with the EOS), or None when it is too long."""
+    need_response(example)
     prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
     ids = encode_response(example.response, tokenizer)
     if prompt is None:
@@ -597,7 +635,7 @@ def update(policy, batch, args, world):
 def main():
     args = parse_args()
     world = setup(args, {"--batch": args.batch})
-    examples = load_examples(args.data, args.split)
+    examples = load_data(args.data, args, need_response)
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)
