@@ -53,9 +53,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rollout import Example, InputError, encode_prompt, load_examples, parse_response, read_file, sample
+from rollout import ATTENTION, Example, InputError, encode_prompt, load_examples, parse_response, read_file, sample
 from rollout import to_example, undecoded
-from sft import Parser, check_checkpoint, load_policy, load_tokenizer, run, setup, system_prompt
+from sft import Parser, check_checkpoint, choose_attention, load_policy, load_tokenizer, run, setup, system_prompt
 from sft import write_json, write_rows
 
 MAX_CHARS, MAX_SET = 1000, 12  # longer answers are compared as text, larger sets in order: this bounds the time
@@ -1029,6 +1029,7 @@ def parse_args():
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
     group.add_argument("--slots", type=int, default=64, help="rows decoded at a time on each process")
     group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument("--attn", choices=("auto", *ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", default=None, metavar="URL",
                        help="OpenAI-compatible server for what the rules leave open; key: OPENAI_API_KEY")  # fmt: skip
@@ -1099,6 +1100,7 @@ def main():
     check_args(args)
     world = setup(argparse.Namespace(out=args.folder, system_prompt=args.system_prompt))
     (ckpts, folders), sets = checkpoints(args.ckpt), load_sets(args)
+    attn = choose_attention(args.attn, world)
     runs = {path: {} for path in folders}
     for path, folder in folders.items():
         model = None
@@ -1111,7 +1113,7 @@ def main():
                 if model is None:
                     tokenizer, image_processor = load_tokenizer(path)
                     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-                    model = load_policy(path, dtype).to(world.device).eval()
+                    model = load_policy(path, dtype, attn).to(world.device).eval()
                 rows = generate(model, questions, tokenizer, image_processor, args, world)
             if world.rank == 0 and not kept:
                 write_rows(file, rows)
