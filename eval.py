@@ -403,7 +403,7 @@ def same_answer(p, g, leaves, top=True):
     if said and right:
         fits = same_answer(said[1], right[1], leaves, False) if right[1] else not parse_choice(said[1])  # 'B. C'
         return said[0] == right[0] and (not said[1] or fits)
-    if right and (len(letters) > 1 or right[1] and letters - {right[0]} - set(re.findall(r"\b[A-J]\b", right[1]))):
+    if right and letters - {right[0]} - set(re.findall(r"\b[A-J]\b", right[1])):
         return False  # two letters are no choice, and '13 (A)' is not '(B) 13'
     if said and same_answer(said[1], g, leaves, False) or right and same_answer(p, right[1], leaves, top):
         return True

@@ -426,6 +426,7 @@ C is the wrong answer != C
 C is ruled out != C
 anything but C != C
 C is correct == C
+The answer is (B) 5 A, clockwise. == (B) 5 A, clockwise
 C is the correct option == C
 1 2 3 != 2
 2. 3 != 2.3
