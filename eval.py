@@ -53,8 +53,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rollout import Example, InputError, encode_prompt, load_examples, parse_response, read_file, sample, to_example, undecoded
-from sft import Parser, check_checkpoint, load_policy, load_tokenizer, run, setup, system_prompt, write_json, write_rows
+from rollout import ATTENTION, Example, InputError, encode_prompt, load_examples, parse_response, read_file, sample
+from rollout import to_example, undecoded
+from sft import Parser, check_checkpoint, choose_attention, load_policy, load_tokenizer, run, setup, system_prompt
+from sft import write_json, write_rows
 
 MAX_CHARS, MAX_SET = 1000, 12  # longer answers are compared as text, larger sets in order: this bounds the time
 JOB_SECONDS, START_SECONDS = 0.5, 120.0  # for symbolic work; for the `import sympy` that the first such job waits for
@@ -62,19 +64,23 @@ JOB_SECONDS, START_SECONDS = 0.5, 120.0  # for symbolic work; for the `import sy
 NUMERALS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 HEDGE = re.compile(
     r"(?i)[?±]|\b(?:or|n?either|nor|maybe|perhaps|possibly|probably|might|could|unsure|not|no|never|cannot|\w+n't|wrong|"
-    r"incorrect|false)\b"
+    r"incorrect|false|but|except|exclud\w+|instead|rather|without|unless|unlikely|hardly|doubt|impossible|opposite|other than|"
+    r"far from)\b"
 )
 CHANGE = re.compile(  # words beside a number that make it another: 'half of 5', 'less than 5', '5 million'
-    r"(?i)\b(?:than|least|most|more|less|fewer|under|over|above|below|up to|within|exceeds?|squared?|cubed?|factorial|"
+    r"(?i)\b(?:than|least|most|more|less|fewer|under|over|above|below|up to|within|exceeds?|too|squared?|cubed?|factorial|"
     r"roots?|log|minus|plus|negative|times|twice|double|triple|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|"
-    rf"nin|ten|hundred|thousand)ths?|dozen|(?:hundred|thousand|[mbtr]+illion)s?|divided|multiplied|{NUMERALS})\b"
+    r"nin|ten|hundred|thousand)ths?|dozen|grand|(?:hundred|thousand|[mbtr]+illion)s?|divided|multiplied|"
+    rf"(?:reciprocal|inverse|complement|supplement|negation|sum|product|difference) of|{NUMERALS})\b"
 )
 LEAD = re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'
     r"(?i).*(?:\b(?:is|are|was|were|be|equals?|has|have|shows?|contains?|choose|select|pick|so|thus|hence|therefore|"
     r"answer|option|choice)\b|(?<=[a-z]{2}):)[\s:,]*"
 )
-CHOICE = re.compile(r"(?i)(?:option |choice )?(?:[(\[]([A-J])[)\]][.:]?\s*(.*)|([A-J])(?:\)\s*(.*)|[.:](?:\s+(.*))?)?)")
-OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+CHOICE = re.compile(  # '(B) 40', 'B) 40', 'B. 40', 'B (40)', 'B'
+    r"(?i)(?:option |choice )?(?:[(\[]([A-J])[)\]][.:]?\s*(.*)|([A-J])(?:\)\s*(.*)|[.:](?:\s+(.*))?|\s+\((.*)\))?)"
+)
+YES_NO = {"yes": True, "true": True, "no": False, "false": False}
 UNITS = (  # canonical name, then what else it is called; nothing is converted: '50 mm' is not '5 cm'
     "mm millimeter millimetre;cm centimeter centimetre;dm decimeter decimetre;m meter metre;km kilometer kilometre;"
     "in inch inches;ft foot feet;yd yard;mi mile;mg milligram;g gram;kg kilogram;t ton tonne;lb pound lbs;oz ounce;ms;"
@@ -89,6 +95,7 @@ GREEK = "alpha|beta|gamma|delta|theta|lambda|pi|rho|sigma|tau|phi|omega"
 CHARACTERS = str.maketrans(
     dict(zip("−–—⁄÷∶×·⋅∙≈∈’‘“”。、⟨⟩", "---//:****==''\"\".,()"))
     | {"∞": r"\infty ", "∠": "angle ", "△": "triangle ", "√": r"\sqrt "}
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", " ")  # not seen, but no part of a number or word
     | {unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('bd', 'd')}"): f"\\{name} " for name in GREEK.split("|")}
 )
 COMMANDS = (  # what stands for what
@@ -97,10 +104,20 @@ COMMANDS = (  # what stands for what
 ).split()
 COMMANDS = dict(zip(COMMANDS[::2], COMMANDS[1::2])) | {"angle": " angle ", "triangle": " triangle "}
 COMMANDS |= dict.fromkeys(["left", "right", "quad", "qquad", "displaystyle"], " ")
+
+
+def repeating(whole, start, period):
+    """0.1\\overline{6}: whole '0', start '1', period '6' -> its fraction (16 - 1) / 90 in LaTeX."""
+    numerator = int(whole + start + period) - int(whole + start or 0)
+    return rf"\frac{{{numerator}}}{{{10 ** len(start + period) - 10 ** len(start)}}}"
+
+
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<!\\)\$(.*?)(?<!\\)\$|\\[\[\]()!]|\\[,;: ]|[~\s]+", r" \1 "),  # math mode and spaces
     (r"(?<![\w)])\*\*(?=\S)(.+?)\*\*(?![\w(])|^['`](.*)['`]$", r"\1\2"),  # bold, quoted
-    (r"\\(?:text\w*|math\w+|operatorname|mbox|overline|vec|bar|hat)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda match: repeating(*match.groups())),
+    (r"\\(?:text\w*|math\w+|operatorname|mbox)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:vec|hat|(?:overline|bar)(?=\s*\{[A-Za-z]{2}))\s*\{([A-Za-z][^{}]*)\}", r" \1 "),  # not: a complement
     (r"\\([%${}&#])|\{(,)\}", r"\1\2"),
     (r"\\([A-Za-z]+)|[<>]=|\*\*", lambda match: COMMANDS.get(match[1] or match[0], match[0])),
     (r"\s*\^\s*\{?\s*°\s*\}?|\s+°", "°"), (r"°\s*T(?![A-Za-z])", "°"),  # the last is a true bearing
@@ -122,7 +139,7 @@ RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
 NAME = re.compile(r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?(?:\([^()]*\))?")
 EXPRESSION = re.compile(  # all that ever reaches the LaTeX parser: no words, no number beside a number
     rf"(?i)(?:\\(?:frac|sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|binom|infty|{GREEK})(?![a-z])|"
-    r"(?<![\\a-z])[a-z]{1,2}(?![a-z])|\d(?!\s+[\d.])|\.(?=\d)|\)(?!\s+[\d(])|[-+*/^_{}\[\]|!( ])+"
+    r"(?<![\\a-z])[a-z]{1,2}(?![a-z])|\d(?!\s+[\d.])|\.(?=\d)|\)(?!\s+[\d(])|(?<=[a-z])_|[-+*/^{}\[\]|!( ])+"
 )
 
 
@@ -134,7 +151,7 @@ def clean(text):
     text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).translate(CHARACTERS)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text.strip())
-    boxes = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text)
+    boxes = re.findall(r"(?<!\w)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!\w)", text)
     if len(boxes) == 1 and not HEDGE.search(text.replace(boxes[0], "")):
         text = boxes[0]
     return text.strip(' `*"=').rstrip(".,;:").strip(' `*"')
@@ -149,8 +166,9 @@ def plain_words(text):
 def parse_choice(text):
     """'(B) 40', 'option B', 'b' -> (letter, what follows); None if this is no choice, or more than one."""
     match = CHOICE.fullmatch(text)
-    rest = match and (match[2] or match[4] or match[5] or "")
-    if not match or re.search(r"(?i)^(?:or|and)\b|^[,/&]|(?:^|\s)\([A-J]\)|\b(?:or|and) \(?[A-J]\)?\W*$", rest):
+    rest = match and (match[2] or match[4] or match[5] or match[6] or "")
+    second = r"(?i)^(?:or|and)\b|^[,/&]|(?:^|\s)\([A-J]\)|\b(?:or|and|but|actually|rather|wait),? \(?[A-J]\)?\W*$"
+    if not match or re.search(second, rest):
         return None
     return (match[1] or match[3]).upper(), rest
 
@@ -164,9 +182,10 @@ def parse_unit(text):
     text = re.sub(r"\bcubic +([a-z]+)|(?<=[a-z])3(?![\d.])", r"\1^{3}", text)
     names = re.findall(r"° ?[cf]\b|[^\W\d_]+|[°$€£¥¢%/]|\^\{-?\d\}", text)
     first = names[0] if names else "°"
-    known = first in ALIAS or first[0] == "°" or text[0] == " " and len(first) > 2 or "一" <= first <= "鿿"
-    foreign = re.search(r"[^\w °$€£¥¢%/.'-]|[\d_]", re.sub(r"\^\{-?\d\}", "", text))
-    if foreign or not known or HEDGE.search(text) or CHANGE.search(text):
+    known = first in ALIAS or first[0] == "°" or text[0] == " " and len(first) > 2
+    known = known or "一" <= first <= "鿿" and first[0] not in "一二三四五六七八九十百千万亿"
+    foreign = re.search(r"[^\w °$€£¥¢%/.'-]|[\d_]|%.*%", re.sub(r"\^\{-?\d\}", "", text))
+    if foreign or not known or text.strip() and not names or HEDGE.search(text) or CHANGE.search(text):
         return None
     return re.sub(r" ?/ ?| (?=\^)", lambda m: m[0].strip(), " ".join(ALIAS.get(n, n.removesuffix("s")) for n in names))
 
@@ -184,7 +203,7 @@ def parse_quantity(text):
     digits = re.sub("[, ]", "", match[5])
     shift = int(match[6] or 0) + int(match[7] or 0) - 2 * (unit[:1] == "%")
     value = Fraction(digits) * Fraction(10) ** shift
-    if match[8] and value:
+    if match[8]:
         value **= int(match[8])
     value = int(match[4] or 0) + value / Fraction(re.sub("[, ]", "", match[9] or "1"))
     is_long = "." in digits and len(re.sub(r"^[0.]+|\.", "", digits)) >= 6 and not match[8] and not match[9]
@@ -286,7 +305,11 @@ def same_statement(p, g, leaves):
         factor = left[0] / right[0]
         return (operator in "=≠" or factor.real > 0) and same_values(left, [factor * value for value in right])
     (a, unit_a, ulp_a), (b, unit_b, ulp_b) = parse_quantity(p), parse_quantity(g)
-    if unit_a and unit_b and not f"{unit_a} ".startswith(f"{unit_b} "):  # '12 cm long' has the unit of '12 cm'
+    if unit_a and unit_b and unit_a != unit_b:
+        more = set(unit_a.split()[len(unit_b.split()) :])  # '12 cm in total' has the unit of '12 cm', '12 N m' not that of '12 N'
+        if not unit_a.startswith(f"{unit_b} ") or more & set(ALIAS.values()) - {"in", "a"}:
+            return False
+    if not unit_b and re.search(r"\d[kKM]$", p):  # thousands or millions
         return False
     tolerance = ulp_a if "." not in g else ulp_b if "." not in p else 0
     if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -359,35 +382,38 @@ def statements(text):
     lead, number = LEAD.match(text), re.search(r"(?<=[\s(])[-+]?[$€£¥]?\.?\d", text)
     cut = lead[0] if lead else ""
     claims = re.findall(r"(?i)\b(?:is|are|was|were|equals?)\b:?|:|[.;!]\s", cut)
-    if cut and len(claims) < 2 and not re.search(r"[\d<>≤≥≠]", cut) and not HEDGE.search(cut):
+    if cut and len(claims) < 2 and not re.search(r"(?i)[\d<>≤≥≠]|\byes\b", cut) and not HEDGE.search(cut):
         yield text[len(cut) :]
     cut = text[: number.start()] if number else ""
     worded = re.fullmatch(r"(?i)[a-z ,.'()-]*", cut) and re.search("(?i)[a-z]{2}", cut)
     if worded and not HEDGE.search(cut) and not CHANGE.search(cut):
         yield text[len(cut) :]
-    yield re.sub(r"\s+(?:is|are)\s+(?:the\s+)?(?:correct|right|(?:\w+\s)?answer)(?:\s\w+)?$", "", text)
+    judgement = r"(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)|correct|right"
+    yield re.sub(rf"(?i)\s+(?:is|are) (?:{judgement})$", "", text)
 
 
 def same_answer(p, g, leaves, top=True):
     """Is p the answer g?  Both cleaned.  Sentences only at the top level."""
     if not p or not g:
         return False
-    if re.sub(r"\s*([^\w\s,])\s*", r"\1", p) == re.sub(r"\s*([^\w\s,])\s*", r"\1", g):
+    if re.sub(r"\s*([^\w\s,.])\s*", r"\1", p) == re.sub(r"\s*([^\w\s,.])\s*", r"\1", g):
         return True
     said, right, word = parse_choice(p), parse_choice(g), plain_words(g)
+    letters = set(re.findall(r"\b(?:[B-HJ]|A(?! (?!is\b)[a-z]))\b", p))
     if said and right:
         fits = same_answer(said[1], right[1], leaves, False) if right[1] else not parse_choice(said[1])  # 'B. C'
         return said[0] == right[0] and (not said[1] or fits)
+    if right and letters - {right[0]} - set(re.findall(r"\b[A-J]\b", right[1])):
+        return False  # two letters are no choice, and '13 (A)' is not '(B) 13'
     if said and same_answer(said[1], g, leaves, False) or right and same_answer(p, right[1], leaves, top):
         return True
-    if word in OPPOSITE and re.match(rf"(?i){word}\b", p):
-        return not re.search(rf"(?i)\b(?:{OPPOSITE[word]}|or|maybe|perhaps|possibly|probably|unsure)\b|\?", p)
+    if word in YES_NO and (start := re.match(rf"(?i){word}(?:[,.;:!]|$| (?=(?:it|they|there|this|that|the|we|you)\b))", p)):
+        doubt = r"(?i)\b(?:yes|true|or|maybe|perhaps|possibly|probably|unsure)\b|\?"  # 'No, it is not' denies nothing
+        return not re.search(HEDGE if YES_NO[word] else doubt, p[start.end() :])
     if word and plain_words(p) == word and not (EXPRESSION.fullmatch(p + g) and re.search(r"[\d\\!]", p + g)):
         return True
     if same_content(p, g, leaves, top):
         return True
-    if right and len(set(re.findall(r"\b(?:[B-HJ]|A(?! [a-z]))\b", p))) > 1:  # two letters are no choice
-        return False
     return top and any(same_answer(text, g, leaves) for text in statements(p) if text != p)
 
 
@@ -646,7 +672,7 @@ def grade(text, item):
         if item.digits is not None and isinstance(value, Fraction):
             gold = parse_quantity(clean(gold))[0]
             row["accuracy"] = float(isinstance(gold, Fraction) and round(value, item.digits) == round(gold, item.digits))
-        row["open"] = not (row["accuracy"] or isinstance(value, Fraction) or parse_choice(said) or said.casefold() in OPPOSITE)
+        row["open"] = not (row["accuracy"] or isinstance(value, Fraction) or parse_choice(said) or said.casefold() in YES_NO)
     return row
 
 
@@ -1003,6 +1029,7 @@ def parse_args():
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
     group.add_argument("--slots", type=int, default=64, help="rows decoded at a time on each process")
     group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument("--attn", choices=("auto", *ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", default=None, metavar="URL",
                        help="OpenAI-compatible server for what the rules leave open; key: OPENAI_API_KEY")  # fmt: skip
@@ -1073,6 +1100,7 @@ def main():
     check_args(args)
     world = setup(argparse.Namespace(out=args.folder, system_prompt=args.system_prompt))
     (ckpts, folders), sets = checkpoints(args.ckpt), load_sets(args)
+    attn = choose_attention(args.attn, world)
     runs = {path: {} for path in folders}
     for path, folder in folders.items():
         model = None
@@ -1085,7 +1113,7 @@ def main():
                 if model is None:
                     tokenizer, image_processor = load_tokenizer(path)
                     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-                    model = load_policy(path, dtype).to(world.device).eval()
+                    model = load_policy(path, dtype, attn).to(world.device).eval()
                 rows = generate(model, questions, tokenizer, image_processor, args, world)
             if world.rank == 0 and not kept:
                 write_rows(file, rows)

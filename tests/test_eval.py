@@ -1,6 +1,7 @@
 """Run: pytest tests/test_eval.py          (verification of answers; CPU only, under a minute)"""
 
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -416,6 +417,96 @@ Neither 7 nor 8 != 7
 It is 7 if x is 3 != 7
 log 7 != 7
 x-7 != -7
+# rewards that a policy could be after: each of these was accepted once, or is near to one that was
+A B C D != C
+A/B/C/D != C
+C. Actually D != C
+C; D != C
+C is the wrong answer != C
+C is ruled out != C
+anything but C != C
+C is correct == C
+The answer is (B) 5 A, clockwise. == (B) 5 A, clockwise
+C is the correct option == C
+1 2 3 != 2
+2. 3 != 2.3
+2/3 != 2
+x = 2 or x = 3 != 2
+\boxed{3}\boxed{4} != 3
+\boxed{5}6 != 5
+3 \text{ or } 4 != 3
+anything but 5 != 5
+everything except 5 != 5
+except 5 != 5
+instead of 5 != 5
+without 5 != 5
+the reciprocal of 5 != 5
+the sum of 5 != 5
+5 is the wrong answer != 5
+six, so 5 != 5
+5 (or 6) != 5
+5 (6) != 5
+≠ 5 != 5
+5+ != 5
+5_6 != 5
+5_{6} != 5
+101_2 != 101
+\log_{2}(8) == 3
+a_1+a_2 == a_2+a_1
+5' != 5
+5%% != 5%
+5k != 5
+5M != 5
+300 K == 300
+5 grand != 5
+5 too many != 5
+5万 != 5
+7元 == 7
+5 cm m != 5 cm
+5 N m != 5 N
+12 cm in total == 12 cm
+5 cm too much != 5 cm
+0.\overline{3} == 1/3
+0.1\overline{6} == 1/6
+-0.\bar{3} == -1/3
+0.\overline{3} != 0.3
+0.\overline{5} != 0.5
+\bar{5} != 5
+\bar{A} != A
+\overline{AB} == AB
+\vec{v} == v
+0^0 != 0
+0.999999999 != 1
+0.99999999999999999999 != 1
+3/0 != 3
+0/0 != 0
+\frac{1}{0} != 1
+1e999 != 1e998
+1e9999999999 != 5
+1e-400 != 0
+inf != 5
+nan != 5
+1 000 != 1
+1.000 != 1000
+|x| != x
+\sqrt{x^2} != x
+x = x != x = 5
+0 = 0 != x = 5
+x > 5 or x < 5 != x > 5
+{3, 4, 3} != {3, 4}
+no idea != no
+no answer != no
+no way to know != no
+Yes, it isn't != yes
+yes, that is false != yes
+yes: no != no
+yes true false != yes
+Yes they are equal == yes
+No it isn't == no
+anything but: red != red
+The opposite of: red != red
+I doubt it is red != red
+red/blue != red
 """
 TABLE = []
 for line in CASES.strip().splitlines():
@@ -462,6 +553,14 @@ OPTIONS = ["30°", r"$\sqrt{12}$ cm", "(C) A red car", "not enough information",
         ("30", "30", True),
         ("C", "red car", True),
         ("J", "A", False),
+        ("A (30)", "A", True),
+        ("The answer is A (30°)", "A", True),
+        ("B is 30", "A", False),
+        ("30 B", "A", False),
+        ("The answer is B: 30", "A", False),
+        ("A B C D", "A", False),
+        (r"30, \sqrt{12}", "A", False),
+        ("~A and B", "A", False),
     ],
 )
 def test_options(prediction, gold, right):
@@ -472,6 +571,30 @@ def test_letters_as_options():
     """Options may be letters themselves, shifted: the letter given is then the option's letter."""
     assert verify("D", "D", ["A", "B", "C", "E"]) and not verify("E", "D", ["A", "B", "C", "E"])
     assert verify("B", "B", ["B", "A"]) and not verify("A", "B", ["B", "A"])
+
+
+@pytest.mark.parametrize("mark", ["\u00ad", "\u200b", "\u200d", "\u200e", "\u2060", "\ufeff"])
+def test_characters_that_nobody_sees(mark):
+    """They neither hide an answer nor join two of them."""
+    assert verify(f"{mark}5{mark}", "5") and verify(f"C{mark}", "C") and verify("7", f"7{mark}")
+    assert not verify(f"5{mark}6", "5") and not verify(f"5{mark}6", "56") and not verify(f"C{mark}D", "C")
+
+
+def readme_examples():
+    """The table under 'What is counted right' -> answer, gold, options, right."""
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("**What is counted right.**")[2]
+    for line in re.findall(r"(?m)^\| `.*", text.partition("\nNot counted right")[0]):
+        answers, gold, verdict = line.strip("| ").split(" | ")
+        gold, _, option = gold.partition(", where option B is ")
+        for answer in re.findall("`(.*?)`", answers):
+            yield answer, gold.strip("`"), ["0", option.strip("`")] if option else None, verdict.startswith("right")
+
+
+def test_readme():
+    rows = list(readme_examples())
+    assert len(rows) == 11 and sum(row[3] for row in rows) == 5  # ten lines, one of them with two answers
+    for answer, gold, options, right in rows:
+        assert verify(answer, gold, options) is right, (answer, gold)
 
 
 def test_several_golds():

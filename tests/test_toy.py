@@ -1,5 +1,6 @@
 """Run: pytest tests/test_toy.py          (exact scores of the picture world, its teachers, its checkpoint; CPU only)"""
 
+import json
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rollout import parse_response
-from toy import checkpoint, world
+from toy import checkpoint, report, world
 
 N = world.ROWS * world.COLUMNS
 
@@ -157,3 +158,29 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_table_comes_out_of_eval(tmp_path):
+    """Accuracy, format and tokens as results.json has them; exact scores with intervals that keep an item's samples together."""
+    rng = np.random.default_rng(0)
+    problems = [world.make_problem(rng) for _ in range(30)]
+    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "test.jsonl", [{"world": problem} for problem in problems])
+    cell = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    rows = [{"item": i, "response": world.respond(problem) if i % 3 else "", "finished": True}
+            for i, problem in enumerate(problems) for _ in range(4)]  # fmt: skip
+    for run in ("eval_greedy", "eval_sampled"):
+        for arm in report.ARMS:
+            (tmp_path / run / arm).mkdir(parents=True)
+            write(tmp_path / run / arm / "test.jsonl", rows)
+        summary = {key: cell for key in ("accuracy", "format", "tokens")}
+        (tmp_path / run / "results.json").write_text(json.dumps({"results": {arm: {"test": summary} for arm in report.ARMS}}))
+    row = report.table(str(tmp_path))["T = 1"]["align"]
+    assert row["accuracy"] == row["format"] == row["tokens"] == cell
+    assert row["perception"] == row["reasoning"] and row["perception"]["mean"] == pytest.approx(2 / 3)
+    width = row["perception"]["high"] - row["perception"]["low"]
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(2 / 9 / 30), rel=0.1)  # of 30 items, not of 120 samples
+    report.print_table(report.table(str(tmp_path)), str(tmp_path))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 10 and lines[2].startswith("| greedy | SFT | 25.0 [12.5, 50.0] | 66.7 [")

@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 
+from eval import bootstrap, interval, markdown, percent
 from rollout import parse_response
 from toy import world
 
@@ -24,36 +25,35 @@ def exact_scores(problem, row):
     return world.score(problem, (blocks.caption, blocks.think, blocks.answer) if blocks else None)
 
 
-def interval(values, draws=2000):
-    """Mean and 95 % bootstrap interval over items; values [items, samples], an item keeps its samples."""
-    means = np.asarray(values, dtype=float).mean(1)
-    picks = np.random.default_rng(0).integers(0, len(means), (draws, len(means)))
-    return means.mean(), *np.percentile(means[picks].mean(1), [2.5, 97.5])
-
-
 def table(out):
-    """{"greedy" | "T = 1": {arm: {metric: (mean, low, high)}}} over the test items."""
+    """{"greedy" | "T = 1": {arm: {metric: {"mean", "low", "high"}}}} over the test items: what eval.py has measured, and the
+    toy's own scores with eval.py's intervals (all samples of an item are drawn together)."""
     truth = [row["world"] for row in read_rows(out, "data", "test.jsonl")]
     result = {}
     for mode, run in (("greedy", "eval_greedy"), ("T = 1", "eval_sampled")):
+        with open(os.path.join(out, run, "results.json")) as file:
+            measured = json.load(file)["results"]
         for arm in ARMS:
-            rows = read_rows(out, run, arm, "test.jsonl")
-            scores = [exact_scores(truth[row["item"]], row) | {"tokens": row["tokens"]} for row in rows]
-            by_item = lambda key: np.array([s[key] for s in scores]).reshape(len(truth), -1)
-            result.setdefault(mode, {})[arm] = {key: interval(by_item(key)) for key in (*METRICS, "tokens")}
+            scores = [exact_scores(truth[row["item"]], row) for row in read_rows(out, run, arm, "test.jsonl")]
+            row = {key: measured[arm]["test"][key] for key in ("accuracy", "format", "tokens")}
+            for key in ("perception", "reasoning"):
+                means = np.array([s[key] for s in scores]).reshape(len(truth), -1).mean(1, keepdims=True)  # [items, 1]
+                row[key] = interval(*bootstrap(means, np.arange(len(truth)), np.ones(len(truth)), "test"))
+            result.setdefault(mode, {})[arm] = row
     return result
 
 
 def print_table(result, out):
     """The final table, on the screen and as OUT/table.md."""
-    lines = ["| decoding | arm | " + " | ".join(METRICS) + " | tokens |", "|---" * (len(METRICS) + 3) + "|"]
-    for mode, arms in result.items():
-        for arm, row in arms.items():
-            cells = [f"{100 * m:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]" for m, lo, hi in (row[key] for key in METRICS)]
-            lines.append(f"| {mode} | {ARMS[arm]} | " + " | ".join(cells) + f" | {row['tokens'][0]:.1f} |")
-    print("\n".join(lines))
+    rows = [
+        [mode, ARMS[arm], *(percent(row[key]) for key in METRICS), f"{row['tokens']['mean']:.1f}"]
+        for mode, arms in result.items()
+        for arm, row in arms.items()
+    ]
+    text = markdown(["decoding", "arm", *METRICS, "tokens"], rows)
+    print(text, end="")
     with open(os.path.join(out, "table.md"), "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write(text)
 
 
 def rollout_curves(out, arm, data):
