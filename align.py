@@ -194,7 +194,7 @@ def main():
         # update policy
         norm = None
         if step >= args.warmup_steps:
-            mine = advantages.flatten()[list(world.share(args.prompts * args.n))]
+            mine = advantages.flatten()[[r.index for r in records]]
             metrics |= accumulate_policy_gradient(policy, records, mine, "grpo", args, world)
             if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, metrics["loss"])

@@ -278,7 +278,7 @@ def warm_up(args, world):
     for step in range(progress["step"], steps):
         began = time.time()
         indices, encoded = feed.draw(args.batch, step)
-        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share(args.batch)]
+        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share([1] * args.batch)]
         scores = torch.cat(world.gather(update(disc, batch, args, world)))
         norm = skips.step(disc, optimizer, args.lr, args.clip, world, 0.0)
         row = {"step": step + 1, **expert_metrics(scores), "grad_norm": norm, "dropped": feed.dropped, "bad": feed.bad}

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval as judge
 from rollout import Example, InputError, Prompt, Rollout, encode_prompt, pack_logprobs, pack_rows
-from rollout import sample, split_rows
+from rollout import SLOT_TOKENS, sample, split_rows
 from sft import Feed, Parser, Skips, choose_attention, common_flags, load_data, load_policy, load_tokenizer, log, make_optimizer
 from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
 
@@ -91,28 +91,34 @@ class Record:
     prompt: Prompt
     rollout: Rollout
     text: str  # decoded, without the EOS
+    index: int = 0  # place among the rollouts of all ranks
     old_logp: torch.Tensor | None = None  # [L], only with several updates per rollout batch
     ref_logp: torch.Tensor | None = None  # [L], only with --kl
 
 
 def sample_records(sampler, feed, tokenizer, args, world, step):
-    """Draw args.prompts prompts and sample args.n rollouts of each; this rank does its equal share of all rollouts, so a
-    group may span ranks. -> this rank's records in global order."""
+    """Draw args.prompts prompts and sample args.n rollouts of each; a group may span ranks. Every rank samples the same
+    number; their lengths are known only then, and the ranks take consecutive rollouts of about equal tokens on to the
+    updates. Token ids travel; a prompt whose rollouts do is encoded anew.
+    -> this rank's records in global order."""
     indices, encoded = feed.draw(args.prompts, step)
-    mine = [divmod(i, args.n) for i in world.share(args.prompts * args.n)]
+    mine = [divmod(i, args.n) for i in world.share([1] * args.prompts * args.n)]
     groups = sorted({group for group, _ in mine})
     prompts = {group: encoded.get(group) or feed.encode(feed.examples[indices[group]]) for group in groups}
     rollouts = sample(
         sampler, [prompts[g] for g in groups], args.n, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_token_id,
         temperature=args.temperature, seeds=[(args.seed, step, feed.position, g) for g in groups],
-        samples=[[s for g, s in mine if g == group] for group in groups], slots=args.slots,
+        samples=[[s for g, s in mine if g == group] for group in groups], slots=args.slots, max_tokens=args.max_tokens,
     )  # fmt: skip
-    records = []
-    for group, group_rollouts in zip(groups, rollouts):
+    drawn = [(r, len(prompts[g].input_ids)) for g, part in zip(groups, rollouts) for r in part]
+    drawn, records = sum(world.gather(drawn), []), []
+    for i in world.share([len(r.ids) + prompt / args.n for r, prompt in drawn]):
+        group, r = i // args.n, drawn[i][0]
         example = feed.examples[indices[group]]
-        for r in group_rollouts:
-            text = tokenizer.decode(r.ids[:-1] if r.finished else r.ids)
-            records.append(Record(group, example, prompts[group], r, text))
+        if group not in prompts:
+            prompts[group] = feed.encode(example)
+        text = tokenizer.decode(r.ids[:-1] if r.finished else r.ids)
+        records.append(Record(group, example, prompts[group], r, text, i))
     return records
 
 
@@ -211,7 +217,8 @@ def rollout_flags(parser, prompts, max_new_tokens):
     group.add_argument("--rollouts", dest="n", type=int, default=16, help="rollouts per prompt")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs trained on")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="length limit of a response")
-    group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process")
+    group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process; fewer where they "
+                       f"would cache more than {SLOT_TOKENS} x --max-tokens tokens")  # fmt: skip
     group.add_argument("--log-rollouts", type=int, default=10, help="steps between entries in rollouts.jsonl; 0: never")
 
 
@@ -261,11 +268,10 @@ def collect(sampler, feed, tokenizer, args, world, step):
         rewards, accuracy = torch.tensor(table, dtype=torch.float64).view(args.prompts, args.n, 2).unbind(-1)
         use = [g for g in range(args.prompts) if not a["dynamic"] or 0 < accuracy[g].mean() < 1][: args.prompts - groups]
         place = {g: groups + i for i, g in enumerate(use)}
-        offset = world.share(args.prompts * args.n).start
-        for i, (r, s) in enumerate(zip(records, scores)):
+        for r, s in zip(records, scores):
             if r.group in place:
-                r.group, index = place[r.group], (offset + i) % args.n
-                kept.append((r, s, (r.group, index)))
+                r.group = place[r.group]
+                kept.append((r, s, (r.group, r.index % args.n)))
         all_rewards.append(rewards[use])
         groups += len(use)
         counters["gen_batches"] += 1

@@ -548,16 +548,21 @@ class Layout:
 
     @cached_property
     def padded(self):
-        """For SDPA: query [S, Lq] and key [S, Lk] token indices, real [S, Lq], mask [S, 1, Lq, Lk]. The padding exists
-        here only, in index form; the model computes none."""
-        length, prefix = self.length[:, None], self.prefix[:, None]
-        q = torch.arange(self.longest, device=length.device)[None]
-        k = torch.arange(self.longest_keys, device=length.device)[None]
-        real = q < length
-        # causal, aligned bottom-right: the query at offset q of its segment sees the prefix and the segment up to itself;
-        # padded queries see key 0, so that no softmax is empty
-        mask = torch.where(real[:, :, None], k[:, None] <= (prefix + q)[:, :, None], k[:, None] == 0)
-        return torch.where(real, self.start[:, None] + q, 0), self.keys(k), real, mask[:, None]
+        """For SDPA, prompts and branches apart because their lengths differ: up to two (query [S, Lq] and key [S, Lk] token
+        indices, real [S, Lq], mask [S, 1, Lq, Lk]). The padding exists here only, in index form; the model computes none."""
+        parts, keys = [], self.prefix + self.length
+        for chosen in (self.prefix == 0, self.prefix > 0):
+            if not chosen.any():
+                continue
+            start, length, prefix = (x[chosen][:, None] for x in (self.start, self.length, self.prefix))
+            q = torch.arange(int(length.max()), device=length.device)[None]
+            k = torch.arange(int(keys[chosen].max()), device=length.device)[None]
+            real = q < length
+            # causal, aligned bottom-right: the query at offset q of its segment sees the prefix and the segment up to
+            # itself; padded queries see key 0, so that no softmax is empty
+            mask = torch.where(real[:, :, None], k[:, None] <= (prefix + q)[:, :, None], k[:, None] == 0)
+            parts.append((torch.where(real, start + q, 0), self.keys(k)[chosen], real, mask[:, None]))
+        return parts
 
     @cached_property
     def ragged(self):
@@ -578,18 +583,25 @@ class Layout:
         return create_block_mask(sees, None, None, total, total, device=self.length.device)
 
 
-def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """Attention of packed rows, [1, H, T, D] -> [1, T, H, D]; without a layout (decoding, the vision tower) plain SDPA."""
-    if layout is None or not module.is_causal:
+def without_layout(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Plain SDPA for the vision tower and for decoding, where the heads that share a key become queries of one head."""
+    if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    q_index, k_index, real, mask = layout.padded
-    q = query[0].transpose(0, 1)[q_index].transpose(1, 2)  # [S, H, Lq, D]
-    k = key[0].transpose(0, 1)[k_index].transpose(1, 2)  # [S, Hkv, Lk, D]
-    v = value[0].transpose(0, 1)[k_index].transpose(1, 2)
-    groups = query.shape[1] // key.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2)[real][None], None  # segments tile the pack in order, so this is token order again
+    q = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [S, Hkv, H / Hkv, D]
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=scaling).flatten(1, 2)[:, None], None
+
+
+def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention of packed rows, [1, H, T, D] -> [1, T, H, D]."""
+    if layout is None or not module.is_causal:
+        return without_layout(module, query, key, value, attention_mask, scaling, **kwargs)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    groups, out = query.shape[1] // key.shape[1], torch.empty_like(q)
+    for q_index, k_index, real, mask in layout.padded:
+        keys, values = (x[k_index].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k, v))  # [S, H, Lk, D]
+        part = F.scaled_dot_product_attention(q[q_index].transpose(1, 2), keys, values, attn_mask=mask, scale=scaling)
+        out[q_index[real]] = part.transpose(1, 2)[real]
+    return out[None], None
 
 
 def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
@@ -611,7 +623,7 @@ def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=N
     """`sdpa_rows` without padding and without a mask: one variable-length call, keys gathered per branch. The vision
     tower comes with its own cu_seq_lens_q; decoding has neither and takes SDPA."""
     if layout is None and cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        return without_layout(module, query, key, value, attention_mask, scaling)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if cu_seq_lens_q is not None:
         cu_q = cu_seq_lens_q.int()
@@ -624,7 +636,7 @@ def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=N
 def flex_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """`sdpa_rows` through flex attention: a block mask instead of gathered keys; compiled on CUDA."""
     if layout is None or not module.is_causal:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return without_layout(module, query, key, value, attention_mask, scaling, **kwargs)
     attend = compiled_flex() if query.is_cuda else flex_attention
     gqa = query.shape[1] != key.shape[1]
     return attend(query, key, value, block_mask=layout.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2), None
@@ -779,6 +791,9 @@ def branch_logprobs(model, prompt, branches):
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
+SLOT_TOKENS = 8  # cached positions while sampling, per token of --max-tokens
+
+
 @dataclass
 class Rollout:
     ids: list[int]  # with the EOS when finished
@@ -787,15 +802,16 @@ class Rollout:
 
 
 class SlotCache:
-    """Keys and values of the rows being decoded, [slots, Hkv, columns, D] per layer; row s is filled up to lengths[s]."""
+    """Keys and values of the rows being decoded, [slots, Hkv, columns, D] per layer, allocated once; row s is filled up to
+    lengths[s]. Attention reads the first `window` columns."""
 
     def __init__(self, layers, slots, heads, columns, dim, dtype, device):
         shape = (slots, heads, columns, dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
-        self.rows = torch.arange(slots, device=device)
-        self.used = 0  # columns that any row needs; the rest is not read
+        self.rows, self.columns = torch.arange(slots, device=device), torch.arange(columns, device=device)
+        self.window = columns
 
     def fill(self, slot, prompt_kv):
         for layer, (k, v) in enumerate(prompt_kv):
@@ -804,28 +820,31 @@ class SlotCache:
         self.lengths[slot] = prompt_kv[0][0].shape[1]
 
     def keep(self, slots):
-        self.keys = [k[slots] for k in self.keys]
-        self.values = [v[slots] for v in self.values]
-        self.lengths, self.rows = self.lengths[slots], torch.arange(len(slots), device=self.rows.device)
+        """Move these rows to the front and forget the others; in place, so that memory never rises."""
+        for rows in (*self.keys, *self.values, self.lengths):
+            rows[: len(slots)] = rows[slots]
+        self.keys, self.values = ([rows[: len(slots)] for rows in part] for part in (self.keys, self.values))
+        self.lengths, self.rows = self.lengths[: len(slots)], self.rows[: len(slots)]
 
-    def update(self, k, v, layer, *args, **kwargs):  # called by the attention layers, one new token a row
+    def open_window(self, filled):
+        """Read `filled` columns, rounded up by at most a quarter, so that few shapes of the decode step occur."""
+        step = max(1, 1 << filled.bit_length() - 3)
+        self.window = min(len(self.columns), -(-filled // step) * step)
+
+    def update(self, k, v, layer):  # called by the attention layers, one new token a row
         self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
         self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
-        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        return self.keys[layer][:, :, : self.window], self.values[layer][:, :, : self.window]
 
 
-def prefill(model, prompts, max_tokens=16384):
-    """Encode every prompt once: per prompt its KV (layers x (k, v), each [Hkv, P, D]) and its last hidden state [D]."""
-    out = []
-    for group in split_rows([(len(prompt.input_ids), [0]) for prompt in prompts], max_tokens):
-        group = [prompts[r] for r, _ in group]
-        inputs = pack_rows(group, [], model.device).inputs
-        cache = DynamicCache()
-        hidden = model.model(**inputs, use_cache=True, past_key_values=cache).last_hidden_state[0]
-        at = 0
-        for prompt in group:
-            here = slice(at, at := at + len(prompt.input_ids))
-            out.append(([(la.keys[0, :, here], la.values[0, :, here]) for la in cache.layers], hidden[at - 1]))
+def prefill(model, prompts):
+    """Encode prompts in one forward: per prompt its KV (layers x (k, v), each [Hkv, P, D]) and its last hidden state [D]."""
+    cache, at, out = DynamicCache(), 0, []
+    inputs = pack_rows(prompts, [], model.device).inputs
+    hidden = model.model(**inputs, use_cache=True, past_key_values=cache).last_hidden_state[0]
+    for prompt in prompts:
+        here = slice(at, at := at + len(prompt.input_ids))
+        out.append(([(la.keys[0, :, here], la.values[0, :, here]) for la in cache.layers], hidden[at - 1]))
     return out
 
 
@@ -843,12 +862,15 @@ def choose(logits, uniform, temperature):
 
 
 @torch.no_grad()
-def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None, slots=256):
+def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None, slots=256,
+           max_tokens=16384):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
-    The prompt is prefilled once; rows decode from copies of its KV in at most `slots` slots; a finished row leaves its
-    slot to the next (prompt, sample), and empty slots leave the batch. Random numbers belong to (seed, sample), so the
-    result depends neither on `slots` nor on the number of processes.
+    The prompt is prefilled once; rows decode from copies of its KV; a finished row leaves its slot to the next (prompt,
+    sample), and empty slots leave the batch. Random numbers belong to (seed, sample), so the result depends neither on the
+    number of slots nor on that of processes. Memory is bounded by the flags, not by the batch: at most `slots` rows, and no
+    more than fit into SLOT_TOKENS * max_tokens cached positions (at least one); prompts are prefilled when their turn comes,
+    max_tokens at a time.
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the numbers of the
     samples wanted here, when a group of n is spread over ranks.
     """
@@ -857,29 +879,28 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds = seeds or [(i,) for i in range(len(prompts))]
     samples = samples or [range(n)] * len(prompts)
     queue = [(p, s) for p in range(len(prompts)) for s in samples[p]][::-1]
-    done = {}
-    if not queue:
-        return [[] for _ in prompts]
-    encoded = prefill(model, prompts)
-    text, device, banned = model.config.text_config, model.device, banned_ids(model.config)
-    slots = min(slots, len(queue))
-    columns = max(len(p.input_ids) for p in prompts) + max_new_tokens
-    heads, dim = encoded[0][0][0][0].shape[0], text.head_dim
-    cache = SlotCache(text.num_hidden_layers, slots, heads, columns, dim, encoded[0][1].dtype, device)
-    hidden = torch.zeros(slots, text.hidden_size, dtype=encoded[0][1].dtype, device=device)
+    packs = split_rows([(len(prompt.input_ids), [0] if len(s) else []) for prompt, s in zip(prompts, samples)], max_tokens)
+    done, encoded = {}, {}
+    text, device, dtype, banned = model.config.text_config, model.device, model.dtype, banned_ids(model.config)
+    columns = max((len(p.input_ids) for p in prompts), default=0) + max_new_tokens
+    slots = min(slots, len(queue), max(1, SLOT_TOKENS * max_tokens // columns))
+    cache = SlotCache(text.num_hidden_layers, slots, text.num_key_value_heads, columns, text.head_dim, dtype, device)
+    hidden = torch.zeros(slots, text.hidden_size, dtype=dtype, device=device)
     noise = np.zeros((slots, max_new_tokens), dtype=np.float32)
     offset = torch.zeros(slots, dtype=torch.long, device=device)  # M-RoPE position of a row = its cache length + offset
     active = [None] * slots  # [(prompt, sample), ids, logprobs] per slot
 
     while True:
-        for slot in [s for s in range(len(active)) if active[s] is None]:
-            if queue:
-                p, s = queue.pop()
-                cache.fill(slot, encoded[p][0])
-                hidden[slot] = encoded[p][1]
-                noise[slot] = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, dtype=np.float32)
-                offset[slot] = prompts[p].next_position - len(prompts[p].input_ids)
-                active[slot] = [(p, s), [], []]
+        for slot in [s for s, row in enumerate(active) if row is None][: len(queue)]:
+            p, s = queue.pop()
+            if p not in encoded:  # the queue goes by prompt: those encoded before have no sample left to start
+                pack = [r for r, _ in next(packs)]
+                encoded = dict(zip(pack, prefill(model, [prompts[r] for r in pack])))
+            kv, hidden[slot] = encoded[p]
+            cache.fill(slot, kv)
+            noise[slot] = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, dtype=np.float32)
+            offset[slot] = prompts[p].next_position - len(prompts[p].input_ids)
+            active[slot] = [(p, s), [], []]
         live = [s for s, row in enumerate(active) if row is not None]
         if not live:
             break
@@ -890,6 +911,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         at = [len(row[1]) if row else 0 for row in active]
         uniform = torch.from_numpy(noise[np.arange(len(active)), at]).to(device)
         tokens, logprobs = choose(logits, uniform, temperature)
+        filled = 0  # columns that the rows which go on need
         for slot, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
             row = active[slot]
             if row is None:
@@ -899,24 +921,24 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
             if token == eos_id or len(row[1]) == max_new_tokens:
                 done[row[0]] = Rollout(row[1], row[2], token == eos_id)
                 active[slot] = None
-        if any(active):
-            hidden = decode_step(model, cache, tokens, offset, columns)
+            else:
+                filled = max(filled, len(prompts[row[0][0]].input_ids) + len(row[1]))
+        if filled:
+            cache.open_window(filled)
+            hidden = decode_step(model.model.language_model, cache, tokens, offset)
     model.train(training)
     return [[done[p, s] for s in samples[p]] for p in range(len(prompts))]
 
 
-def decode_step(model, cache, tokens, offset, columns):
-    """One token for every row of the cache -> last hidden states [S, D]. Rows that just finished compute a token that
-    nobody reads (their column is clamped), which is cheaper than moving the others."""
-    cache.lengths.clamp_(max=columns - 1)
-    cache.used = int(cache.lengths.max()) + 1
-    mask = torch.arange(cache.used, device=tokens.device) <= cache.lengths[:, None]  # [S, used]
-    hidden = model.model(
-        input_ids=tokens[:, None],
-        position_ids=(cache.lengths + offset)[None, :, None].expand(3, -1, -1),
-        attention_mask=mask[:, None, None],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, 0]
+def decode_step(text, cache, tokens, offset):
+    """One token for every row of the cache through the language model's layers -> last hidden states [S, D]. Its shapes
+    depend on the slots and the window only, and it asks nothing of the host, so that it can be compiled or captured. Rows
+    that just finished compute a token that nobody reads (their column is clamped), which is cheaper than moving the others."""
+    cache.lengths.clamp_(max=len(cache.columns) - 1)
+    mask = (cache.columns[: cache.window] <= cache.lengths[:, None])[:, None, None]  # [S, 1, 1, window]
+    hidden = text.embed_tokens(tokens)[:, None]
+    rotary = text.rotary_emb(hidden, (cache.lengths + offset)[None, :, None])  # beyond the prompt the three axes agree
+    for layer in text.layers:
+        hidden = layer(hidden, position_embeddings=rotary, attention_mask=mask, past_key_values=cache)
     cache.lengths += 1
-    return hidden
+    return text.norm(hidden)[:, 0]

@@ -120,10 +120,13 @@ class World:
     size: int
     device: torch.device
 
-    def share(self, n):
-        """The slice of n equal pieces of work that this rank does; n must be divisible by the ranks."""
-        per_rank = n // self.size
-        return range(self.rank * per_rank, (self.rank + 1) * per_rank)
+    def share(self, lengths):
+        """The consecutive pieces of work, of these lengths, that this rank does: sums about equal, at least one piece each."""
+        middles, cuts = np.cumsum(lengths) - np.array(lengths) / 2, [0]
+        for rank in range(1, self.size):
+            cut = int(np.searchsorted(middles, sum(lengths) * rank / self.size))
+            cuts.append(min(max(cut, cuts[-1] + 1), len(lengths) - self.size + rank))
+        return range(cuts[self.rank], [*cuts, len(lengths)][self.rank + 1])
 
     def sum(self, *values):
         """Sums over all ranks, as floats."""
@@ -651,7 +654,9 @@ def main():
     for step in range(progress["step"], steps):
         began = time.time()
         indices, encoded = feed.draw(args.batch, step)
-        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share(args.batch)]
+        parts = world.gather({i: len(prompt.input_ids) + len(ids) for i, (prompt, ids) in encoded.items()})
+        lengths = {i: n for part in parts for i, n in part.items()}
+        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share([lengths[i] for i in range(args.batch)])]
         if step == 0 and world.rank == 0:
             show_example(*batch[0], tokenizer)
         # update policy

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from conftest import assert_same_grads, grads, ids_of, stock_inputs, stock_logprobs
 
 import rollout
@@ -198,10 +199,10 @@ def test_the_forms_of_a_layout_agree():
         for q in range(start, start + length):
             expected[q, prefix_start : prefix_start + prefix] = True
             expected[q, start : q + 1] = True
-    query, key, real, mask = layout.padded
     padded, ragged = torch.zeros_like(expected), torch.zeros_like(expected)
-    for s, i, k in (mask[:, 0] & real[:, :, None]).nonzero().tolist():
-        padded[query[s, i], key[s, k]] = True
+    for query, key, real, mask in layout.padded:
+        for s, i, k in (mask[:, 0] & real[:, :, None]).nonzero().tolist():
+            padded[query[s, i], key[s, k]] = True
     cu_q, cu_k, index = (x.tolist() for x in layout.ragged)
     for s in range(len(segments)):
         for q in range(cu_q[s], cu_q[s + 1]):
@@ -284,6 +285,38 @@ def test_samples_depend_on_their_seed_only(tiny):
     halves = [draw(samples=[part] * 3) for part in (range(2), range(2, 4))]
     assert flat([a + b for a, b in zip(*halves)]) == flat(whole)
     assert flat(draw(seeds=[(8, 1), (8, 2), (8, 3)])) != flat(whole)
+
+
+def test_memory_is_bounded_by_the_flags(tiny):
+    """Rows times columns stay within 8 x max_tokens (one row is always possible), and the samples do not change."""
+    prompts, rows = [tiny.prompts[c] for c in (3, 0, 1)], []
+    columns = max(len(p.input_ids) for p in prompts) + 6
+    hook = tiny.model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(len(output)))
+    draw = lambda **more: sample(tiny.model, prompts, 4, max_new_tokens=6, eos_id=0, **more)
+    whole = draw()
+    assert max(rows) == 12
+    for max_tokens, slots in ((1, 1), (columns // 2, 4), (columns, 8)):
+        rows.clear()
+        part = draw(max_tokens=max_tokens)
+        assert max(rows) == slots and flat(part) == flat(whole)
+        assert np.abs(numbers(part) - numbers(whole)).max() <= 1e-4
+    hook.remove()
+
+
+def test_the_decode_step_is_one_graph(tiny):
+    """It can be captured: compiled whole, once for each window, whatever the lengths and tokens of the rows."""
+    text, counter = tiny.model.model.language_model, CompileCounter()
+    step = torch.compile(rollout.decode_step, fullgraph=True, backend=counter)
+    caches = [rollout.SlotCache(2, 3, 2, 20, text.config.head_dim, torch.float32, "cpu") for _ in range(2)]
+    for lengths in ([4, 0, 9], [2, 3, 11], [11, 10, 10]):
+        tokens, offset = torch.tensor([5, 6, 7]), torch.tensor([0, 2, 1])
+        for cache in caches:
+            cache.lengths[:] = torch.tensor(lengths)
+            cache.open_window(max(lengths) + 1)
+        with torch.no_grad():
+            eager, compiled = (f(text, cache, tokens, offset) for f, cache in zip((rollout.decode_step, step), caches))
+        assert (eager - compiled).abs().max() <= 1e-5
+    assert counter.frame_count == 2  # windows of 10 and 12 columns
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -58,6 +58,20 @@ def take(n, count, steps, usable, out, **more):
     return batches, feed
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_share_work_by_length(seed):
+    """Consecutive slices that cover all pieces, none empty, each off the mean by no more than the pieces at its ends."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 9))
+    lengths = rng.integers(1, 100, int(rng.integers(size, 40))).tolist() + [1000] * (seed % 2)
+    slices = [sft.World(rank, size, None).share(lengths) for rank in range(size)]
+    assert [i for part in slices for i in part] == list(range(len(lengths))) and all(slices)
+    if seed % 2 == 0 and len(lengths) > 3 * size:
+        assert all(abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths) for part in slices)
+    equal = [sft.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
+    assert equal == [range(3 * rank, 3 * rank + 3) for rank in range(size)]
+
+
 def test_draw_covers_every_row_once_an_epoch(tmp_path):
     batches, feed = take(12, 5, 12, lambda x: True, tmp_path)  # five epochs, batches that cross their borders
     flat = [i for batch in batches for i in batch]
