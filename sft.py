@@ -405,7 +405,7 @@ class Feed:
                 else:
                     lost += 1
                     self.skip(i, reason, fault, step)
-            if lost > len(self.examples):
+            if lost >= 2 * len(self.examples):  # two epochs; between two uses of a row lie fewer
                 raise InputErrorOfAll(f"--data: no row can be used; the last: {reason}")
         self.write()
         upcoming = [next(upcoming) for _ in range(count)]
