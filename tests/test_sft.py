@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_inputs, stock_logprobs, untimed
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import rollout
 import sft
@@ -194,6 +194,33 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
     tokenizer, image_processor = sft.load_tokenizer(str(tmp_path))
     assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab() and tokenizer.chat_template == tiny.tokenizer.chat_template
     assert image_processor.to_dict() == tiny.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
+    """Read from several shards, written, read again in bfloat16 as other tools do, with the parent's processor files."""
+    stock = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.float32, attn_implementation="sdpa")
+    if not tied:
+        stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
+        stock.lm_head.weight = torch.nn.Parameter(torch.randn(stock.lm_head.weight.shape) * 0.1)
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    stock.save_pretrained(parent, max_shard_size="200KB")
+    assert len(list(parent.glob("*.safetensors"))) > 1
+    processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+    for name in processor:
+        shutil.copy(Path(tiny.base) / name, parent)
+    policy = sft.load_policy(str(parent))
+    assert (policy.lm_head.weight is policy.model.get_input_embeddings().weight) == tied
+    prompt, ids = tiny.prompts[1], [20, 21, tiny.eos]
+    expected = stock_logprobs(tiny, prompt, ids, stock)
+    assert (rollout.branch_logprobs(policy, prompt, [ids])[0] - expected).abs().max() <= 1e-5
+    sft.save(policy, str(out), ONE, "sft", argparse.Namespace(ckpt=str(parent)), 1, {})
+    assert all((out / name).read_bytes() == (parent / name).read_bytes() for name in processor)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == tiny.tokenizer.get_vocab()
+    half = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
+    again = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, attn_implementation="sdpa")
+    assert torch.equal(stock_logprobs(tiny, prompt, ids, again), expected)
 
 
 def test_state_restores_model_and_optimizer(tiny, tmp_path):

@@ -79,8 +79,8 @@ def write_report(out, sizes):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(17, 17))
-    grid = figure.add_gridspec(4, 4, height_ratios=[1, 1.15, 1.15, 1.15], hspace=0.35, wspace=0.25)
+    figure = plt.figure(figsize=(17, 19))
+    grid = figure.add_gridspec(4, 4, height_ratios=[1, 1.4, 1.4, 1.4], hspace=0.3, wspace=0.25)
     metrics = read_rows(out, "align", "metrics.jsonl")
     steps = [row["step"] for row in metrics]
     panels = [
@@ -127,7 +127,7 @@ def draw_pictures(out, figure, grid):
         axis = figure.add_subplot(columns[0])
         axis.imshow(world.draw(test[item]["world"]["cells"], test[item]["world"]["seed"]))
         axis.set_axis_off()
-        question = textwrap.fill(test[item]["world"]["question"], 38)
+        question = textwrap.fill(test[item]["world"]["question"], 34)
         axis.set_title(f"{question}\ntrue answer: {test[item]['answer']}", fontsize=10)
         for column, (arm, when) in enumerate((("sft", "before"), ("align", "after")), 1):
             axis = figure.add_subplot(columns[column])
