@@ -26,6 +26,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from transformers import Qwen3VLModel
 from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
 from rollout import set_attention, split_rows, split_segments, without_images
 from sft import Parser, check_checkpoint, check_loaded, copy_processor, full_weights, load_tokenizer, run, setup, system_prompt
-from sft import write_json, write_rows
+from sft import write_json, write_rows, writing
 
 VARIANTS = ("moe", "dense", "text-only")
 
@@ -110,9 +111,12 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
             raise InputError(f"--disc {path} was trained as {stored}; pass --disc-variant {stored}")
         backbone = Qwen3VLModel(Qwen3VLModel.config_class.from_pretrained(path, attn_implementation="rows"))
     else:
-        backbone, info = Qwen3VLModel.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="rows", output_loading_info=True
-        )
+        try:
+            backbone, info = Qwen3VLModel.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="rows", use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"--disc {path}: {str(error).splitlines()[0]}") from error
         check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - {"lm_head.weight"}})
     set_attention(backbone, attn)
     model = Discriminator(backbone, variant)
@@ -127,11 +131,12 @@ def save_discriminator(model, out, world, ckpt):
     files of `ckpt`; all ranks must call it."""
     weights = full_weights(model)
     if world.rank == 0:
-        os.makedirs(out, exist_ok=True)
-        model.backbone.config.save_pretrained(out)
-        copy_processor(ckpt, out)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, os.path.join(out, "model.safetensors"))
-        write_json(os.path.join(out, "discriminator.json"), {"variant": model.variant})
+        with writing(out):
+            os.makedirs(out, exist_ok=True)
+            model.backbone.config.save_pretrained(out)
+            copy_processor(ckpt, out)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, os.path.join(out, "model.safetensors"))
+            write_json(os.path.join(out, "discriminator.json"), {"variant": model.variant})
 
 
 # ---------------------------------------------------------------------------------------------------------------- scoring
