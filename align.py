@@ -28,21 +28,22 @@ from discriminator import VARIANTS, compare_tokenizers, expert_metrics, load_dis
 from discriminator import save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
 from rollout import InputError, encode_prompt, encode_response, parse_response, split_rows, split_segments
-from sft import Feed, Parser, Skips, choose_attention, common_flags, load_data, load_policy, load_tokenizer, log, make_optimizer
-from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+from sft import Feed, Parser, Skips, begin, choose_attention, common_flags, end_step, load_data, load_policy, load_tokenizer
+from sft import log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard, system_prompt
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
 def masked_zscore(scores, valid, floor):
     """(score - mean) / std in each group over its valid members, unbiased std with a floor; scores, valid [B, N]. Groups
-    with fewer than two valid members or with equal valid scores are exactly 0, and so is every invalid member."""
+    with fewer than two valid members or with equal valid scores (to 1e-5: those of equal texts differ by rounding, which
+    depends on the packing) are exactly 0, and so is every invalid member."""
     n = valid.sum(1, keepdim=True)
     mean = torch.where(valid, scores, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
     centred = torch.where(valid, scores - mean, 0.0)
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     highest = torch.where(valid, scores, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(valid, scores, torch.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, centred / std.clamp(min=floor), 0.0)
+    return torch.where(highest - lowest > 1e-5, centred / std.clamp(min=floor), 0.0)
 
 
 def alignment_advantages(d_v, d_r, valid, alpha=0.5, normalize="per-expert", floor=0.1, penalty=1.5, clip=10.0):
@@ -94,10 +95,12 @@ def score_and_learn(disc, records, pairs, teachers, tokenizer, args, world):
     return scores
 
 
-def named_scores(scores):
-    """Rows of rollouts.jsonl: what the experts said of each rollout and of its teacher; nothing of an invalid one."""
+def named_scores(scores, advantages):
+    """Rows of rollouts.jsonl: what the experts said of each rollout and of its teacher (nothing of an invalid one), and the
+    rollout's advantage."""
     names = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")
-    return [{} if s[0].isnan() else dict(zip(names, s.tolist())) for s in scores]
+    named = [{} if s[0].isnan() else dict(zip(names, s.tolist())) for s in scores]
+    return [{**row, "advantage": a} for row, a in zip(named, advantages.tolist())]
 
 
 def update_discriminator(disc, optimizer, skips, score_again, args, world):
@@ -163,13 +166,11 @@ def main():
     compare_tokenizers(tokenizer, args.disc)
     parts, sampler = load_players(args, world)
     (policy, optimizer), (disc, disc_optimizer) = parts.values()
-    progress = {"step": 0}
-    if args.resume:
-        progress = resume(args.out, world, parts)
-        refresh(sampler, policy)
-    start_log(world, args.out, progress["step"])
+    skips, disc_skips = Skips(), Skips()
+    progress, row = begin(args, world, parts, skips, disc_skips)
+    refresh(sampler, policy)
     encode = lambda example: encode_taught(example, tokenizer, image_processor, args, system)
-    feed, skips, disc_skips, row = Feed(examples, encode, args, world, progress), Skips(), Skips(), {}
+    feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], args.warmup_steps + args.steps):
         began = time.time()
         # rollout
@@ -186,6 +187,7 @@ def main():
         advantages = alignment_advantages(
             d_v, d_r, valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
         )
+        mine = advantages.flatten()[[r.index for r in records]]
         # update discriminator
         metrics = {"valid": valid.float().mean().item(), **expert_metrics(everyone)}
         again = lambda: score_and_learn(disc, records, pairs, teachers, tokenizer, args, world)
@@ -194,7 +196,6 @@ def main():
         # update policy
         norm = None
         if step >= args.warmup_steps:
-            mine = advantages.flatten()[[r.index for r in records]]
             metrics |= accumulate_policy_gradient(policy, records, mine, "grpo", args, world)
             if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, metrics["loss"])
@@ -206,10 +207,9 @@ def main():
         row |= {"skipped_steps": skips.total + disc_skips.total, "seconds_rollout": round(sampled_at - began, 3)}
         row |= {"seconds_disc": round(scored_at - sampled_at, 3), "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
-        log_rollouts(world, args.out, step + 1, records, named_scores(scores), args.log_rollouts)
+        log_rollouts(world, args.out, step + 1, records, named_scores(scores, mine), args.log_rollouts)
         # save
-        if step + 1 == args.warmup_steps + args.steps or args.save_every and (step + 1) % args.save_every == 0:
-            save_state(args.out, world, parts, progress)
+        end_step(args, world, parts, progress, step + 1 == args.warmup_steps + args.steps, skips, disc_skips)
     feed.close()
     save_discriminator(disc, os.path.join(args.out, "discriminator"), world, args.ckpt)
     save(policy, args.out, world, "align", args, progress["step"], row)

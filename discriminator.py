@@ -38,9 +38,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancin
 
 from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
 from rollout import parse_response, set_attention, split_rows, split_segments, without_images
-from sft import Feed, Parser, Skips, check_checkpoint, check_loaded, choose_attention, common_flags, copy_processor
-from sft import full_weights, load_data, load_tokenizer, log, make_optimizer, most, resume, run, save_state, setup, shard
-from sft import start_log, system_prompt, write_json, write_rows
+from sft import Feed, Parser, Skips, begin, check_checkpoint, check_loaded, choose_attention, common_flags, copy_processor
+from sft import end_step, full_weights, load_data, load_tokenizer, log, make_optimizer, most, run, setup, shard, system_prompt
+from sft import write_json, write_meta, write_rows, writing
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # the one head of a released discriminator, in its shards
@@ -173,7 +173,7 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
     if stored not in (None, variant) and (stored, variant) != ("learned", "moe"):
         raise InputError(f"--disc {path} was trained as {stored}; pass --disc-variant {stored}")
     try:
-        routed = AutoConfig.from_pretrained(path).model_type == "qwen3_vl_moe"
+        routed = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type == "qwen3_vl_moe"
         if variant == "learned" and not routed:
             raise InputError(f"{path} is no discriminator: neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
         variant, kind = ("learned", Qwen3VLMoeModel) if routed else (variant, Qwen3VLModel)
@@ -181,7 +181,7 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
             backbone = kind(kind.config_class.from_pretrained(path, attn_implementation="rows"))
         else:
             backbone, info = kind.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="rows", output_loading_info=True
+                path, dtype=torch.float32, attn_implementation="rows", use_safetensors=True, output_loading_info=True
             )
             known = {"lm_head.weight", *(RELEASED_HEADS if routed else ())}
             check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - known})
@@ -224,11 +224,12 @@ def save_discriminator(model, out, world, ckpt):
     files of `ckpt`; all ranks must call it."""
     weights = full_weights(model)
     if world.rank == 0:
-        os.makedirs(out, exist_ok=True)
-        model.backbone.config.save_pretrained(out)
-        copy_processor(ckpt, out)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, os.path.join(out, "model.safetensors"))
-        write_json(os.path.join(out, "discriminator.json"), {"variant": model.variant})
+        with writing(out):
+            os.makedirs(out, exist_ok=True)
+            model.backbone.config.save_pretrained(out)
+            copy_processor(ckpt, out)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, os.path.join(out, "model.safetensors"))
+            write_json(os.path.join(out, "discriminator.json"), {"variant": model.variant})
 
 
 # ---------------------------------------------------------------------------------------------------------------- warm-up
@@ -269,12 +270,10 @@ def warm_up(args, world):
     args.disc_variant = disc.variant
     disc = shard(disc, world, args.checkpointing)
     optimizer = make_optimizer(disc, args.lr, args.weight_decay)
-    steps, progress = args.steps or max(1, len(examples) // args.batch), {"step": 0}
-    if args.resume:
-        progress = resume(args.out, world, {"discriminator": (disc, optimizer)})
-    start_log(world, args.out, progress["step"])
+    steps, parts, skips = args.steps or max(1, len(examples) // args.batch), {"discriminator": (disc, optimizer)}, Skips()
+    progress, row = begin(args, world, parts, skips)
     encode = lambda example: encode_pair(example, tokenizer, image_processor, args, system)
-    feed, skips = Feed(examples, encode, args, world, progress), Skips()
+    feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):
         began = time.time()
         indices, encoded = feed.draw(args.batch, step)
@@ -282,13 +281,14 @@ def warm_up(args, world):
         scores = torch.cat(world.gather(update(disc, batch, args, world)))
         norm = skips.step(disc, optimizer, args.lr, args.clip, world, 0.0)
         row = {"step": step + 1, **expert_metrics(scores), "grad_norm": norm, "dropped": feed.dropped, "bad": feed.bad}
-        log(world, args.out, row | {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)})
+        row |= {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
+        log(world, args.out, row)
         progress = {"step": step + 1, **feed.progress()}
-        if step + 1 == steps or args.save_every and (step + 1) % args.save_every == 0:
-            save_state(args.out, world, {"discriminator": (disc, optimizer)}, progress)
+        end_step(args, world, parts, progress, step + 1 == steps, skips)
     feed.close()
     save_discriminator(disc, args.out, world, args.ckpt)
     if world.rank == 0:
+        write_meta(args.out, "pairs", args, progress["step"], row)
         print(f"saved {args.out}", flush=True)
 
 

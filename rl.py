@@ -17,7 +17,6 @@ differ as their papers mean them to; (2) all means are over the global batch, wh
 """
 
 import argparse
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 import eval as judge
 from rollout import Example, InputError, Prompt, Rollout, encode_prompt, pack_logprobs, pack_rows
 from rollout import SLOT_TOKENS, sample, split_rows
-from sft import Feed, Parser, Skips, choose_attention, common_flags, load_data, load_policy, load_tokenizer, log, make_optimizer
-from sft import make_sampler, most, refresh, resume, run, save, save_state, setup, shard, start_log, system_prompt
+from sft import Feed, Parser, Skips, append_rows, begin, choose_attention, common_flags, end_step, load_data, load_policy
+from sft import load_tokenizer, log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard, system_prompt
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token", "dynamic": False, "overlong": False},
@@ -207,8 +206,7 @@ def log_rollouts(world, out, step, records, scores, every):
             for r, s in zip(records, scores)]  # fmt: skip
     rows = [row for part in world.gather(rows) for row in part]
     if world.rank == 0:
-        with open(os.path.join(out, "rollouts.jsonl"), "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(os.path.join(out, "rollouts.jsonl"), rows)
 
 
 def rollout_flags(parser, prompts, max_new_tokens):
@@ -297,13 +295,11 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     sampler = make_sampler(policy, world, args.ckpt, attn)
     reference = shard(load_policy(args.ckpt, attn=attn).to(world.device), world) if args.kl > 0 else None
-    progress = {"step": 0}
-    if args.resume:
-        progress = resume(args.out, world, {"policy": (policy, optimizer)})
-        refresh(sampler, policy)
-    start_log(world, args.out, progress["step"])
+    parts, skips = {"policy": (policy, optimizer)}, Skips()
+    progress, row = begin(args, world, parts, skips)
+    refresh(sampler, policy)
     encode = lambda example: encode_problem(example, tokenizer, image_processor, args, system)
-    feed, skips, row = Feed(examples, encode, args, world, progress), Skips(), {}
+    feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], args.steps):
         began = time.time()
         # rollout
@@ -312,6 +308,7 @@ def main():
         # advantage
         table = group_advantages(rewards).float()  # [B, N]
         advantages = torch.stack([table[m] for m in mine]) if mine else torch.zeros(0)
+        scores = [{**s, "advantage": a} for s, a in zip(scores, advantages.tolist())]
         # update policy
         sampled_at = time.time()
         metrics, norm = update_policy(policy, reference, optimizer, records, advantages, spare, skips, step, args, world)
@@ -326,8 +323,7 @@ def main():
         log(world, args.out, row)
         log_rollouts(world, args.out, step + 1, records, scores, args.log_rollouts)
         # save
-        if step + 1 == args.steps or args.save_every and (step + 1) % args.save_every == 0:
-            save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+        end_step(args, world, parts, progress, step + 1 == args.steps, skips)
     feed.close()
     save(policy, args.out, world, "rl", args, args.steps, row)
 

@@ -15,17 +15,24 @@ tower is trained as well (a reproduction note says that theirs is frozen).
 """
 
 import argparse
+import glob
+import importlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
+import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import MethodType
 
 import numpy as np
@@ -40,7 +47,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
@@ -51,6 +58,9 @@ from rollout import split_rows
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
+LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --logger -> module, imported only when asked for
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line; the exit status stays 2."""
 
@@ -66,6 +76,9 @@ def common_flags(parser, stage):
     group.add_argument("--seed", type=int, default=0, help="of data order, sampling and initialisation")
     group.add_argument("--resume", action="store_true", help="continue from OUT/state")
     group.add_argument("--save-every", type=int, default=100, help="steps between saves of OUT/state; 0: at the end only")
+    group.add_argument("--keep", type=int, default=1, help="states to keep: OUT/state and, before it, OUT/state.STEP")
+    # not --log: torchrun takes that for an abbreviation of its own --log-dir, wherever it stands
+    group.add_argument("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
     data_flags(parser)
     group = parser.add_argument_group("memory")
     group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
@@ -100,9 +113,13 @@ def run(main):
         status = 2
         if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized() and not isinstance(error, InputErrorOfAll):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-    except Exception:
+    except SystemExit as end:
+        status = end.code or 0
+    except (Exception, dcp.CheckpointException):  # the latter is no Exception
         status = 1
         traceback.print_exc()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=status)  # os._exit below would leave its last rows behind
     # Not sys.exit: FSDP's caches keep gloo's worker threads alive, and one of them that frees its last tensor while the
     # interpreter shuts down aborts the process (pytorch/pytorch#179291). After an error the other ranks may hang in a
     # collective, and so would an orderly end; torchrun stops them once this process is gone.
@@ -111,6 +128,7 @@ def run(main):
             dist.destroy_process_group()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(status)
 
 
@@ -119,6 +137,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: replicated across nodes, sharded inside
+    stop: bool = False  # SIGTERM has come
+    write: Callable | None = None  # sends a row of metrics to --logger (rank 0)
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal, at least one piece each."""
@@ -147,24 +168,55 @@ class World:
 def setup(args, global_sizes=()):
     """Start torch.distributed when torchrun started us; check the flags given as global sizes against the ranks."""
     size = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % local:
+        raise InputError(f"{size} processes, {local} of them on this node: start the same number on every node")
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: a seed is 0 or above")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
-    if hasattr(args, "save_every") and args.resume and find_state(args.out) is None:
-        raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
+    if hasattr(args, "save_every"):
+        check_run(args)
     if args.system_prompt and not os.path.exists(args.system_prompt):
         raise InputError(f"--system-prompt {args.system_prompt}: no such file")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    else:
+        torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
+    mesh, rank = None, int(os.environ.get("RANK", 0))
     if size > 1 or device.type == "cuda":
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(int(os.environ.get("RANK", 0)), size, device)
+        # an hour: the others wait while one rank has far longer rollouts or writes a checkpoint; a rank that dies ends
+        # the others at once, by torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        shape = (size // local, local) if 1 < local < size else (size,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        if rank == 0 and size > 1:
+            shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
+            print("; ".join([f"{size} processes, mesh {list(shape)}", *shares]), flush=True)
+    return World(rank, size, device, mesh)
+
+
+def check_run(args):
+    """Raise InputError for what --resume, --keep and --logger cannot do, before anything is loaded."""
+    state = find_state(args.out)
+    if args.resume and state is None:
+        raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
+    if state and not args.resume and not os.path.exists(os.path.join(args.out, "meta.json")):
+        raise InputError(f"--out {args.out} holds an unfinished run: add --resume, give another folder, or delete {state}")
+    if args.keep < 1:
+        raise InputError(f"--keep {args.keep}: at least one state has to stay")
+    if args.logger:
+        try:
+            importlib.import_module(LOGGERS[args.logger])
+        except ImportError as error:
+            raise InputError(f"--logger {args.logger}: {error}; pip install {args.logger}") from error
 
 
 def check_checkpoint(path):
@@ -177,13 +229,23 @@ def check_checkpoint(path):
         raise InputError(f"--ckpt {path}: the folder has no config.json")
     if not any(name.endswith(".safetensors") for name in os.listdir(path)):
         raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index) as file:
+            try:
+                names = set(json.load(file)["weight_map"].values())
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise InputError(f"--ckpt {path}: model.safetensors.index.json cannot be read ({error})") from error
+        if not all(str(name).endswith(".safetensors") for name in names):
+            raise InputError(f"--ckpt {path}: the index names weights that are no .safetensors files")
 
 
 def load_tokenizer(path, args=None):
     """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and --max-pixels."""
     check_checkpoint(path)
     try:
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
     for edge, pixels in (("shortest_edge", args and args.min_pixels), ("longest_edge", args and args.max_pixels)):
@@ -199,7 +261,7 @@ def load_policy(path, dtype=torch.float32, attn="sdpa"):
     check_checkpoint(path)
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="rows", output_loading_info=True
+            path, dtype=dtype, attn_implementation="rows", use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
@@ -235,14 +297,15 @@ def system_prompt(args):
 
 def shard(model, world, checkpointing=None):
     """FSDP2: every decoder layer, then the vision tower as one unit, then the rest with the root; bf16 compute and
-    float32 master weights and reduction on CUDA. One CPU process stays plain. Heads of a discriminator stay float32."""
+    float32 master weights and reduction on CUDA; on several nodes HSDP. One CPU process stays plain. Heads of a
+    discriminator stay float32."""
     backbone = getattr(model, "backbone", None) or model.model
     if checkpointing if checkpointing is not None else world.device.type == "cuda":
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in train mode only, and from_pretrained leaves eval mode
     if world.size == 1 and world.device.type == "cpu":
         return model
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = world.mesh
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if world.device.type == "cuda" else MixedPrecisionPolicy()
     for layer in backbone.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -280,10 +343,10 @@ def make_optimizer(model, lr, weight_decay):
 
 
 class Skips:
-    """Counts steps skipped for a loss or gradient that is not finite; three in a row end the run."""
+    """Counts updates skipped for a loss or gradient that is not finite: in a row, in all, and those `end_step` has named."""
 
     def __init__(self):
-        self.row = self.total = 0
+        self.row = self.total = self.named = 0
 
     def step(self, model, optimizer, lr, clip, world, loss):
         """Clip, check on all ranks, step. Returns the gradient norm before clipping, or None when the step was skipped."""
@@ -296,8 +359,6 @@ class Skips:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.row, self.total = (self.row + 1, self.total + 1) if bad else (0, self.total)
-        if self.row == 3:
-            raise InputError("loss or gradient was not finite in 3 steps in a row; lower --lr or look at the last rows of data")
         return None if bad else norm
 
 
@@ -448,23 +509,33 @@ def log(world, out, row):
     if world.rank:
         return
     row = {k: v for k, v in row.items() if v is not None}
-    os.makedirs(out, exist_ok=True)  # only now: a run that fails before its first step leaves nothing behind
-    with open(os.path.join(out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(os.path.join(out, "metrics.jsonl"), [row])
+    if world.write:
+        world.write(row)
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
+def append_rows(path, rows):
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # only now: a run that fails before its first step leaves nothing behind
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # not later than the state of this step
+
+
 def start_log(world, out, step):
-    """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated."""
+    """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated -> the last row that stays."""
+    rows = []
     if world.rank == 0:
-        names = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
+        names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
         for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
             with open(path) as file:
-                rows = [row for row in file if json.loads(row)["step"] <= step]
-            with open(path, "w") as file:
-                file.writelines(rows)
+                rows = [json.loads(line) for line in file if line.endswith("\n")]  # a killed run may leave half a line
+            rows = [row for row in rows if row["step"] <= step]
+            write_rows(path, rows)
     if world.size > 1:
         dist.barrier()
+    return rows[-1] if rows else {}
 
 
 def full_weights(model):
@@ -487,13 +558,18 @@ def save(model, out, world, stage, args, step, metrics):
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # the embedding; sharded or converted copies no longer share its memory
         model.config.dtype = dtype
-        model.save_pretrained(out, state_dict=weights)
-        copy_processor(args.ckpt, out)
-        meta = {"stage": stage, "args": vars(args), "step": step, "git_commit": git_commit(), "parent": args.ckpt}
-        write_json(os.path.join(out, "meta.json"), {**meta, "metrics": metrics})
+        with writing(out):
+            model.save_pretrained(out, state_dict=weights)
+            copy_processor(args.ckpt, out)
+            write_meta(out, stage, args, step, metrics)
         print(f"saved {out}", flush=True)
     if world.size > 1:
         dist.barrier()
+
+
+def write_meta(out, stage, args, step, metrics):
+    meta = {"stage": stage, "args": vars(args), "step": step, "git_commit": git_commit(), "parent": args.ckpt}
+    write_json(os.path.join(out, "meta.json"), {**meta, "metrics": metrics})
 
 
 def copy_processor(ckpt, out):
@@ -522,31 +598,66 @@ def write_rows(path, rows):
     os.replace(path + ".tmp", path)
 
 
-def save_state(out, world, parts, progress):
+def save_state(out, world, parts, progress, keep=1):
     """Everything that a run needs to continue. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling
-    needs no generator state: its random numbers depend on (seed, step, prompt, sample). Written aside, then renamed."""
+    needs no generator state: its random numbers depend on (seed, step, prompt, sample). Written aside, then renamed; of
+    earlier states the newest `keep` - 1 stay as OUT/state.STEP. Raises InputError when the disk is full."""
     new, path = os.path.join(out, "state.new"), os.path.join(out, "state")
     if world.rank == 0:
-        shutil.rmtree(new, ignore_errors=True)
+        remove_state(new)
     if world.size > 1:
         dist.barrier()
-    dcp.save(state_dicts(parts), checkpoint_id=new, no_dist=world.size == 1)
+    states = state_dicts(parts)
+    with writing(new):
+        dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
+        if world.rank == 0:
+            write_json(os.path.join(new, "progress.json"), progress)
     if world.rank == 0:
-        write_json(os.path.join(new, "progress.json"), progress)
-        old = os.path.join(out, "state.old")
-        if os.path.exists(path):
-            os.replace(path, old)
+        if os.path.exists(os.path.join(path, "progress.json")):
+            earlier = f"{path}.{read_progress(path)['step']}"
+            remove_state(earlier)
+            os.replace(path, earlier)
+        remove_state(path)
         os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
+        for name in earlier_states(out)[keep - 1 :]:
+            remove_state(os.path.join(out, name))
     if world.size > 1:
         dist.barrier()
+
+
+@contextmanager
+def writing(path):
+    """A full disk or another write error in the block becomes one line that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
+        raise InputError(f"{path} cannot be written, {free:.1f} GB are free: {str(cause).splitlines()[0]}") from error
+
+
+def remove_state(path):
+    """If there is one. First its progress.json: half a state does not count as one."""
+    if os.path.exists(os.path.join(path, "progress.json")):
+        os.remove(os.path.join(path, "progress.json"))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def earlier_states(out):
+    """Their names, state.STEP, newest first."""
+    return sorted(glob.glob("state.[0-9]*", root_dir=out), key=lambda name: -int(name[6:]))
 
 
 def find_state(out):
     """The newest complete state: progress.json is written last, and a run killed between save_state's two renames leaves
     its state under one of the other names. None when there is none."""
-    paths = [os.path.join(out, name) for name in ("state", "state.new", "state.old")]
+    paths = [os.path.join(out, name) for name in ("state", "state.new", *earlier_states(out))]
     return next((path for path in paths if os.path.exists(os.path.join(path, "progress.json"))), None)
+
+
+def read_progress(path):
+    with open(os.path.join(path, "progress.json")) as file:
+        return json.load(file)
 
 
 def state_dicts(parts):
@@ -557,15 +668,79 @@ def state_dicts(parts):
 
 
 def resume(out, world, parts):
-    """Load what save_state wrote into models and optimizers (any number of processes) -> progress."""
+    """Load what save_state wrote into models and optimizers (any number of processes) -> progress. The index of a
+    torch.distributed.checkpoint is a pickle: a state is for the run that wrote it; what is passed on is the checkpoint."""
     path = find_state(out)
     states = state_dicts(parts)
     dcp.load(states, checkpoint_id=path, no_dist=world.size == 1)
     for name, (model, optimizer) in parts.items():
         set_model_state_dict(model, states[name]["model"])
         set_optimizer_state_dict(model, optimizer, states[name]["optimizer"])
-    with open(os.path.join(path, "progress.json")) as file:
-        return json.load(file)
+    return read_progress(path)
+
+
+def begin(args, world, parts, *skips):
+    """With --resume load the newest state, else clear OUT of a finished run; open the logs; from now on SIGTERM ends the run
+    after the step. -> (progress: counters of the run, the last row of metrics.jsonl or {})."""
+    progress = {"step": 0, "position": 0, "dropped": 0}
+    if args.resume:
+        progress = resume(args.out, world, parts)
+        processes = progress.pop("processes")
+        for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
+            mine.named = mine.total
+        if world.rank == 0:
+            other = f", saved by {processes} processes: same data, same random numbers, other rounding of sums"
+            print(f"resumed after step {progress['step']}{other if processes != world.size else ''}", flush=True)
+    elif world.rank == 0:
+        for name in ("state", "state.new", *earlier_states(args.out), "bad"):
+            remove_state(os.path.join(args.out, name))
+    if world.rank == 0 and os.path.exists(os.path.join(args.out, "meta.json")):
+        os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
+    row = start_log(world, args.out, progress["step"])
+    if args.logger and world.rank == 0:
+        world.write = open_logger(args, progress["step"])
+    signal.signal(signal.SIGTERM, lambda *_: setattr(world, "stop", True))
+    return progress, row
+
+
+def open_logger(args, step):
+    """-> a function that sends a row of metrics to --logger; steps after `step` are written anew."""
+    os.makedirs(args.out, exist_ok=True)
+    module = importlib.import_module(LOGGERS[args.logger])
+    if args.logger == "tensorboard":
+        writer = module.SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=step + 1)
+        return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()] and writer.flush()
+    path = os.path.join(args.out, "wandb_id")
+    if step == 0:
+        with open(path, "w") as file:
+            file.write(uuid.uuid4().hex)
+    with open(path) as file:
+        run = module.init(project="prism", id=file.read(), resume="allow", dir=args.out, config=vars(args))
+    return lambda row: run.log(row, step=row["step"])
+
+
+def end_step(args, world, parts, progress, last, *skips):
+    """Save the state when it is due, and when the run has to end: after SIGTERM on any rank (status 143), and after three
+    updates in a row that were not finite, which leave OUT/bad/state to look at and OUT/state as it is."""
+    step = progress["step"]
+    for s in skips:
+        if s.total > s.named and world.rank == 0:
+            print(f"step {step}: update skipped, loss or gradient was not finite", flush=True)
+        s.named = s.total
+    progress = progress | {"skips": [(s.row, s.total) for s in skips], "processes": world.size}
+    if max(s.row for s in skips) >= 3:
+        save_state(os.path.join(args.out, "bad"), world, parts, progress)
+        raise InputErrorOfAll(
+            f"loss or gradient was not finite in 3 updates in a row, the last in step {step}: lower --lr or look at the rows; "
+            f"weights and optimizers are in {args.out}/bad/state, {args.out}/state is untouched"
+        )
+    stop = world.sum(world.stop)[0] > 0  # on any rank: all have to agree on the step
+    if last or stop or args.save_every and step % args.save_every == 0:
+        save_state(args.out, world, parts, progress, args.keep)
+    if stop and not last:
+        if world.rank == 0:
+            print(f"SIGTERM: the state of step {step} is saved, --resume continues", flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def cosine(step, total, peak, warmup):
@@ -645,17 +820,15 @@ def main():
     policy = shard(load_policy(args.ckpt, attn=attn).to(world.device).train(), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     steps = args.steps or max(1, math.ceil(len(examples) * args.epochs / args.batch))
-    progress = {"step": 0}
-    if args.resume:
-        progress = resume(args.out, world, {"policy": (policy, optimizer)})
-    start_log(world, args.out, progress["step"])
+    parts, skips = {"policy": (policy, optimizer)}, Skips()
+    progress, row = begin(args, world, parts, skips)
     encode = lambda example: encode_demonstration(example, tokenizer, image_processor, args, system)
-    feed, skips, row = Feed(examples, encode, args, world, progress), Skips(), {}
+    feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):
         began = time.time()
         indices, encoded = feed.draw(args.batch, step)
-        parts = world.gather({i: len(prompt.input_ids) + len(ids) for i, (prompt, ids) in encoded.items()})
-        lengths = {i: n for part in parts for i, n in part.items()}
+        known = world.gather({i: len(prompt.input_ids) + len(ids) for i, (prompt, ids) in encoded.items()})
+        lengths = {i: n for part in known for i, n in part.items()}
         batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share([lengths[i] for i in range(args.batch)])]
         if step == 0 and world.rank == 0:
             show_example(*batch[0], tokenizer)
@@ -669,8 +842,7 @@ def main():
         row |= {"dropped": feed.dropped, "bad": feed.bad, "skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
         log(world, args.out, row)
         # save
-        if step + 1 == steps or args.save_every and (step + 1) % args.save_every == 0:
-            save_state(args.out, world, {"policy": (policy, optimizer)}, progress)
+        end_step(args, world, parts, progress, step + 1 == steps, skips)
     feed.close()
     save(policy, args.out, world, "sft", args, steps, row)
 

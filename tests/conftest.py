@@ -28,6 +28,7 @@ import sft  # noqa: E402
 from toy import checkpoint  # noqa: E402
 
 logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
+torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
 ONE = sft.World(0, 1, torch.device("cpu"))  # one process
 SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]

@@ -288,24 +288,8 @@ def test_steps_that_are_not_finite_are_skipped():
     assert step(2.0)[1] is False  # two in a row, then a good one: the count starts again
     assert step(2.0, loss=math.nan) == (None, True)
     assert step(math.nan) == (None, True)
-    with pytest.raises(InputError, match="3 steps in a row"):
-        step(math.nan)
-    assert skips.total == 5 and all(p.isfinite().all() for p in model.parameters())
-
-
-def test_a_run_without_finite_losses_stops(tiny, tmp_path, capfd):
-    """NaN weights: three steps are tried, then one clear line."""
-    broken = shutil.copytree(tiny.base, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    key = next(k for k in weights if k.endswith("norm.weight"))
-    save_file(weights | {key: weights[key] * np.nan}, broken / "model.safetensors", {"format": "pt"})
-    flags = ["--ckpt", broken, "--data", tiny.sft, "--batch", 2, "--steps", 5, "--out", tmp_path / "out"]
-    assert stage("sft", *flags) == 2
-    assert capfd.readouterr().err.splitlines() == [
-        "sft.py: error: loss or gradient was not finite in 3 steps in a row; lower --lr or look at the last rows of data"
-    ]
-    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert [row["skipped_steps"] for row in rows] == [1, 2] and "grad_norm" not in rows[0]
+    assert step(math.nan) == (None, True)
+    assert (skips.row, skips.total) == (3, 5) and all(p.isfinite().all() for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------------------------------------- checkpoints

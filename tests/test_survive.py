@@ -1,0 +1,560 @@
+"""Run: pytest tests/test_survive.py          (1 = 2 = 4 processes, two nodes, kills, preemption, full disks, hangs, memory,
+golden losses, checkpoints from strangers; CPU only)
+
+GOLDEN=write pytest tests/test_survive.py -k golden          writes tests/golden anew
+"""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE, ROOT, SYSTEM, noise, read_jsonl, stage, untimed, write_jsonl
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import discriminator
+import rollout
+import sft
+
+GAME = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "log-rollouts": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------- processes
+def flags_of(tiny, policy, out, script, **more):
+    flags = {"ckpt": tiny.base if script == "sft" else policy, "data": getattr(tiny, script), "out": out, "seed": 5}
+    flags |= {"batch": 4, "lr": 1e-3} if script == "sft" else GAME | {"lr": 1e-4}
+    flags |= {"disc-lr": 1e-3} if script == "align" else {}
+    flags |= {key.replace("_", "-"): value for key, value in more.items()}
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
+
+def start(log, script, flags, processes=0, torchrun=("--standalone",), **environment):
+    """A stage script as a user starts it, in a session of its own, its output in the file `log`."""
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in environment.items()}
+    with open(log, "w") as file:
+        return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags], env=environment,
+                                stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def end(process, log, limit=180):
+    """-> (exit status, output); a process that is not done in `limit` seconds is killed and fails the test."""
+    try:
+        return process.wait(limit), Path(log).read_text()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"still running after {limit} s:\n{Path(log).read_text()[-3000:]}")
+
+
+def ranks(tmp_path, script, flags, processes=2, limit=180, **environment):
+    log = tmp_path / "log"
+    return end(start(log, script, flags, processes, **environment), log, limit)
+
+
+def two_nodes(tmp_path, script, flags):
+    """Two torchrun agents with two processes each, as on two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [start(tmp_path / f"log{i}", script, flags, 2, [*where, f"--node_rank={i}"]) for i in (0, 1)]
+    ends = [end(node, tmp_path / f"log{i}") for i, node in enumerate(nodes)]
+    return max(status for status, _ in ends), ends[0][1]
+
+
+def moments(out, work):
+    """{parameter: Adam's running mean of its gradients} of a state: every gradient of the run has left its mark."""
+    dcp_to_torch_save(out / "state", work)
+    states = torch.load(work, weights_only=False)
+    return {f"{part}.{name}": entry["exp_avg"] for part, state in states.items()
+            for name, entry in state["optimizer"]["state"].items()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ 1 = 2 = 4 processes
+SAME = {
+    "sft": ("sft", {"batch": 8, "lr": 1e-5, "max-prompt": 62}),  # some rows are dropped
+    "align": ("align", {"lr": 1e-6, "disc-lr": 1e-5, "warmup-steps": 1, "disc-updates": 2, "steps": 4}),
+    "align, one prompt": ("align", {"lr": 1e-6, "disc-lr": 1e-5, "prompts": 1, "rollouts": 8}),
+    "rl": ("rl", {"lr": 1e-6, "kl": 0.1, "updates-per-rollout": 2}),
+    "dapo, one prompt": ("rl", {"lr": 1e-6, "algo": "dapo", "prompts": 1, "overlong-buffer": 20, "max-gen-batches": 2}),
+}
+
+
+def assert_close(left, right, tolerance=1e-5):
+    """Rows with the same texts, and numbers that differ by rounding."""
+    for row, other in zip(left, right, strict=True):
+        texts = {key: value for key, value in row.items() if isinstance(value, str)}
+        assert texts == {key: value for key, value in other.items() if isinstance(value, str)}
+        numbers = ({key: value for key, value in r.items() if key not in texts} for r in (row, other))
+        assert next(numbers) == pytest.approx(next(numbers), rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_any_number_of_processes_gives_the_same(tiny, policy, tmp_path, name):
+    """Five steps on 1, 2, 4 and (2 nodes x 2) processes, with other micro-batches each: losses, metrics, rollouts,
+    advantages and gradients. Four processes and two prompts of four: a group spans two ranks."""
+    script, more = SAME[name]
+    flags = lambda out, tokens: flags_of(tiny, policy, tmp_path / out, script, **{"steps": 5, "max-tokens": tokens} | more)
+    assert stage(script, *flags("1", 16384)) == 0
+    runs = {"2": lambda: ranks(tmp_path, script, flags("2", 300)), "4": lambda: ranks(tmp_path, script, flags("4", 1), 4)}
+    if name == "align":
+        runs["nodes"] = lambda: two_nodes(tmp_path, script, flags("nodes", 200))
+    first, expected = untimed(read_jsonl(tmp_path / "1" / "metrics.jsonl")), moments(tmp_path / "1", tmp_path / "1.pt")
+    assert len(first) == 5 and any(row.get("grad_norm") for row in first)
+    for out, run in runs.items():
+        status, text = run()
+        assert status == 0, text[-3000:]
+        size, mesh = (4, "[2, 2]") if out == "nodes" else (int(out), f"[{out}]")
+        assert text.count(f"{size} processes, mesh {mesh}; --") == text.count(f": {8 // size} on each\n") == 1
+        assert_close(first, untimed(read_jsonl(tmp_path / out / "metrics.jsonl")))
+        if script != "sft":
+            assert_close(*(read_jsonl(tmp_path / folder / "rollouts.jsonl") for folder in ("1", out)))
+        got = moments(tmp_path / out, tmp_path / f"{out}.pt")
+        assert got.keys() == expected.keys()
+        assert max((got[key] - expected[key]).abs().max() for key in got) <= 1e-5
+        assert max(g.abs().max() for g in expected.values()) > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------------------- kills
+STRIKE = '''
+"""Started by Python itself in every process of a test: strikes the main thread of rank STRIKE_RANK when it has been seen
+STRIKE_AFTER times (about one a millisecond) inside the function STRIKE_IN."""
+import ctypes, os, signal, sys, threading, time
+
+class Broken(Exception):
+    pass
+
+def strike(after=int(os.environ.get("STRIKE_AFTER", 1)), main=threading.main_thread().ident):
+    file, name = os.environ["STRIKE_IN"].split(":")
+    while after:
+        time.sleep(0.0005)
+        frame = sys._current_frames().get(main)
+        while frame and not (frame.f_code.co_name == name and frame.f_code.co_filename.endswith(file)):
+            frame = frame.f_back
+        after -= frame is not None
+    if os.environ["STRIKE_WITH"] == "Broken":
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Broken))
+    else:
+        os.kill(os.getpid(), getattr(signal, os.environ["STRIKE_WITH"]))
+
+if os.environ.get("RANK", "0") == os.environ.get("STRIKE_RANK"):
+    threading.Thread(target=strike, daemon=True).start()
+'''
+PHASES = {"sampling": ("rollout.py:sample", 120), "backward": ("_tensor.py:backward", 60), "saving": ("sft.py:save_state", 40)}
+
+
+@pytest.fixture(scope="module")
+def striker(tmp_path_factory):
+    """-> environment(phase, after, rank, with) that makes a process strike itself."""
+    folder = tmp_path_factory.mktemp("striker")
+    (folder / "sitecustomize.py").write_text(STRIKE)
+    return lambda phase, after=1, rank=0, strike="SIGKILL": {
+        "PYTHONPATH": folder, "STRIKE_IN": PHASES[phase][0], "STRIKE_AFTER": after, "STRIKE_RANK": rank, "STRIKE_WITH": strike,
+    }  # fmt: skip
+
+
+def assert_same_run(left, right, script):
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        rows = [untimed(read_jsonl(out / name)) for out in (left, right)]
+        assert rows[0] == rows[1] and len(rows[0]) > 4, name
+    for part in ("", "discriminator/") if script == "align" else ("",):
+        weights = [load_file(out / f"{part}model.safetensors") for out in (left, right)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
+
+
+@pytest.mark.parametrize("script", ["align", "rl"])
+def test_a_run_killed_ten_times_equals_an_unbroken_one(tiny, policy, tmp_path, striker, script):
+    """Bitwise: every loss, reward, rollout and weight, also of the steps that were done twice."""
+    steps, rng, found = 24, np.random.default_rng(7), []
+    flags = lambda out: flags_of(tiny, policy, tmp_path / out, script, steps=steps, save_every=2)
+    assert stage(script, *flags("whole")) == 0
+    for kill in range(10):
+        phase = list(PHASES)[kill % 3]
+        after = int(rng.integers(1, PHASES[phase][1]))
+        process = start(tmp_path / "log", script, flags("killed") + ["--resume"] * any(found), **striker(phase, after))
+        status, text = end(process, tmp_path / "log")
+        assert status == -signal.SIGKILL, text[-3000:]
+        state = sft.find_state(str(tmp_path / "killed"))
+        found.append(state and sft.read_progress(state)["step"])
+    known = [step for step in found if step]
+    assert known == sorted(known) and 0 < known[-1] < steps  # a killed save leaves the state before it
+    assert stage(script, *flags("killed"), "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", script)
+    assert sorted(os.listdir(tmp_path / "whole")) == sorted(os.listdir(tmp_path / "killed"))  # and nothing else is left
+
+
+def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
+    """The other one ends as well, and soon; the resumed run is bitwise the unbroken one."""
+    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "align", steps=12, save_every=2)
+    status, text = ranks(tmp_path, "align", flags("whole"))
+    assert status == 0, text[-3000:]
+    for kill, (phase, rank) in enumerate([("saving", 1), ("sampling", 0), ("backward", 1), ("saving", 0)]):
+        resumed = ["--resume"] * (sft.find_state(str(tmp_path / "killed")) is not None)
+        status, text = ranks(tmp_path, "align", flags("killed") + resumed, limit=90, **striker(phase, 20 + 10 * kill, rank))
+        assert status not in (0, 2), text[-3000:]
+    status, text = ranks(tmp_path, "align", flags("killed") + ["--resume"])
+    assert status == 0 and "resumed after step" in text, text[-3000:]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", "align")
+
+
+def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker):
+    """SIGTERM in the middle of a step: the step is finished and saved, the status is 143."""
+    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "rl", steps=6, save_every=0)
+    assert stage("rl", *flags("whole")) == 0
+    for out, resumed in (("told", []), ("told", ["--resume"])):
+        process = start(tmp_path / "log", "rl", flags(out) + resumed, **striker("sampling", 150, strike="SIGTERM"))
+        status, text = end(process, tmp_path / "log")
+        step = len(read_jsonl(tmp_path / out / "metrics.jsonl"))
+        assert status == 143 and f"SIGTERM: the state of step {step} is saved" in text, text[-3000:]
+        assert sft.read_progress(tmp_path / out / "state")["step"] == step < 6
+    assert stage("rl", *flags("told"), "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "told", "rl")
+
+
+def test_two_processes_of_which_one_is_told_to_stop(tiny, policy, tmp_path, striker):
+    """They agree on the step; one process goes on from there, with the same numbers."""
+    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "align", steps=5, save_every=0, lr=1e-6, disc_lr=1e-5)
+    assert stage("align", *flags("whole")) == 0
+    status, text = ranks(tmp_path, "align", flags("told"), **striker("sampling", 5, rank=1, strike="SIGTERM"))
+    assert status != 0 and "exitcode  : 143" in text and text.count("SIGTERM: the state of step 1 is saved") == 1, text[-3000:]
+    assert sft.read_progress(tmp_path / "told" / "state")["step"] == 1
+    log = tmp_path / "log"
+    status, text = end(start(log, "align", flags("told") + ["--resume"]), log)
+    assert status == 0 and "resumed after step 1, saved by 2 processes: same data, same random numbers" in text, text[-3000:]
+    whole, told = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "told"))
+    assert_close(whole, told)
+
+
+def test_torchrun_passes_sigterm_on(tiny, policy, tmp_path):
+    log, out = tmp_path / "log", tmp_path / "out"
+    process = start(log, "rl", flags_of(tiny, policy, out, "rl", steps=10**6, save_every=0), 2)
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # as a scheduler does, to torchrun alone
+    status, text = end(process, log, 60)
+    step = len(read_jsonl(out / "metrics.jsonl"))
+    assert status != 0 and text.count(f"SIGTERM: the state of step {step} is saved") == 1, text[-3000:]
+    assert sft.read_progress(out / "state")["step"] == step
+
+
+# -------------------------------------------------------------------------------------------------------------- write errors
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, processes):
+    """No file may grow beyond 64 KiB: the log goes on, the state cannot be written."""
+    flags = lambda out, steps: flags_of(tiny, None, tmp_path / out, "sft", steps=steps, save_every=2)
+    assert stage("sft", *flags("whole", 4)) == 0
+    assert stage("sft", *flags("full", 2)) == 0
+    log = tmp_path / "log"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # inherited by the process that starts now
+    try:
+        process = start(log, "sft", [*flags("full", 4), "--resume"], processes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    status, text = end(process, log)
+    assert status == (1 if processes else 2) and "Traceback" not in text.partition("sft.py: error:")[0], text[-3000:]
+    assert re.search(r"/full/state.new cannot be written, [0-9.]+ GB are free: ", text)
+    assert sft.read_progress(tmp_path / "full" / "state")["step"] == 2
+    if not processes:
+        assert stage("sft", *flags("full", 4), "--resume") == 0
+        whole, full = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full"))
+        assert whole == full
+
+
+def test_keep(tiny, tmp_path):
+    """--keep 2: the newest state and the one before it; an older one is used by giving it the name of the newest."""
+    flags = lambda steps: flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, save_every=1, keep=2)
+    assert stage("sft", *flags(4)) == 0
+    states = {path.name: sft.read_progress(path)["step"] for path in (tmp_path / "out").glob("state*")}
+    assert states == {"state": 4, "state.3": 3}
+    whole = untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
+    shutil.rmtree(tmp_path / "out" / "state")
+    assert stage("sft", *flags(4), "--resume") == 0
+    assert untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == whole
+    assert stage("sft", *flags(1)) == 0  # a new run in the folder of a finished one takes its states away
+    assert [path.name for path in (tmp_path / "out").glob("state*")] == ["state"]
+    assert stage("sft", *flags_of(tiny, None, tmp_path / "out", "sft", keep=0)) == 2
+
+
+def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
+    flags = flags_of(tiny, None, tmp_path / "out", "sft", steps=2)
+    assert stage("sft", *flags) == 0
+    (tmp_path / "out" / "meta.json").unlink()  # as if killed just before
+    log = (tmp_path / "out" / "metrics.jsonl").read_text()
+    capfd.readouterr()
+    assert stage("sft", *flags) == 2
+    assert "holds an unfinished run: add --resume" in capfd.readouterr().err
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == log
+    assert stage("sft", *flags, "--resume") == 0  # nothing is left to do but to write the checkpoint
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["metrics"] == read_jsonl(tmp_path / "out" / "metrics.jsonl")[-1]
+
+
+def test_half_a_line_in_the_log_is_dropped(tmp_path):
+    for step in (1, 2, 3):
+        sft.log(ONE, str(tmp_path), {"step": step, "loss": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert sft.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------------- no hangs
+LIMIT = 120  # seconds for two processes on a busy machine; a hang would last an hour
+
+
+def question(text, images=(), response=None):
+    turns = [("system", SYSTEM), ("user", "<image>" * len(images) + text)]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    answer = "<caption>\n1 red circle\n</caption>\n<think>\nodd\n</think>\n<answer>\nodd\n</answer>"
+    return {"prompt": prompt, "images": list(images), "response": response or answer, "answer": "odd"}
+
+
+def by_rank(rows, seed=5):
+    """The rows in the order that gives them to the ranks as listed, in the first epoch."""
+    out = [None] * len(rows)
+    for row, i in zip(rows, sft.order(len(rows), 0, seed)):
+        out[i] = row
+    return out
+
+
+@pytest.fixture(scope="module")
+def lopsided(tiny):
+    """A checkpoint that answers `short` in the format and `long` with a word without end."""
+    model, out = sft.load_policy(tiny.base), str(tiny.folder / "lopsided")
+    example = lambda text: rollout.Example("x", question(text)["prompt"])
+    encode = lambda text: rollout.encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
+    short = rollout.encode_response(question("short")["response"], tiny.tokenizer)
+    word = rollout.encode_response("red", tiny.tokenizer)[:1]
+    batch, args = [(encode("short"), short), (encode("long"), word * 200)], SimpleNamespace(max_tokens=10**6, ckpt=tiny.base)
+    optimizer = sft.make_optimizer(model, 3e-3, 0.0)
+    for _ in range(60):
+        sft.update(model, batch, args, ONE)
+        optimizer.step()
+        optimizer.zero_grad()
+    sft.save(model, out, ONE, "sft", args, 60, {})
+    return out
+
+
+def game_on_two(tiny, ckpt, tmp_path, script, rows, **more):
+    """Two steps on two processes -> (rows of metrics.jsonl, of rollouts.jsonl)."""
+    flags = flags_of(tiny, ckpt, tmp_path / script, script, data=write_jsonl(tmp_path / "rows.jsonl", rows), steps=2, **more)
+    status, text = ranks(tmp_path, script, flags, limit=LIMIT)
+    assert status == 0, text[-3000:]
+    return read_jsonl(tmp_path / script / "metrics.jsonl"), read_jsonl(tmp_path / script / "rollouts.jsonl")
+
+
+@pytest.mark.parametrize("script", ["sft", "align"])
+def test_one_rank_holds_text_only_rows(tiny, policy, tmp_path, script):
+    noise(np.random.default_rng(0), (64, 64)).save(tmp_path / "a.png")
+    rows = by_rank([question("one", ["a.png"]), question("two", ["a.png"]), question("three"), question("four")])
+    if script == "align":
+        rows = by_rank([rows[i] for i in sft.order(4, 0, 5)][1:3])  # two prompts: one with a picture, one without
+    flags = flags_of(tiny, policy, tmp_path / "out", script, data=write_jsonl(tmp_path / "rows.jsonl", rows), steps=2)
+    status, text = ranks(tmp_path, script, flags, limit=LIMIT)
+    assert status == 0, text[-3000:]
+    learned = {"sft": "grad_norm", "align": "disc_grad_norm"}[script]
+    assert all(row[learned] > 0 for row in read_jsonl(tmp_path / "out" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("script", ["align", "rl"])
+def test_every_rollout_is_invalid(tiny, tmp_path, script):
+    log, _ = game_on_two(tiny, tiny.base, tmp_path, script, [question("one"), question("two")])
+    assert all(row["valid" if script == "align" else "format"] == 0 and "grad_norm" not in row for row in log)
+
+
+def test_dynamic_sampling_keeps_nothing(tiny, tmp_path):
+    log, rows = game_on_two(tiny, tiny.base, tmp_path, "rl", [question("one"), question("two")], algo="dapo", max_gen_batches=2)
+    assert [(row["groups"], row["gen_batches"]) for row in log] == [(0, 2)] * 2 and rows == []
+
+
+@pytest.mark.parametrize("script", ["align", "rl"])
+def test_rollouts_of_one_rank_are_far_longer(tiny, lopsided, tmp_path, script):
+    """One rank samples, and with --kl trains, long after the other. In alignment all its rollouts are invalid, and all of the
+    other one's valid."""
+    more = {"max_new_tokens": 200, "max_tokens": 300, "temperature": 0.3} | ({"kl": 0.1} if script == "rl" else {})
+    log, rows = game_on_two(tiny, lopsided, tmp_path, script, [question("long"), question("short")], **more)
+    lengths = [[row["finished"] for row in rows if row["step"] == step] for step in (1, 2)]
+    assert all(sorted(step) == [False] * 4 + [True] * 4 for step in lengths)
+    assert all(row["length"] > 100 for row in log)
+
+
+def test_all_rows_of_one_rank_are_skipped(tiny, tmp_path):
+    """Too long ones: the second half of each batch, which is the share of the second process."""
+    rows = [question(f"{i}", response="red " * 300 if i % 4 > 1 else None) for i in range(12)]
+    flags = flags_of(tiny, None, tmp_path / "out", "sft", data=write_jsonl(tmp_path / "rows.jsonl", by_rank(rows)), steps=2,
+                     max_length=200)  # fmt: skip
+    status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
+    assert status == 0, text[-3000:]
+    assert [row["dropped"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")][0] >= 2
+
+
+def test_a_rank_that_raises_ends_the_others(tiny, policy, tmp_path, striker):
+    """Within a minute, and what is read first is its own traceback."""
+    began = time.time()
+    flags = flags_of(tiny, policy, tmp_path / "out", "align", steps=10**6)
+    status, text = ranks(tmp_path, "align", flags, limit=LIMIT, **striker("backward", 5, rank=1, strike="Broken"))
+    raised_at = max(began, (tmp_path / "out" / "metrics.jsonl").stat().st_mtime if (tmp_path / "out").exists() else began)
+    assert time.time() - raised_at < 60
+    first = text[text.index("Traceback") :].partition("Traceback (most recent call last):\n")[2].partition("Traceback")[0]
+    assert status != 0 and "sitecustomize.Broken" in first and "align.py" in first, text[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------- numerical safety
+def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd):
+    """NaN weights appear in a resumed run: three updates are tried on every rank, then one clear line; the good state stays."""
+    broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    key = next(k for k in weights if k.endswith("norm.weight"))
+    save_file(weights | {key: weights[key] * np.nan}, broken / "model.safetensors", {"format": "pt"})
+    flags = flags_of(tiny, None, tmp_path / "out", "sft", ckpt=broken, steps=5, save_every=2)
+    assert stage("sft", *flags) == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("not finite in 3 updates in a row, the last in step 3") == 1 and len(captured.err.splitlines()) == 1
+    assert [f"step {step}: update skipped" in captured.out for step in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+    good = sft.read_progress(tmp_path / "out" / "state")
+    assert good["step"] == 2 and good["skips"] == [[2, 2]]
+    assert sft.read_progress(tmp_path / "out" / "bad" / "state")["step"] == 3
+    assert stage("sft", *flags, "--resume") == 2  # the count goes on where it stood
+    assert "the last in step 3" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+def test_memory_does_not_grow(tiny, policy, tmp_path):
+    """Resident memory of step 100 is within 5 % of that of step 20."""
+    flags, seen = flags_of(tiny, policy, tmp_path / "out", "align", steps=102, save_every=10), {}
+    process = start(tmp_path / "log", "align", flags)
+    while process.poll() is None:
+        time.sleep(0.02)
+        log = tmp_path / "out" / "metrics.jsonl"
+        step = log.read_text().count("\n") if log.exists() else 0
+        if step in (20, 100) and step not in seen:
+            pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+            seen[step] = int(pages) * os.sysconf("SC_PAGESIZE") / 2**20
+    assert process.returncode == 0
+    print(f"resident memory at step 20 and 100 in MiB: {seen[20]:.1f} {seen[100]:.1f}")
+    assert abs(seen[100] / seen[20] - 1) < 0.05, seen
+
+
+# ------------------------------------------------------------------------------------------------------------ golden losses
+@pytest.mark.parametrize("script", ["sft", "align", "rl"])
+def test_golden_losses(tiny, policy, tmp_path, script):
+    """Ten steps of each stage as tests/golden has them at full precision."""
+    golden = ROOT / "tests" / "golden" / f"{script}.jsonl"
+    assert stage(script, *flags_of(tiny, policy, tmp_path, script, steps=10)) == 0
+    rows = untimed(read_jsonl(tmp_path / "metrics.jsonl"))
+    if os.environ.get("GOLDEN") == "write":
+        write_jsonl(golden, rows)
+    assert_close(read_jsonl(golden), rows, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ loggers
+WANDB = '''
+"""Records what it is asked to do."""
+import json, os
+
+def note(**what):
+    with open(os.environ["NOTES"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+def init(project, id, resume, dir, config):
+    note(call="init", id=id, steps=config["steps"])
+    return type("Run", (), {"log": staticmethod(lambda row, step: note(call="log", step=step, loss=row["loss"]))})
+
+def finish(exit_code):
+    note(call="finish", status=exit_code)
+'''
+
+
+def test_wandb_is_told_every_step_once_more_after_resume(tiny, tmp_path):
+    """Through torchrun, whose own parser reads the flags of the script first."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    environment = {"PYTHONPATH": tmp_path, "NOTES": tmp_path / "notes"}
+    for steps, resumed in ((2, []), (3, ["--resume"])):
+        flags = [*flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, logger="wandb", keep=2), *resumed]
+        status, text = ranks(tmp_path, "sft", flags, 1, **environment)
+        assert status == 0, text[-3000:]
+    notes, log = read_jsonl(tmp_path / "notes"), read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [note["call"] for note in notes] == ["init", "log", "log", "finish", "init", "log", "finish"]
+    assert notes[0]["id"] == notes[4]["id"] and (notes[0]["steps"], notes[4]["steps"]) == (2, 3)
+    told = [(note["step"], note["loss"]) for note in notes if note["call"] == "log"]
+    assert told == [(row["step"], row["loss"]) for row in log]
+    assert {note["status"] for note in notes if note["call"] == "finish"} == {0}
+
+
+@pytest.mark.parametrize("logger, package", [("wandb", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_logger_that_is_not_installed(tiny, tmp_path, logger, package):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
+    log = tmp_path / "log"
+    process = start(log, "sft", flags_of(tiny, None, tmp_path / "out", "sft", logger=logger), PYTHONPATH=tmp_path)
+    status, text = end(process, log)
+    assert status == 2 and text == f"sft.py: error: --logger {logger}: No module named {package}; pip install {logger}\n"
+
+
+def test_without_the_flag_no_logger_is_imported(tiny, tmp_path):
+    code = "import sys, sft, align, rl; print([m for m in ('wandb', 'tensorboard') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints from strangers
+class Trap:
+    """Runs a command when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def poisoned(tiny, tmp_path, kind):
+    """-> (a checkpoint folder that tries to run code, the file that the code would write)."""
+    folder, sprung = Path(shutil.copytree(tiny.base, tmp_path / "stranger")), tmp_path / "sprung"
+    if kind in ("bin", "index"):
+        weights, name = folder / "model.safetensors", "pytorch_model.bin" if kind == "bin" else "weights.bin"
+        if kind == "index":  # an index may name any file
+            keys = load_file(weights)
+            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights.rename(folder / "other.safetensors")
+        (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+        return folder, sprung
+    (folder / "evil.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoImageProcessor")}
+    auto_map["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+        if kind == "unknown class":
+            settings |= {"model_type": "evil", "tokenizer_class": "Evil", "image_processor_type": "Evil"}
+        (folder / name).write_text(json.dumps(settings))
+    return folder, sprung
+
+
+@pytest.mark.parametrize("kind", ["bin", "index", "auto_map", "unknown class"])
+def test_a_checkpoint_from_a_stranger_executes_nothing(tiny, tmp_path, kind):
+    """Weights come from safetensors or not at all; code in the folder is not read."""
+    folder, sprung = poisoned(tiny, tmp_path, kind)
+    for load in (sft.load_tokenizer, sft.load_policy, discriminator.load_discriminator):
+        try:
+            load(str(folder))
+        except rollout.InputError as error:
+            assert kind != "auto_map" and str(folder) in str(error)
+        else:
+            assert kind in ("auto_map", "unknown class") or load is sft.load_tokenizer
+    assert not sprung.exists()
