@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from rollout import ATTENTION, Example, InputError, encode_prompt, load_examples, parse_response, read_file, sample
 from rollout import to_example, undecoded
-from sft import Parser, check_checkpoint, choose_attention, load_policy, load_tokenizer, run, setup, system_prompt
+from sft import Parser, check_checkpoint, choose_attention, load_policy, load_tokenizer, pixel_flags, run, setup, system_prompt
 from sft import write_json, write_rows
 
 MAX_CHARS, MAX_SET = 1000, 12  # longer answers are compared as text, larger sets in order: this bounds the time
@@ -715,7 +715,8 @@ def generate(model, questions, tokenizer, image_processor, args, world):
 
 def settings(args):
     """What generations depend on, apart from checkpoint and data; --resume does not mix them."""
-    return {key: getattr(args, key) for key in ("temperature", "max_new_tokens", "max_prompt", "system_prompt", "seed")}
+    keys = ("temperature", "max_new_tokens", "max_prompt", "system_prompt", "min_pixels", "max_pixels", "seed")
+    return {key: getattr(args, key) for key in keys}
 
 
 def read_generations(path, questions, args):
@@ -1027,6 +1028,7 @@ def parse_args():
     group.add_argument("--max-new-tokens", type=int, default=4096, help="length limit of a response")
     group.add_argument("--max-prompt", type=int, default=8192, help="longer prompts are counted as wrong")
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
+    pixel_flags(group)
     group.add_argument("--slots", type=int, default=64, help="rows decoded at a time on each process")
     group.add_argument("--seed", type=int, default=0, help="of sampling")
     group.add_argument("--attn", choices=("auto", *ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
@@ -1098,7 +1100,7 @@ def checkpoints(specs):
 def main():
     args = parse_args()
     check_args(args)
-    world = setup(argparse.Namespace(out=args.folder, system_prompt=args.system_prompt))
+    world = setup(argparse.Namespace(out=args.folder, system_prompt=args.system_prompt, seed=args.seed))
     (ckpts, folders), sets = checkpoints(args.ckpt), load_sets(args)
     attn = choose_attention(args.attn, world)
     runs = {path: {} for path in folders}
@@ -1111,7 +1113,7 @@ def main():
                 rows = world.gather(read_generations(file, questions, args) if world.rank == 0 else None)[0]
             else:
                 if model is None:
-                    tokenizer, image_processor = load_tokenizer(path)
+                    tokenizer, image_processor = load_tokenizer(path, args)
                     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
                     model = load_policy(path, dtype, attn).to(world.device).eval()
                 rows = generate(model, questions, tokenizer, image_processor, args, world)

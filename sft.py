@@ -96,10 +96,14 @@ def data_flags(parser):
     group.add_argument("--split", default=None, help="split of a Hub data set")
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
     group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
-    group.add_argument("--min-pixels", type=int, default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=int, default=None, help="larger pictures are reduced (default: the checkpoint's)")
+    pixel_flags(group)
     group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip", help="rows that cannot be used")
     group.add_argument("--max-bad", type=float, default=0.05, help="share of unusable rows that ends the run")
+
+
+def pixel_flags(group):
+    group.add_argument("--min-pixels", type=int, default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=int, default=None, help="larger pictures are reduced (default: the checkpoint's)")
 
 
 def run(main):
