@@ -136,7 +136,8 @@ def parse_args():
 
 
 def need_teacher(example):
-    if parse_response(example.response or "") is None:
+    response = parse_response(example.response or "")
+    if response is None or not response.answer:  # an empty block would tell the teacher from the student
         raise InputError(f"{example.id}: the row has no teacher response of <caption>, <think> and <answer> blocks")
 
 
@@ -167,7 +168,7 @@ def main():
     parts, sampler = load_players(args, world)
     (policy, optimizer), (disc, disc_optimizer) = parts.values()
     skips, disc_skips = Skips(), Skips()
-    progress, row = begin(args, world, parts, skips, disc_skips)
+    progress, row = begin(args, world, parts, args.warmup_steps + args.steps, skips, disc_skips)
     refresh(sampler, policy)
     encode = lambda example: encode_taught(example, tokenizer, image_processor, args, system)
     feed = Feed(examples, encode, args, world, progress)

@@ -14,7 +14,7 @@ and use the policy's M-RoPE positions and image scale, so that no artefact tells
 zero: before it has learned anything the discriminator rewards nothing.
 
 Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`, and diagnosis: D_v and D_r of every response of
-a data set, to filter or label it.
+a data set (of warm-up pairs the teacher's), to filter or label it.
 
     torchrun --nproc_per_node=8 discriminator.py --pairs warmup_pairs.jsonl --ckpt Qwen/Qwen3-VL-2B-Instruct --out disc_out/
     python discriminator.py --score responses.jsonl --ckpt align_out/discriminator --out scores/
@@ -176,6 +176,8 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
         routed = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type == "qwen3_vl_moe"
         if variant == "learned" and not routed:
             raise InputError(f"{path} is no discriminator: neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
+        if routed and variant not in ("moe", "learned"):
+            raise InputError(f"--disc {path} is a Qwen3-VL-MoE: it has one variant, learned, not {variant}")
         variant, kind = ("learned", Qwen3VLMoeModel) if routed else (variant, Qwen3VLModel)
         if stored:
             backbone = kind(kind.config_class.from_pretrained(path, attn_implementation="rows"))
@@ -234,9 +236,13 @@ def save_discriminator(model, out, world, ckpt):
 
 # ---------------------------------------------------------------------------------------------------------------- warm-up
 def need_pair(example):
-    for who, text in (("teacher", example.response), ("student", example.rejected)):
-        if parse_response(text or "") is None:
+    """Both responses well-formed, and both or neither with an answer: otherwise that alone would tell them apart."""
+    found = [parse_response(text or "") for text in (example.response, example.rejected)]
+    for who, response in zip(("teacher", "student"), found):
+        if response is None:
             raise InputError(f"{example.id}: the row has no well-formed {who} response (columns {who}_caption and {who}_cot)")
+    if bool(found[0].answer) != bool(found[1].answer):
+        raise InputError(f"{example.id}: of teacher_cot and student_cot only one has an answer")
 
 
 def encode_pair(example, tokenizer, image_processor, args, system):
@@ -270,8 +276,9 @@ def warm_up(args, world):
     args.disc_variant = disc.variant
     disc = shard(disc, world, args.checkpointing)
     optimizer = make_optimizer(disc, args.lr, args.weight_decay)
-    steps, parts, skips = args.steps or max(1, len(examples) // args.batch), {"discriminator": (disc, optimizer)}, Skips()
-    progress, row = begin(args, world, parts, skips)
+    steps = args.steps if args.steps is not None else max(1, len(examples) // args.batch)
+    parts, skips = {"discriminator": (disc, optimizer)}, Skips()
+    progress, row = begin(args, world, parts, steps, skips)
     encode = lambda example: encode_pair(example, tokenizer, image_processor, args, system)
     feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):
@@ -321,10 +328,10 @@ def score_examples(model, examples, indices, tokenizer, image_processor, args):
             rows[-1]["id"] = example.id
             prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
             segments = split_segments(encode_response(example.response, tokenizer), tokenizer)
-        except InputError as error:
+        except Exception as error:  # as in sft.Feed: no row ends a long run
             if args.bad_rows == "stop":
                 raise
-            rows[-1]["reason"] = str(error)
+            rows[-1]["reason"] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             continue
         if prompt is None or segments is None:
             rows[-1]["reason"] = "the prompt is too long" if prompt is None else "the response has not the three blocks"

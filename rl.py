@@ -239,7 +239,7 @@ def parse_args():
 
 
 def need_answer(example):
-    if example.answer is None:
+    if not example.answer:
         raise InputError(f"{example.id}: the row has no answer to verify against (column answer or reward_model)")
 
 
@@ -296,7 +296,7 @@ def main():
     sampler = make_sampler(policy, world, args.ckpt, attn)
     reference = shard(load_policy(args.ckpt, attn=attn).to(world.device), world) if args.kl > 0 else None
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, row = begin(args, world, parts, skips)
+    progress, row = begin(args, world, parts, args.steps, skips)
     refresh(sampler, policy)
     encode = lambda example: encode_problem(example, tokenizer, image_processor, args, system)
     feed = Feed(examples, encode, args, world, progress)

@@ -16,11 +16,13 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -47,6 +49,9 @@ class InputError(ValueError):
     """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
 
 
+LOOK = 100  # rows of a source that are looked at before a model is loaded
+
+
 class InputErrorOfAll(InputError):
     """Raised by every rank alike, so that one of them says it."""
 
@@ -66,10 +71,11 @@ class Example:
 
 class Examples(Sequence):
     """Rows of one or several files, turned into `Example` when indexed: a broken row is an InputError there, and images are
-    opened only when used. weights: [(first row, rows, share of the draws)] per source, or None for draws by size."""
+    opened only when used. files: [(rows, path, folder of relative image paths)]. sources: [(first row, rows, share of the
+    draws)]; not weighted: all rows are drawn alike."""
 
-    def __init__(self, files, weights=None):
-        self.files, self.weights = files, weights  # files: [(rows, path, folder of relative image paths)]
+    def __init__(self, files, sources, weighted):
+        self.files, self.sources, self.weighted = files, sources, weighted
         self.ends = np.cumsum([len(rows) for rows, _, _ in files])
 
     def __len__(self):
@@ -97,31 +103,51 @@ def load_examples(sources, split=None):
     """Examples of one source or a list of sources: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of those, a glob, or
     a Hub data set `owner/name[:file]`. With weights, `a.jsonl:0.9 b.jsonl:0.1`, a source is drawn that often whatever its size.
 
-    Rows are recognised by columns, see `to_example`; every file's first row is checked here, the others when they are used.
-    Nothing but 16 bytes a row stays in memory. Raises InputError that names the source and the cure.
+    Rows are recognised by columns, see `to_example`, and are parsed when they are used; a file of whose first LOOK rows none can
+    be used is an error now. Nothing but 16 bytes a row stays in memory. Raises InputError that names the source and the cure.
     """
     sources = [sources] if isinstance(sources, str) else sources
-    files, weights = [], []
+    files, parts = [], []
     for source in sources:
-        match = None if os.path.exists(source) else re.fullmatch(r"(.+):(\d*\.?\d+)", source)
-        name, weight = (match[1], float(match[2])) if match else (source, None)
+        name, weight = split_weight(source)
         opened = open_source(name, split)
-        weights.append((sum(len(rows) for rows, _, _ in files), sum(len(rows) for rows, _, _ in opened), weight))
+        parts.append((sum(len(rows) for rows, _, _ in files), sum(len(rows) for rows, _, _ in opened), weight))
         files += opened
-    given = [weight for _, _, weight in weights if weight is not None]
-    if given and (len(given) < len(weights) or min(given) <= 0):
+    given = [weight for _, _, weight in parts if weight is not None]
+    if given and (len(given) < len(parts) or not all(0 < weight < np.inf for weight in given)):
         raise InputError(f"--data {' '.join(sources)}: give every source a weight above 0, or none")
-    examples = Examples(files, weights if given else None)
-    for end, (rows, _, _) in zip(examples.ends, files):
-        examples[int(end) - len(rows)]  # a file without the needed columns fails now, not after the model is loaded
+    examples = Examples(files, parts, bool(given))
+    for end, (rows, _, _) in zip(examples.ends.tolist(), files):
+        errors = []
+        for i in range(end - len(rows), end)[:LOOK]:
+            try:
+                examples[i]
+                break
+            except InputError as error:
+                errors.append(error)
+        else:
+            raise errors[0]
     return examples
+
+
+def split_weight(source):
+    """"a.jsonl:0.9" -> ("a.jsonl", 0.9); without a weight, or when there is such a file, (source, None)."""
+    name, _, weight = source.rpartition(":")
+    try:
+        return (source, None) if os.path.exists(source) or not name else (name, float(weight))
+    except ValueError:
+        return source, None
 
 
 def open_source(source, split):
     """One source -> [(rows, path, folder of relative image paths)], one entry a file; no file is empty."""
     kinds = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
     if os.path.isdir(source):
-        paths = sorted(path for kind in kinds for path in glob.glob(os.path.join(glob.escape(source), f"*.{kind}")))
+        for folder in (source, os.path.join(source, "*")):  # a clone of a Hub data set has its shards one level down
+            paths = [path for kind in kinds for path in glob.glob(os.path.join(folder, f"*.{kind}"))]
+            paths = sorted(path for path in paths if not os.path.basename(path).startswith("dataset_info"))
+            if paths:
+                break
         if not paths:
             raise InputError(f"{source}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
     else:
@@ -129,7 +155,7 @@ def open_source(source, split):
     if paths:
         files = [(read_file(path), path, os.path.dirname(os.path.abspath(path))) for path in paths]
         files = [file for file in files if len(file[0])]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.endswith(kinds):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.partition(":")[0].endswith(kinds):
         from datasets import load_dataset  # imported here: the local formats do not need it
 
         name, _, file = source.partition(":")
@@ -190,8 +216,9 @@ def read_file(path):
     try:
         file = open(path, "rb")
         magic = file.read(4)
+        file.seek(0)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror or error}") from error
     if magic == b"PAR1":
         from datasets import Dataset
 
@@ -199,7 +226,6 @@ def read_file(path):
             return undecoded(Dataset.from_parquet(path))
         except Exception as error:
             raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-    file.seek(0)
     try:
         if magic[:2] == b"\x1f\x8b":
             plain = tempfile.TemporaryFile()
@@ -207,10 +233,10 @@ def read_file(path):
                 shutil.copyfileobj(packed, plain)
             file = plain
             file.seek(0)
-        if next((line for line in file if line.strip()), b"").lstrip().startswith(b"["):
+        if next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             file.seek(0)
             file = array_lines(file)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: {error}; JSON lines, or one JSON array of objects, are needed") from error
     file.seek(0)
     return JsonLines(file, path)
@@ -218,11 +244,13 @@ def read_file(path):
 
 def array_lines(file, chunk=1 << 20):
     """A JSON array as a temporary file of one value a line; it is read in pieces, however long it is."""
-    out, decoder, text = tempfile.TemporaryFile(), json.JSONDecoder(), io.TextIOWrapper(file, encoding="utf-8")
+    out, decoder, text = tempfile.TemporaryFile(), json.JSONDecoder(), io.TextIOWrapper(file, encoding="utf-8-sig")
     buffer, at, opening = "", 0, True
     while True:
         at = re.compile(r"\s*\[?\s*" if opening else r"\s*,?\s*").match(buffer, at).end()
         if buffer.startswith("]", at):
+            if buffer[at + 1 :].strip() or text.read().strip():
+                raise ValueError("not JSON (there is more after the end of the array)")
             return out
         try:
             value, at = decoder.raw_decode(buffer, at)
@@ -267,18 +295,21 @@ def to_example(row, where, base=""):
             raise InputError(f"{where}: the column {found[0]} is empty")
         raise InputError(f"{where}: none of the columns {', '.join(columns)}; found {', '.join(map(str, row)) or 'none'}")
     messages = to_messages([{"role": "user", "content": turns}] if isinstance(turns, str) else turns, where)
-    if row.get("system"):
+    if row.get("system") and messages[0]["role"] != "system":
         messages = to_messages([{"role": "system", "content": row["system"]}], where) + messages
     response, answer, rejected = row.get("response"), row.get("answer"), None
     if isinstance(row.get("reward_model"), dict):
-        answer = row["reward_model"].get("ground_truth", answer)
+        truth = row["reward_model"].get("ground_truth")
+        answer = answer if truth is None else truth
         more = row["reward_model"].get("equivalent_answers") or []
         answer = [answer, *(more if isinstance(more, list) else [more])] if more else answer
     if messages[-1]["role"] == "assistant":
         response = messages.pop()["content"]
     if not any(message["role"] == "user" for message in messages):
         raise InputError(f"{where}: the chat has no turn of the user")
-    answer = [to_answer(a, where) for a in answer] if isinstance(answer, list) else to_answer(answer, where)
+    if isinstance(answer, list):
+        answer = [a for a in (to_answer(a, where) for a in answer) if a] or None
+    answer = answer if isinstance(answer, list) else to_answer(answer, where)
     if row.get("teacher_response") or row.get("teacher_caption"):
         response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
     if row.get("student_caption"):
@@ -286,7 +317,7 @@ def to_example(row, where, base=""):
     for name, text in (("response", response), ("student's response", rejected)):
         if not isinstance(text, str | None):
             raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
-    images = row.get("images") if row.get("images") is not None else row.get("image")
+    images = row.get("images") or row.get("image")
     images = images if isinstance(images, list) else [images] if images else []
     images = [resolve(image, base, where) for image in images]
     return Example(str(row.get("id") or where), messages, images, response, answer, rejected)
@@ -309,9 +340,9 @@ def to_messages(turns, where):
 
 
 def to_answer(answer, where):
-    """A gold answer as text; numbers are written out."""
+    """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty cell) is no answer."""
     if isinstance(answer, (int, float)):
-        return str(answer)
+        return str(answer) if math.isfinite(answer) else None
     if not isinstance(answer, str | None):
         raise InputError(f"{where}: the answer must be a text, a number or a list of those, not {type(answer).__name__}")
     return answer
@@ -327,7 +358,8 @@ def join_blocks(row, who, answer, where):
     if "<caption>" not in caption:
         caption = f"<caption>\n{caption.strip()}\n</caption>"
     if "<think>" not in cot:
-        cot = f"<think>\n{cot.strip()}\n</think>"
+        think, tag, rest = cot.partition("<answer>")
+        cot = f"<think>\n{think.strip()}\n</think>\n{tag}{rest}"
     if "<answer>" not in cot:
         cot = f"{cot.strip()}\n<answer>\n{answer}\n</answer>"
     return f"{caption.strip()}\n{cot.strip()}"
@@ -357,9 +389,10 @@ def load_image(image):
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS} in all")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it at 255
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+    if image.mode == "I" or image.mode == "F":
+        raise ValueError(f"32-bit pictures (mode {image.mode}) have no agreed range; convert them to 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip it at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

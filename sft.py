@@ -53,7 +53,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditiona
 from transformers.utils import logging as hf_logging
 
 import rollout
-from rollout import InputError, InputErrorOfAll, encode_prompt, encode_response, load_examples, pack_logprobs, pack_rows
+from rollout import LOOK, InputError, InputErrorOfAll, encode_prompt, encode_response, load_examples, pack_logprobs, pack_rows
 from rollout import split_rows
 
 
@@ -178,14 +178,12 @@ def setup(args, global_sizes=()):
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: a seed is 0 or above")
+    check_ranges(args)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
     if hasattr(args, "save_every"):
         check_run(args)
-    if args.system_prompt and not os.path.exists(args.system_prompt):
-        raise InputError(f"--system-prompt {args.system_prompt}: no such file")
+    system_prompt(args)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -205,6 +203,24 @@ def setup(args, global_sizes=()):
             shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
             print("; ".join([f"{size} processes, mesh {list(shape)}", *shares]), flush=True)
     return World(rank, size, device, mesh)
+
+
+RANGES = {  # flag: smallest, largest value
+    "seed": (0, None), "steps": (0, None), "batch": (1, None), "prompts": (1, None), "n": (1, None), "warmup_steps": (0, None),
+    "epochs": (1e-9, None), "max_tokens": (1, None), "max_prompt": (1, None), "max_length": (1, None), "slots": (1, None),
+    "max_new_tokens": (1, None), "lr": (0, None), "disc_lr": (0, None), "temperature": (1e-3, None), "alpha": (0, 1),
+    "max_bad": (0, 1), "warmup": (0, 1), "clip": (1e-9, None), "min_pixels": (1, None), "max_pixels": (1, None),
+    "disc_updates": (1, None), "updates_per_rollout": (1, None), "max_gen_batches": (1, None), "save_every": (0, None),
+}  # fmt: skip
+
+
+def check_ranges(args):
+    """Raise InputError for a flag that is out of its range; NaN and infinity always are."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
+            flag = "--rollouts" if name == "n" else "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {value:g}: must be at least {low:g}" + (f" and at most {high:g}" if high else ""))
 
 
 def check_run(args):
@@ -295,8 +311,11 @@ def choose_attention(name, world):
 def system_prompt(args):
     if args.system_prompt is None:
         return rollout.SYSTEM_PROMPT
-    with open(args.system_prompt, encoding="utf-8") as file:
-        return file.read().strip()
+    try:
+        with open(args.system_prompt, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--system-prompt {args.system_prompt}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def shard(model, world, checkpointing=None):
@@ -366,24 +385,32 @@ class Skips:
         return None if bad else norm
 
 
-LOOK = 100  # rows looked at before a model is loaded
-
-
 def load_data(sources, args, check=lambda example: None):
-    """load_examples, and a look at the first rows, with --bad-rows stop at all of them: a wrong file is an error now, not after
-    a model was loaded. check(example) raises InputError for a row that lacks what the stage needs."""
-    examples, bad = load_examples(sources, args.split), 0
-    look = len(examples) if args.bad_rows == "stop" else min(LOOK, len(examples))
-    for i in range(look):
-        try:
-            check(examples[i])
-        except InputError as error:
-            bad += 1
-            if args.bad_rows == "stop":
-                raise InputErrorOfAll(f"{error} (--bad-rows skip leaves such rows out)") from error
-            if bad > args.max_bad * look:
-                raise too_many(bad, look, args, error) from error
+    """load_examples, and a look at the first rows of every source, with --bad-rows stop at all of them: a wrong file is an error
+    now, not after a model was loaded. check(example) raises InputError for a row that lacks what the stage needs."""
+    try:
+        examples = load_examples(sources, args.split)
+    except InputError as error:
+        raise InputErrorOfAll(str(error)) from error
+    for first, count, _ in examples.sources:
+        look, bad = count if args.bad_rows == "stop" else min(LOOK, count), 0
+        for i in range(first, first + look):
+            try:
+                check(examples[i])
+            except InputError as error:
+                bad += 1
+                if args.bad_rows == "stop":
+                    raise InputErrorOfAll(f"{error} (--bad-rows skip leaves such rows out)") from error
+                if bad > allowed(look, count, args):
+                    raise too_many(bad, look, args, error) from error
     return examples
+
+
+def allowed(seen, rows, args):
+    """How many of `seen` rows may be bad: the share --max-bad, and before all rows were seen three standard deviations more, so
+    that a set with fewer bad rows does not end a run by chance."""
+    share = args.max_bad * seen
+    return share if seen >= rows else share + 3 * math.sqrt(share)
 
 
 def too_many(bad, seen, args, last):
@@ -425,6 +452,8 @@ class Feed:
     def __init__(self, examples, encode, args, world, progress):
         self.examples, self.encode, self.args, self.world = examples, encode, args, world
         self.position, self.dropped, self.bad = (progress.get(key, 0) for key in ("position", "dropped", "bad"))
+        if progress.get("rows", len(examples)) != len(examples):
+            raise InputErrorOfAll(f"--resume: --data has {len(examples)} rows, but {progress['rows']} when the state was saved")
         self.pool, self.ahead = ThreadPoolExecutor(4), {}
         self.path = os.path.join(args.out, "skipped.jsonl")
         self.new, self.written = [], set()  # (file, row): after the first epoch a row is counted again, but not written again
@@ -433,7 +462,7 @@ class Feed:
                 self.written = {(row["file"], row["row"]) for row in map(json.loads, file)}
 
     def progress(self):
-        return {"position": self.position, "dropped": self.dropped, "bad": self.bad}
+        return {"position": self.position, "dropped": self.dropped, "bad": self.bad, "rows": len(self.examples)}
 
     def try_encode(self, i):
         """-> (encoded or None, why it cannot be used or None, whether that is the row's fault)."""
@@ -450,8 +479,10 @@ class Feed:
     def draw(self, count, step):
         """-> (indices of the next `count` usable examples, {place among them: encoded} for those encoded on this rank)."""
         indices, encoded, lost = [], {}, 0  # lost: in a row
-        weights, seed = getattr(self.examples, "weights", None), self.args.seed
-        upcoming = mixed_order(weights, self.position, seed) if weights else order(len(self.examples), self.position, seed)
+        if self.examples.weighted:
+            upcoming = mixed_order(self.examples.sources, self.position, self.args.seed)
+        else:
+            upcoming = order(len(self.examples), self.position, self.args.seed)
         while len(indices) < count:
             candidates = [next(upcoming) for _ in range(count - len(indices))]
             jobs = {c: self.ahead.pop(candidates[c], None) or self.pool.submit(self.try_encode, candidates[c])
@@ -488,7 +519,7 @@ class Feed:
         if (file, row) not in self.written:
             self.new.append({"step": step + 1, "file": file, "row": row, "reason": reason})
             self.written.add((file, row))
-        if self.bad > self.args.max_bad * max(self.position, min(LOOK, len(self.examples))):
+        if self.bad > allowed(max(self.position, min(LOOK, len(self.examples))), len(self.examples), self.args):
             if os.path.isdir(self.args.out):  # a run that fails before its first step leaves nothing behind
                 self.write()
             raise too_many(self.bad, self.position, self.args, f"{where}: {reason}")
@@ -683,13 +714,15 @@ def resume(out, world, parts):
     return read_progress(path)
 
 
-def begin(args, world, parts, *skips):
+def begin(args, world, parts, steps, *skips):
     """With --resume load the newest state, else clear OUT of a finished run; open the logs; from now on SIGTERM ends the run
     after the step. -> (progress: counters of the run, the last row of metrics.jsonl or {})."""
     progress = {"step": 0, "position": 0, "dropped": 0}
     if args.resume:
         progress = resume(args.out, world, parts)
         processes = progress.pop("processes")
+        if progress["step"] > steps:
+            raise InputErrorOfAll(f"--resume: the run has done {progress['step']} steps already, --steps makes it {steps}")
         for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
             mine.named = mine.total
         if world.rank == 0:
@@ -823,9 +856,9 @@ def main():
     attn = choose_attention(args.attn, world)
     policy = shard(load_policy(args.ckpt, attn=attn).to(world.device).train(), world, args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    steps = args.steps or max(1, math.ceil(len(examples) * args.epochs / args.batch))
+    steps = args.steps if args.steps is not None else max(1, math.ceil(len(examples) * args.epochs / args.batch))
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, row = begin(args, world, parts, skips)
+    progress, row = begin(args, world, parts, steps, skips)
     encode = lambda example: encode_demonstration(example, tokenizer, image_processor, args, system)
     feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):

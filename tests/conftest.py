@@ -35,6 +35,10 @@ SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]
 SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: many processes, kills or 100,000 rows; pytest -m 'not slow' leaves it out")
+
+
 def short(rng, answer):
     """A well-formed response of a dozen tokens."""
     caption = f"{rng.integers(1, 4)} {rng.choice(COLORS)} {rng.choice(['circle', 'square', 'cross'])}"

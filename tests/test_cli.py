@@ -28,6 +28,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
     """Same seed, same global batch: same losses, rewards, scores, lengths, weights; under FSDP2 on two ranks as on one."""
@@ -142,6 +143,12 @@ BAD = {
     "nothing to resume": (ALL, "resume", lambda t, p: "", "--resume.*state"),
     "--out is a file": (ALL, "out", lambda t, p: a_file(p, "file", b"x"), "--out .*file"),
     "missing --system-prompt": (ALL, "system-prompt", lambda t, p: p / "gone.txt", "--system-prompt .*gone.txt"),
+    "negative seed": (ALL, "seed", lambda t, p: -1, "--seed -1"),
+    "learning rate that is no number": (ALL, "lr", lambda t, p: "nan", "--lr nan"),
+    "no temperature": (["align", "rl"], "temperature", lambda t, p: 0, "--temperature 0"),
+    "no new tokens": (["align", "rl"], "max-new-tokens", lambda t, p: 0, "--max-new-tokens 0"),
+    "alpha above 1": (["align"], "alpha", lambda t, p: 7, "--alpha 7"),
+    "--system-prompt is a folder": (ALL, "system-prompt", lambda t, p: p, "--system-prompt .*"),
     "every prompt too long": (ALL, "max-prompt", lambda t, p: 3, "--max-prompt"),
 }  # fmt: skip
 CASES = [(name, script) for name, (scripts, *_) in BAD.items() for script in scripts]

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -28,17 +29,16 @@ def picture(rng, kind="PNG"):
     return buffer.getvalue()
 
 
-def parts(rng):
-    """(question, answer, caption, trace) with and without tags, as both occur."""
+def parts(rng, tagged):
+    """(question, answer, caption, trace) with or without tags, as both occur."""
     response = short(rng, str(rng.choice(["even", "odd"])))
     found = rollout.parse_response(response)
     caption, trace = response.split("</caption>")
-    tagged = rng.random() < 0.5
     return "How many?", found.answer, caption + "</caption>" if tagged else found.caption, trace if tagged else found.think
 
 
 def sharegpt(rng, i, folder, dialect):
-    question, answer, _, _ = parts(rng)
+    question, answer, _, _ = parts(rng, True)
     turns = [("user", "<image>" * (i % 3) + question), ("assistant", short(rng, answer))]
     if dialect == "messages":
         chat = [{"role": role, "content": text} for role, text in turns]
@@ -82,7 +82,7 @@ def make_shards(folder, rng):
 
 def published(rng, i):
     """A row of the alignment and RLVR sets."""
-    question, answer, caption, trace = parts(rng)
+    question, answer, caption, trace = parts(rng, i % 4 < 2)
     prompt = [{"role": "system", "content": "Look."}, {"role": "user", "content": "<image>" * (1 + i % 2) + question}]
     gold = {"ground_truth": answer, "style": "rule", "equivalent_answers": [answer.upper()] if i % 2 else None}
     row = {"data_source": "made", "prompt": prompt, "teacher_caption": caption, "teacher_cot": trace, "answer": answer}
@@ -105,7 +105,7 @@ def make_pairs(folder, rng):
     rows = []
     for i in range(ROWS):
         (folder / f"pair_{i}.jpg").write_bytes(picture(rng, "JPEG"))
-        (question, _, *teacher), (_, _, *student) = parts(rng), parts(rng)
+        (question, _, *teacher), (_, _, *student) = (parts(rng, i % 4 < 2) for _ in range(2))
         row = {"id": f"p{i}", "image": f"pair_{i}.jpg", ("question", "prompt")[i % 2]: question}
         row |= dict(zip(("teacher_caption", "teacher_cot"), teacher))
         rows.append(row | dict(zip(("student_caption", "student_cot"), student)))
@@ -116,7 +116,7 @@ def make_ours(folder, rng):
     """Our own rows, gzipped."""
     rows = []
     for i in range(ROWS):
-        question, answer, _, _ = parts(rng)
+        question, answer, _, _ = parts(rng, True)
         row = {"id": f"r{i}", "prompt": question, "response": short(rng, answer), "answer": answer, "images": []}
         if i % 2:
             (folder / f"{i}.png").write_bytes(picture(rng))
@@ -160,6 +160,7 @@ def disc(tiny, policy, tmp_path_factory):
     return out / "discriminator"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, kind", CASES, ids=[f"{make.__name__[5:]}-{kind}" for make, kind in CASES])
 def test_published_formats_run_through_the_command_line(make, kind, files, tiny, policy, disc, tmp_path):
     """One process and two, with the same result; no row is bad."""
@@ -232,6 +233,7 @@ def test_rows_become_what_they_say(make, files, tiny):
     """Every row of every format: placeholders match pictures, pictures open, responses have their blocks."""
     examples = load_examples(str(files[make]))
     assert len(examples) == ROWS
+    different = 0
     for i, example in enumerate(examples):
         text = "".join(message["content"] for message in example.prompt)
         assert text.count("<image>") in (0, len(example.images)) and example.prompt[-1]["role"] == "user"
@@ -242,7 +244,27 @@ def test_rows_become_what_they_say(make, files, tiny):
             assert example.answer == ([example.answer[0], example.answer[0].upper()] if i % 2 else example.answer)
             assert example.prompt[0] == {"role": "system", "content": "Look."}
         if make is make_pairs:
-            assert rollout.parse_response(example.rejected) and example.rejected != example.response
+            assert rollout.parse_response(example.rejected)
+            different += example.rejected != example.response
+    assert make is not make_pairs or different > ROWS / 2
+
+
+@pytest.mark.parametrize("row, answer", [
+    ({"answer": 7, "reward_model": {"ground_truth": None}}, "7"),
+    ({"reward_model": {"ground_truth": None, "equivalent_answers": ["2", None]}}, ["2"]),
+    ({"reward_model": {"ground_truth": "2", "equivalent_answers": "II"}}, ["2", "II"]),
+    ({"answer": []}, None), ({"answer": float("nan")}, None), ({"answer": [None, ""]}, None), ({"answer": 2.5}, "2.5"),
+])  # fmt: skip
+def test_gold_answers(row, answer):
+    """What is no answer is None, so that rl.py names the row instead of rewarding nothing or everything."""
+    assert rollout.to_example({"prompt": "x"} | row, "x").answer == answer
+
+
+def test_teacher_parts_with_some_tags():
+    """A trace whose answer alone is tagged; a picture beside an empty list of pictures."""
+    row = {"question": "x", "teacher_caption": "seen", "teacher_cot": "so\n<answer>5</answer>", "images": [], "image": b"y"}
+    example = rollout.to_example(row, "x")
+    assert rollout.parse_response(example.response) == rollout.Response("seen", "so", "5") and example.images == [b"y"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
@@ -258,11 +280,14 @@ def test_sources(tmp_path):
         with open(tmp_path / "b.json", "rb") as file, rollout.array_lines(file, chunk) as lines:
             lines.seek(0)
             assert [json.loads(line) for line in lines] == rows[20:]
-    with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+    with gzip.open(tmp_path / "c.json.gz", "wt", encoding="utf-8-sig") as file:  # with the mark that Windows puts there
         json.dump(rows, file)
     assert asked(tmp_path / "c.json.gz") == every
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "clone" / "data")
+    assert asked(tmp_path / "clone") == every[:20]
     examples = load_examples([f"{tmp_path}/a.jsonl:0.9", f"{tmp_path}/b.json:0.1"])
-    assert examples.weights == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
+    assert examples.weighted and examples.sources == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
     assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (f"{tmp_path}/b.json", 2)
     (tmp_path / "d.jsonl").write_text("\n\n" + json.dumps(rows[0]) + "\n\n" + "broken")  # blank lines count
     assert load_examples(str(tmp_path / "d.jsonl")).where(0)[1] == 3
@@ -273,7 +298,7 @@ def test_sources(tmp_path):
 @pytest.mark.parametrize("content, match", [
     (b"", "empty"), (b"\n\n", "empty"), (b"[]", "empty"), (b"[{", "not JSON"), (b'[{"prompt": "x"}', "not JSON"),
     (b"PAR1 and no more", "parquet"), (b"\x1f\x8b\x08 cut", "data:"), (b"no json", ":1: not JSON"), (b"3", "JSON object"),
-    (b'{"text": "x"}', "none of the columns"),
+    (b'{"text": "x"}', "none of the columns"), (b'[{"prompt": "x"}]\n[{"prompt": "y"}]', "more after the end"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, content, match):
     (tmp_path / "data").write_bytes(content)
@@ -282,7 +307,21 @@ def test_files_that_cannot_be_read(tmp_path, content, match):
     assert str(tmp_path / "data") in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sources", [["a:0.5", "b"], ["a:0", "b:1"], ["missing.jsonl"], ["no*match.jsonl"]])
+@pytest.mark.parametrize("source", ["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", "prism-vlm/gemini_distill"])
+def test_hub_ids_are_asked_for_at_the_hub(monkeypatch, source):
+    """Also a file of a data set; the Hub itself is out of reach here."""
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: asked.append((args, more)) or 1 / 0)
+    with pytest.raises(InputError, match="nor a data set that the Hub gives"):
+        load_examples(source, "validation")
+    name, _, file = source.partition(":")
+    assert asked == [((name,), {"data_files": file or None, "split": "validation"})]
+
+
+SENSELESS = [["a:-1", "b:1"], ["a:nan", "b:1"], ["a:0.5", "b"], ["a:0", "b:1"], ["missing.jsonl"], ["no*match.jsonl"]]
+
+
+@pytest.mark.parametrize("sources", SENSELESS)
 def test_sources_that_make_no_sense(tmp_path, sources):
     for name in "ab":
         write_jsonl(tmp_path / name, [{"prompt": "x"}])
@@ -299,6 +338,7 @@ print(len(examples), words, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_rows(tmp_path, kind):
     """Every row of 1,000 and of 100,000 read, 1 kB each: at most 200 MB more at the highest point."""
@@ -466,12 +506,13 @@ def dirty(tmp_path_factory):
     lines += [json.dumps(GOOD | {"id": f"g{i}", "images": ["good.png"]}).encode() for i in range(1980, 2000)]
     lines = [(line, None) for line in lines] + [(line, (kind, word)) for kind, (line, word) in kinds.items() for _ in range(6)]
     lines = [lines[i] for i in rng.permutation(len(lines))]
-    first = next(i for i, (_, broken) in enumerate(lines) if broken is None)  # a broken first row would end the run at once
-    lines[0], lines[first] = lines[first], lines[0]
+    first = next(i for i, (_, broken) in enumerate(lines) if broken)
+    lines[0], lines[first] = lines[first], lines[0]  # a broken first row says nothing about the others
     (folder / "dirty.jsonl").write_bytes(b"\n".join(line for line, _ in lines))
     return folder / "dirty.jsonl", {n: broken for n, (_, broken) in enumerate(lines, 1) if broken}
 
 
+@pytest.mark.slow
 def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path):
     path, broken = dirty
     assert len(broken) >= 200 and len({kind for kind, _ in broken.values()}) >= 25

@@ -37,7 +37,7 @@ def test_cosine(total, warmup):
 
 # -------------------------------------------------------------------------------------------------------------- data order
 class Numbers(list):
-    weights = None
+    weighted = False
 
     def where(self, i):
         return "numbers", i + 1
@@ -77,7 +77,7 @@ def test_draw_covers_every_row_once_an_epoch(tmp_path):
     flat = [i for batch in batches for i in batch]
     epochs = [flat[at : at + 12] for at in range(0, 60, 12)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
-    assert feed.progress() == {"position": 60, "dropped": 0, "bad": 0}
+    assert feed.progress() == {"position": 60, "dropped": 0, "bad": 0, "rows": 12}
     assert take(12, 5, 12, lambda x: True, tmp_path)[0] == batches
     assert take(12, 5, 12, lambda x: True, tmp_path, seed=4)[0] != batches
 

@@ -29,6 +29,7 @@ import discriminator
 import rollout
 import sft
 
+pytestmark = pytest.mark.slow
 GAME = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "log-rollouts": 1}
 
 

@@ -1,8 +1,8 @@
 """`python -m toy`: SFT -> alignment -> RLVR -> evaluation on the embedded picture world, started as a user would start it.
 
 Writes OUT/data and OUT/base, runs sft.py, align.py, rl.py (from the SFT and from the aligned checkpoint) and eval.py under
-torchrun, prints each command line before it runs, and ends with one table and OUT/report.png. It imports no stage: what
-it knows about a run it reads from the files that the run wrote.
+torchrun, prints each command line before it runs, and ends with one table and OUT/report.png. What it knows about a run it
+reads from the files that the run wrote.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from rollout import parse_response
+from sft import find_state
 from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
@@ -90,7 +91,7 @@ def run_stage(out, name, command, processes, resume):
         print(f"[{name}] finished before", flush=True)
         return
     command = [str(part) for part in command]
-    if resume and os.path.exists(os.path.join(out, name, "state")):
+    if resume and find_state(os.path.join(out, name)):
         command.append("--resume")
     launch = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
