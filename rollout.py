@@ -859,9 +859,10 @@ class SlotCache:
         self.keys, self.values = ([rows[: len(slots)] for rows in part] for part in (self.keys, self.values))
         self.lengths, self.rows = self.lengths[: len(slots)], self.rows[: len(slots)]
 
-    def open_window(self, filled):
-        """Read `filled` columns, rounded up by at most a quarter, so that few shapes of the decode step occur."""
-        step = max(1, 1 << filled.bit_length() - 3)
+    def open_window(self, filled, compiled):
+        """Read `filled` columns, rounded up by at most a quarter, so that few shapes of the decode step occur; to the next power
+        of two where every shape is compiled."""
+        step = 1 << (filled - 1).bit_length() if compiled else max(1, 1 << filled.bit_length() - 3)
         self.window = min(len(self.columns), -(-filled // step) * step)
 
     def update(self, k, v, layer):  # called by the attention layers, one new token a row
@@ -896,7 +897,7 @@ def choose(logits, uniform, temperature):
 
 @torch.no_grad()
 def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None, slots=256,
-           max_tokens=16384):  # fmt: skip
+           max_tokens=16384, compiled=False):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
     The prompt is prefilled once; rows decode from copies of its KV; a finished row leaves its slot to the next (prompt,
@@ -905,7 +906,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     more than fit into SLOT_TOKENS * max_tokens cached positions (at least one); prompts are prefilled when their turn comes,
     max_tokens at a time.
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the numbers of the
-    samples wanted here, when a group of n is spread over ranks.
+    samples wanted here, when a group of n is spread over ranks. compiled: torch.compile the decode step (see decode_step).
     """
     training = model.training
     model.eval()  # in train mode transformers drops the cache of a model that recomputes activations
@@ -916,6 +917,9 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     done, encoded = {}, {}
     text, device, dtype, banned = model.config.text_config, model.device, model.dtype, banned_ids(model.config)
     columns = max((len(p.input_ids) for p in prompts), default=0) + max_new_tokens
+    if compiled:
+        columns = -(-columns // 1024) * 1024  # another number is another shape to compile
+    step = compiled_decode_step() if compiled else decode_step
     slots = min(slots, len(queue), max(1, SLOT_TOKENS * max_tokens // columns))
     cache = SlotCache(text.num_hidden_layers, slots, text.num_key_value_heads, columns, text.head_dim, dtype, device)
     hidden = torch.zeros(slots, text.hidden_size, dtype=dtype, device=device)
@@ -937,7 +941,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         live = [s for s, row in enumerate(active) if row is not None]
         if not live:
             break
-        if len(live) <= 0.75 * len(active):  # nothing left to refill with: finished rows leave the batch
+        if len(live) <= 0.75 * len(active) and not compiled:  # nothing left to refill with: finished rows leave the batch
             cache.keep(live)
             hidden, offset, noise, active = hidden[live], offset[live], noise[live], [active[s] for s in live]
         logits = masked_logits(model.lm_head, hidden, banned, temperature or 1.0)
@@ -957,8 +961,8 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
             else:
                 filled = max(filled, len(prompts[row[0][0]].input_ids) + len(row[1]))
         if filled:
-            cache.open_window(filled)
-            hidden = decode_step(model.model.language_model, cache, tokens, offset)
+            cache.open_window(filled, compiled)
+            hidden = step(model.model.language_model, cache, tokens, offset).clone()  # a captured step writes to one place
     model.train(training)
     return [[done[p, s] for s in samples[p]] for p in range(len(prompts))]
 
@@ -975,3 +979,9 @@ def decode_step(text, cache, tokens, offset):
         hidden = layer(hidden, position_embeddings=rotary, attention_mask=mask, past_key_values=cache)
     cache.lengths += 1
     return text.norm(hidden)[:, 0]
+
+
+@cache
+def compiled_decode_step():
+    """One compilation for each number of slots and window; on CUDA the steps between are replayed as CUDA graphs."""
+    return torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
