@@ -108,7 +108,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         sampler, [prompts[g] for g in groups], args.n, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_token_id,
         temperature=args.temperature, seeds=[(args.seed, step, feed.position, g) for g in groups],
         samples=[[s for g, s in mine if g == group] for group in groups], slots=args.slots, max_tokens=args.max_tokens,
-        compiled=args.compile,
+        compiled=world.device.type == "cuda" if args.compile is None else args.compile,
     )  # fmt: skip
     drawn = [(r, len(prompts[g].input_ids)) for g, part in zip(groups, rollouts) for r in part]
     drawn, records = sum(world.gather(drawn), []), []
@@ -216,7 +216,8 @@ def rollout_flags(parser, prompts, max_new_tokens):
     group.add_argument("--rollouts", dest="n", type=int, default=16, help="rollouts per prompt")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs trained on")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="length limit of a response")
-    group.add_argument("--compile", action="store_true", help="torch.compile the decode step (reduce-overhead)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                       help="torch.compile the decode step (default: on CUDA)")  # fmt: skip
     group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process; fewer where they "
                        f"would cache more than {SLOT_TOKENS} x --max-tokens tokens")  # fmt: skip
     group.add_argument("--log-rollouts", type=int, default=10, help="steps between entries in rollouts.jsonl; 0: never")
