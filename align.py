@@ -24,12 +24,12 @@ import time
 
 import torch
 
-from discriminator import VARIANTS, compare_tokenizers, expert_metrics, load_discriminator, pair_loss, reader
+from discriminator import VARIANTS, compare_tokenizers, expert_metrics, learn_pairs, load_discriminator, reader
 from discriminator import save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
-from rollout import InputError, encode_prompt, encode_response, parse_response, split_rows, split_segments
+from rollout import InputError, encode_prompt, encode_response, parse_response, split_segments
 from sft import Feed, Parser, Skips, begin, choose_attention, common_flags, end_step, load_data, load_policy, load_tokenizer
-from sft import log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard, system_prompt
+from sft import log, make_optimizer, make_sampler, refresh, run, save, setup, shard, system_prompt
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -76,22 +76,14 @@ def score_and_learn(disc, records, pairs, teachers, tokenizer, args, world):
     for i, record in enumerate(records):
         if pairs[i] is not None:
             groups.setdefault(record.group, []).append(i)
-    rows = [
-        (len(records[g[0]].prompt.input_ids) + sum(map(len, teachers[group])), [sum(map(len, pairs[i])) for i in g])
-        for group, g in groups.items()
-    ]
-    packs, members = list(split_rows(rows, args.max_tokens)), list(groups.values())
-    count = max(1, world.sum(sum(map(len, members)))[0])
+    row = lambda record, members: (
+        reader(record.prompt, tokenizer, disc.variant), teachers[record.group], [pairs[i] for i in members]
+    )
+    rows = [row(records[members[0]], members) for members in groups.values()]
+    valid = [i for members in groups.values() for i in members]
+    count = max(1, world.sum(len(valid))[0])
     scores = torch.full((len(records), 4), torch.nan)
-    for p in range(most(len(packs), world)):
-        parts = [[members[r][b] for b in branches] for r, branches in packs[p]] if p < len(packs) else [[]]
-        firsts = [records[part[0]] if part else records[0] for part in parts]
-        rows = [(reader(first.prompt, tokenizer, disc.variant), teachers[first.group], [pairs[i] for i in part])
-                for first, part in zip(firsts, parts)]  # fmt: skip
-        loss, student, teacher = pair_loss(disc, rows, count, args.score_l2)
-        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
-        here = [i for part in parts for i in part]
-        scores[here] = torch.cat([student, teacher]).T.detach().float().cpu()
+    scores[valid] = learn_pairs(disc, rows, row(records[0], []), count, args, world)
     return scores
 
 

@@ -135,6 +135,26 @@ def pair_loss(disc, rows, count, score_l2):
     return loss + disc.balance() * (len(student) / count), s, t
 
 
+def row_tokens(row):
+    prompt, teacher, students = row
+    return len(prompt.input_ids) + sum(map(len, teacher)) + sum(len(part) for student in students for part in student)
+
+
+def learn_pairs(disc, rows, spare, count, args, world):
+    """One forward per pack: the scores of this rank's rows (see pair_loss), and the backward of the loss. A rank that has none
+    left runs the teacher of the row `spare`, so that all take part in the collectives.
+    -> [pairs, 4] float32 on the CPU, in the order of the rows: D_v, D_r of the student, then of its teacher."""
+    lengths = [(row_tokens((prompt, teacher, [])), [sum(map(len, student)) for student in students])
+               for prompt, teacher, students in rows]  # fmt: skip
+    packs, scores = list(split_rows(lengths, args.max_tokens)), [torch.empty(0, 4)]
+    for p in range(most(len(packs), world)):
+        part = [(*rows[r][:2], [rows[r][2][b] for b in branches]) for r, branches in packs[p]] if p < len(packs) else []
+        loss, student, teacher = pair_loss(disc, part or [(*spare[:2], [])], count, args.score_l2)
+        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
+        scores.append(torch.cat([student, teacher]).T.detach().float().cpu())
+    return torch.cat(scores)
+
+
 def expert_metrics(scores):
     """Per expert over all valid pairs of the step: gap = mean(teacher - student), acc = share of pairs ranked rightly
     (0.5 is the equilibrium, not a failure), loss (2). Absent when no rollout was valid."""
@@ -253,20 +273,6 @@ def encode_pair(example, tokenizer, image_processor, args, system):
     return prompt and (reader(prompt, tokenizer, args.disc_variant), segments[0], segments[1:])
 
 
-def update(disc, batch, args, world):
-    """Accumulate the gradient of one global batch of pairs, this rank's share of it given -> scores [pairs, 4] of this rank:
-    D_v, D_r of the student, then of the teacher."""
-    lengths = [(len(prompt.input_ids), [sum(map(len, teacher + students[0]))]) for prompt, teacher, students in batch]
-    packs = [[batch[r] for r, _ in pack] for pack in split_rows(lengths, args.max_tokens)]
-    scores = []
-    for i in range(most(len(packs), world)):
-        rows = packs[i] if i < len(packs) else [(*batch[0][:2], [])]  # nothing left here, but the others go on
-        loss, student, teacher = pair_loss(disc, rows, args.batch, args.score_l2)
-        (loss * world.size).backward()  # FSDP averages over ranks, the loss is already a share of the global mean
-        scores.append(torch.cat([student, teacher]).T.detach().float().cpu())
-    return torch.cat(scores)
-
-
 def warm_up(args, world):
     """Train a discriminator on offline (teacher, student) pairs and write it to --out, as align.py takes it with --disc."""
     examples = load_data(args.pairs, args, need_pair)
@@ -283,9 +289,8 @@ def warm_up(args, world):
     feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):
         began = time.time()
-        indices, encoded = feed.draw(args.batch, step)
-        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share([1] * args.batch)]
-        scores = torch.cat(world.gather(update(disc, batch, args, world)))
+        batch = feed.batch(args.batch, step, row_tokens)
+        scores = torch.cat(world.gather(learn_pairs(disc, batch, batch[0], args.batch, args, world)))
         norm = skips.step(disc, optimizer, args.lr, args.clip, world, 0.0)
         row = {"step": step + 1, **expert_metrics(scores), "grad_norm": norm, "dropped": feed.dropped, "bad": feed.bad}
         row |= {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}

@@ -508,6 +508,14 @@ class Feed:
         self.ahead = {upcoming[c]: self.pool.submit(self.try_encode, upcoming[c]) for c in self.mine(upcoming)}
         return indices, encoded
 
+    def batch(self, count, step, length):
+        """This rank's share, about equal in tokens, of the next `count` usable examples, encoded; length(encoded) -> tokens."""
+        indices, encoded = self.draw(count, step)
+        known = self.world.gather({i: length(item) for i, item in encoded.items()})
+        lengths = {i: n for part in known for i, n in part.items()}
+        mine = self.world.share([lengths[i] for i in range(count)])
+        return [encoded.get(i) or self.encode(self.examples[indices[i]]) for i in mine]
+
     def skip(self, i, reason, fault, step):
         """Count and write down a row that cannot be used; InputError when that ends the run."""
         file, row = self.examples.where(i)
@@ -863,10 +871,7 @@ def main():
     feed = Feed(examples, encode, args, world, progress)
     for step in range(progress["step"], steps):
         began = time.time()
-        indices, encoded = feed.draw(args.batch, step)
-        known = world.gather({i: len(prompt.input_ids) + len(ids) for i, (prompt, ids) in encoded.items()})
-        lengths = {i: n for part in known for i, n in part.items()}
-        batch = [encoded.get(i) or encode(examples[indices[i]]) for i in world.share([lengths[i] for i in range(args.batch)])]
+        batch = feed.batch(args.batch, step, lambda item: len(item[0].input_ids) + len(item[1]))
         if step == 0 and world.rank == 0:
             show_example(*batch[0], tokenizer)
         # update policy
