@@ -24,12 +24,14 @@ import time
 
 import torch
 
-from discriminator import VARIANTS, compare_tokenizers, expert_metrics, learn_pairs, load_discriminator, reader
-from discriminator import save_discriminator
+from data import Feed, data_flags, encode_prompt, encode_response, load_data, system_prompt
+from discriminator import VARIANTS, Discriminator, compare_tokenizers, expert_metrics, learn_pairs, load_discriminator
+from discriminator import reader, save_discriminator
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
-from rollout import InputError, encode_prompt, encode_response, parse_response, split_segments
-from sft import Feed, Parser, Skips, begin, choose_attention, common_flags, end_step, load_data, load_policy, load_tokenizer
-from sft import log, make_optimizer, make_sampler, refresh, run, save, setup, shard, system_prompt
+from rollout import parse_response, split_segments
+from rows import set_attention, target_logprobs
+from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step, load_policy, load_tokenizer
+from runtime import log, make_optimizer, make_sampler, refresh, run, save, setup, shard
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -124,6 +126,7 @@ def parse_args():
     group.add_argument("--invalid-penalty", type=float, default=1.5, help="advantage of a broken format is minus this")
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
     common_flags(parser, "align")
+    data_flags(parser)
     return parser.parse_args()
 
 
@@ -142,11 +145,14 @@ def encode_taught(example, tokenizer, image_processor, args, system):
 def load_players(args, world):
     """-> {"policy": (model, optimizer), "discriminator": (model, optimizer)} and the model to sample from."""
     attn = choose_attention(args.attn, world)
-    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
+    policy = set_attention(load_policy(args.ckpt), attn)
+    sampler = make_sampler(policy, world)
+    units = [*policy.model.language_model.layers, policy.model.visual]
+    policy = shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
-    disc = shard(disc, world, args.checkpointing)
+    units, heads = [*disc.backbone.language_model.layers, disc.backbone.visual], disc.heads.values()
+    disc = shard(disc, units, world, Discriminator.scores, heads, args.checkpointing)
     optimizers = make_optimizer(policy, args.lr, args.weight_decay), make_optimizer(disc, args.disc_lr, args.weight_decay)
-    sampler = make_sampler(policy, world, args.ckpt, attn)
     return {"policy": (policy, optimizers[0]), "discriminator": (disc, optimizers[1])}, sampler
 
 

@@ -36,11 +36,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, Qwen3VLModel, Qwen3VLMoeModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from rollout import InputError, encode_prompt, encode_response, hidden_states, load_examples, pack_rows
-from rollout import parse_response, set_attention, split_rows, split_segments, without_images
-from sft import Feed, Parser, Skips, begin, check_checkpoint, check_loaded, choose_attention, common_flags, copy_processor
-from sft import end_step, full_weights, load_data, load_tokenizer, log, make_optimizer, most, run, setup, shard, system_prompt
-from sft import write_json, write_meta, write_rows, writing
+from data import Feed, data_flags, encode_prompt, encode_response, load_data, load_examples, system_prompt
+from rollout import parse_response, split_segments
+from rows import Prompt, hidden_states, pack_rows, set_attention, split_rows
+from runtime import InputError, Parser, Skips, begin, check_checkpoint, check_loaded, choose_attention, common_flags
+from runtime import copy_processor, end_step, full_weights, load_tokenizer, log, make_optimizer, most, run, setup, shard
+from runtime import write_json, write_meta, write_rows, writing
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # the one head of a released discriminator, in its shards
@@ -171,6 +172,13 @@ def expert_metrics(scores):
     return out
 
 
+def without_images(prompt, tokenizer):
+    """The same prompt as a text-only reader sees it: image tokens and their markers removed."""
+    drop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]))
+    ids = prompt.input_ids[~torch.isin(prompt.input_ids, drop)]
+    return Prompt(ids, torch.arange(len(ids)).expand(3, -1), None, None)
+
+
 def reader(prompt, tokenizer, variant):
     """The prompt as the discriminator sees it."""
     return without_images(prompt, tokenizer) if variant == "text-only" else prompt
@@ -200,10 +208,10 @@ def load_discriminator(path, variant="moe", attn="sdpa"):
             raise InputError(f"--disc {path} is a Qwen3-VL-MoE: it has one variant, learned, not {variant}")
         variant, kind = ("learned", Qwen3VLMoeModel) if routed else (variant, Qwen3VLModel)
         if stored:
-            backbone = kind(kind.config_class.from_pretrained(path, attn_implementation="rows"))
+            backbone = kind(kind.config_class.from_pretrained(path))
         else:
             backbone, info = kind.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="rows", use_safetensors=True, output_loading_info=True
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             known = {"lm_head.weight", *(RELEASED_HEADS if routed else ())}
             check_loaded(path, {**info, "unexpected_keys": set(info["unexpected_keys"]) - known})
@@ -280,7 +288,8 @@ def warm_up(args, world):
     attn, system = choose_attention(args.attn, world), system_prompt(args)
     disc = load_discriminator(args.ckpt, args.disc_variant, attn).to(world.device)
     args.disc_variant = disc.variant
-    disc = shard(disc, world, args.checkpointing)
+    units, heads = [*disc.backbone.language_model.layers, disc.backbone.visual], disc.heads.values()
+    disc = shard(disc, units, world, Discriminator.scores, heads, args.checkpointing)
     optimizer = make_optimizer(disc, args.lr, args.weight_decay)
     steps = args.steps if args.steps is not None else max(1, len(examples) // args.batch)
     parts, skips = {"discriminator": (disc, optimizer)}, Skips()
@@ -318,6 +327,7 @@ def parse_args():
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="what to build on --ckpt")
     group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in the loss")
     common_flags(parser, "disc")
+    data_flags(parser)
     return parser.parse_args()
 
 
@@ -333,7 +343,7 @@ def score_examples(model, examples, indices, tokenizer, image_processor, args):
             rows[-1]["id"] = example.id
             prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
             segments = split_segments(encode_response(example.response, tokenizer), tokenizer)
-        except Exception as error:  # as in sft.Feed: no row ends a long run
+        except Exception as error:  # as in data.Feed: no row ends a long run
             if args.bad_rows == "stop":
                 raise
             rows[-1]["reason"] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

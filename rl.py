@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import eval as judge
-from rollout import Example, InputError, Prompt, Rollout, encode_prompt, pack_logprobs, pack_rows
-from rollout import SLOT_TOKENS, sample, split_rows
-from sft import Feed, Parser, Skips, append_rows, begin, choose_attention, common_flags, end_step, load_data, load_policy
-from sft import load_tokenizer, log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard, system_prompt
+from data import Example, Feed, data_flags, encode_prompt, load_data, system_prompt
+from rollout import SLOT_TOKENS, Rollout, parse_response, sample
+from rows import Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
+from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags, end_step, load_policy
+from runtime import load_tokenizer, log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard
+from verify import verify
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token", "dynamic": False, "overlong": False},
@@ -78,6 +79,15 @@ def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, t
         losses = losses + kl * k3
     weights = mask / tokens if a["mean"] == "token" else mask / lengths / sequences
     return (losses * weights).sum(), metrics
+
+
+def reward(response_text, gold, options=None):
+    """Response -> {"score", "accuracy", "format"}, equation (5).  Only the <answer> block of a well-formed response
+    counts: an answer elsewhere, or in a broken response, earns nothing."""
+    response = parse_response(response_text)
+    accuracy = float(response is not None and verify(response.answer, gold, options))
+    well_formed = float(response is not None)
+    return {"score": 0.8 * accuracy + 0.2 * well_formed, "accuracy": accuracy, "format": well_formed}
 
 
 # ------------------------------------------------------------------------------------------------ shared with alignment
@@ -238,6 +248,7 @@ def parse_args():
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
     common_flags(parser, "rl")
+    data_flags(parser)
     return parser.parse_args()
 
 
@@ -261,7 +272,7 @@ def collect(sampler, feed, tokenizer, args, world, step):
     kept, all_rewards, counters, groups = [], [], {"gen_batches": 0}, 0
     while True:
         records = sample_records(sampler, feed, tokenizer, args, world, step)
-        scores = [judge.reward(r.text, r.example.answer) for r in records]
+        scores = [reward(r.text, r.example.answer) for r in records]
         for r, s in zip(records, scores):
             length = len(r.rollout.ids)
             s["reward"] = s["score"] + overlong_penalty(length, args.max_new_tokens, args.overlong_buffer) * a["overlong"]
@@ -294,10 +305,16 @@ def main():
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system = system_prompt(args)
     attn = choose_attention(args.attn, world)
-    policy = shard(load_policy(args.ckpt, attn=attn).to(world.device), world, args.checkpointing)
+    policy = set_attention(load_policy(args.ckpt), attn)
+    sampler = make_sampler(policy, world)
+    units = [*policy.model.language_model.layers, policy.model.visual]
+    policy = shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    sampler = make_sampler(policy, world, args.ckpt, attn)
-    reference = shard(load_policy(args.ckpt, attn=attn).to(world.device), world) if args.kl > 0 else None
+    reference = None
+    if args.kl > 0:
+        reference = set_attention(load_policy(args.ckpt), attn).to(world.device)
+        units = [*reference.model.language_model.layers, reference.model.visual]
+        reference = shard(reference, units, world, target_logprobs)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, row = begin(args, world, parts, args.steps, skips)
     refresh(sampler, policy)

@@ -44,7 +44,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 import align  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-import sft  # noqa: E402
+import runtime  # noqa: E402
+from data import mrope_positions  # noqa: E402
+from rows import Prompt, banned_ids, set_attention, target_logprobs  # noqa: E402
 from discriminator import Discriminator, bradley_terry  # noqa: E402
 from toy import checkpoint, world  # noqa: E402
 
@@ -66,7 +68,7 @@ def build(size, device):
         texts = [world.respond(world.make_problem(np.random.default_rng(i))) for i in range(200)]
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.make_checkpoint(folder, texts)
-            policy = sft.load_policy(folder).to(device)
+            policy = runtime.load_policy(folder).to(device)
     else:
         rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
         text = {"vocab_size": VOCABULARY, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope, **SHAPES[size]}
@@ -98,7 +100,7 @@ def make_prompt(config, length, rng):
     grid = torch.tensor([[1, side * merge, side * merge]])
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.from_numpy(rng.standard_normal(((side * merge) ** 2, patch), dtype=np.float32))
-    return rollout.Prompt(ids, rollout.mrope_positions(ids, grid, config.image_token_id, merge), pixels, grid)
+    return Prompt(ids, mrope_positions(ids, grid, config.image_token_id, merge), pixels, grid)
 
 
 def make_group(config, sizes, prompts=1):
@@ -128,7 +130,7 @@ def stocked(model, function, *args, **kwargs):
 def rows(model):
     """The attention that the stages choose."""
     model.set_attn_implementation("rows")
-    rollout.set_attention(getattr(model, "model", model), "flash" if model.device.type == "cuda" else "sdpa")
+    set_attention(model, "flash" if model.device.type == "cuda" else "sdpa")
 
 
 def padded(prompt, segments, device):
@@ -263,7 +265,7 @@ def padded_logprobs(policy, prompt, branches):
     targets = torch.tensor(branches, device=policy.device)
     inputs = padded(prompt, branches, policy.device)
     logits = policy(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits[:, :-1].float()
-    logits = logits.index_fill(-1, torch.tensor(rollout.banned_ids(policy.config), device=policy.device), LOWEST)
+    logits = logits.index_fill(-1, torch.tensor(banned_ids(policy.config), device=policy.device), LOWEST)
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
@@ -292,7 +294,7 @@ def bench_sampling(setting):
     policy, sizes = setting.policy.eval(), setting.sizes
     prompt = make_prompt(policy.config, sizes.P, np.random.default_rng(0))
     inputs = {**padded(prompt, [[]], policy.device), "num_return_sequences": sizes.N, "max_new_tokens": sizes.R, "top_k": 0,
-              "do_sample": True, "pad_token_id": 0, "suppress_tokens": rollout.banned_ids(policy.config)}  # fmt: skip
+              "do_sample": True, "pad_token_id": 0, "suppress_tokens": banned_ids(policy.config)}  # fmt: skip
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.config.image_token_id).int()
     del inputs["position_ids"]  # generate works them out
     ours = lambda: rollout.sample(policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
@@ -325,11 +327,11 @@ def head_memory(whole, tokens, hidden, device):
         status = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
         before, peak = status("VmRSS:"), partial(status, "VmHWM:")
     if whole:
-        logits = head(states).float().index_fill_(-1, torch.tensor(rollout.banned_ids(config), device=device), LOWEST)
+        logits = head(states).float().index_fill_(-1, torch.tensor(banned_ids(config), device=device), LOWEST)
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         del logits
     else:
-        logp = rollout.target_logprobs(model, pack)[0]
+        logp = target_logprobs(model, pack)[0]
     logp.mean().backward()
     return peak() - before, logp.detach().cpu().numpy(), states.grad.float().cpu().numpy()
 
@@ -352,8 +354,8 @@ def step_phases(setting, sizes, prompts, learn):
     """{name: function} of an alignment step; they hand their results on in `group`."""
     policy, disc, group = setting.policy, setting.disc, make_group(setting.policy.config, sizes, prompts)
     distinct = [group.records[g * sizes.N].prompt for g in range(prompts)]
-    optimizers = {model: sft.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc) if learn}
-    step = lambda m: sft.Skips().step(m, optimizers[m], 1e-6, 1.0, setting.one, 0.0) if learn else m.zero_grad()
+    optimizers = {model: runtime.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc) if learn}
+    step = lambda m: runtime.Skips().step(m, optimizers[m], 1e-6, 1.0, setting.one, 0.0) if learn else m.zero_grad()
 
     def sampling():
         drawn = rollout.sample(policy.eval(), distinct, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
@@ -412,9 +414,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each row; the median counts")
     args = parser.parse_args()
     began, (P, R) = time.perf_counter(), (256, 64) if args.size == "toy" else (1024, 512)
-    sft.hf_logging.disable_progress_bar()
+    runtime.hf_logging.disable_progress_bar()
     policy, disc = build(args.size, args.device)
-    one, sizes = sft.World(0, 1, torch.device(args.device)), SimpleNamespace(P=P, R=R, N=16)
+    one, sizes = runtime.World(0, 1, torch.device(args.device)), SimpleNamespace(P=P, R=R, N=16)
     setting = SimpleNamespace(policy=policy, disc=disc, device=args.device, rounds=args.rounds, sizes=sizes, one=one)
     setting.tolerance = 1e-4 if args.size == "toy" else 0.1
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"

@@ -24,13 +24,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration  # noqa: E402
 
 import rollout  # noqa: E402
+import runtime  # noqa: E402
 import sft  # noqa: E402
+from data import Example, encode_prompt, load_examples  # noqa: E402
+from rows import banned_ids, set_attention  # noqa: E402
 from toy import checkpoint  # noqa: E402
 
 logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
-ONE = sft.World(0, 1, torch.device("cpu"))  # one process
+ONE = runtime.World(0, 1, torch.device("cpu"))  # one process
 SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]
 SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
 
@@ -108,17 +111,18 @@ def tiny(tmp_path_factory):
     texts = ["\n".join([*(turn["content"] for turn in row["prompt"]), row["response"]]) for row in rows["sft"]]
     base = str(folder / "base")
     checkpoint.make_checkpoint(base, texts, hidden=64, layers=2, vision_layers=1)
-    tokenizer, image_processor = sft.load_tokenizer(base)
+    tokenizer, image_processor = runtime.load_tokenizer(base)
     pictures = [noise(rng, size) for size in SIZES]
     prompts = {}
     for count in (0, 1, 3):
         turn = {"role": "user", "content": "see " + "<image> and " * count + "count"}
-        example = rollout.Example("x", [turn], pictures[:count])
-        prompts[count] = rollout.encode_prompt(example, tokenizer, image_processor, system_prompt=SYSTEM)
+        example = Example("x", [turn], pictures[:count])
+        prompts[count] = encode_prompt(example, tokenizer, image_processor, system_prompt=SYSTEM)
     stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     return SimpleNamespace(
         folder=folder, rows=rows, base=base, tokenizer=tokenizer, image_processor=image_processor, prompts=prompts,
-        model=sft.load_policy(base), stock=stock, banned=rollout.banned_ids(stock.config), eos=tokenizer.eos_token_id,
+        model=set_attention(runtime.load_policy(base), "sdpa"), stock=stock, banned=banned_ids(stock.config),
+        eos=tokenizer.eos_token_id,
         released=write_released(folder / "released", base),
         **{name: str(folder / f"{name}.jsonl") for name in rows},
     )  # fmt: skip
@@ -127,16 +131,16 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def policy(tiny):
     """A checkpoint that knows the format and guesses the answer: most of its samples are valid, about half are right."""
-    model, out = sft.load_policy(tiny.base), str(tiny.folder / "policy")
+    model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "policy")
     args = argparse.Namespace(max_tokens=10**6, max_prompt=512, max_length=1024, ckpt=tiny.base)
-    examples = rollout.load_examples(tiny.sft)
+    examples = load_examples(tiny.sft)
     data = [sft.encode_demonstration(e, tiny.tokenizer, tiny.image_processor, args, "") for e in examples]
-    optimizer, rng = sft.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
+    optimizer, rng = runtime.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
     for _ in range(60):
         sft.update(model, [data[i] for i in rng.choice(len(data), 8, replace=False)], args, ONE)
         optimizer.step()
         optimizer.zero_grad()
-    sft.save(model, out, ONE, "sft", args, 60, {})
+    runtime.save(model, out, ONE, "sft", args, 60, {})
     return out
 
 
@@ -186,7 +190,7 @@ def stage(name, *flags):
     """Run a stage in this process as its script would -> exit status."""
     before, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
-        sft.run(importlib.import_module(name).main)
+        runtime.run(importlib.import_module(name).main)
     except SystemExit as end:
         return end.code
     finally:

@@ -9,10 +9,11 @@ import torch
 from conftest import ONE, assert_same_grads, grads, read_jsonl, short, stage, untimed, write_jsonl
 from safetensors.torch import load_file
 
+from data import encode_response
 import align
 import rl
 import rollout
-from discriminator import VARIANTS, load_discriminator
+from discriminator import VARIANTS, load_discriminator, without_images
 
 # -------------------------------------------------------------------------------------------------------------- advantages
 
@@ -80,7 +81,7 @@ RESPONSES = ["good", "good", "cut", "broken", "good", "good", "good", "broken", 
 
 def make_game(tiny, responses=RESPONSES, counts=(1, 0, 3)):
     rng, records, teachers = np.random.default_rng(0), [], {}
-    encode = lambda: rollout.encode_response(short(rng, "odd"), tiny.tokenizer)
+    encode = lambda: encode_response(short(rng, "odd"), tiny.tokenizer)
     for i, kind in enumerate(responses):
         ids = encode()
         if kind == "broken":
@@ -117,7 +118,7 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     disc, game = with_heads(tiny, variant), make_game(tiny)
     records, pairs, teachers = game
     prompts = [
-        rollout.without_images(r.prompt, tiny.tokenizer) if variant == "text-only" else r.prompt for r in records
+        without_images(r.prompt, tiny.tokenizer) if variant == "text-only" else r.prompt for r in records
     ]  # fmt: skip
     expected, loss, count = torch.full((9, 4), torch.nan), 0.0, 5
     for i, pair in enumerate(pairs):

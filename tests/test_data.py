@@ -14,8 +14,10 @@ import pytest
 from conftest import ROOT, launch, noise, read_jsonl, short, stage, untimed, write_jsonl
 from PIL import Image
 
+import runtime
+from data import Example, Feed, array_lines, data_flags, encode_prompt, load_examples, load_image, to_example
 import rollout
-from rollout import InputError, encode_prompt, load_examples, load_image
+from runtime import InputError
 
 ROWS = 200
 FLAGS = ["--max-tokens", 2000, "--max-prompt", 800]
@@ -257,13 +259,13 @@ def test_rows_become_what_they_say(make, files, tiny):
 ])  # fmt: skip
 def test_gold_answers(row, answer):
     """What is no answer is None, so that rl.py names the row instead of rewarding nothing or everything."""
-    assert rollout.to_example({"prompt": "x"} | row, "x").answer == answer
+    assert to_example({"prompt": "x"} | row, "x").answer == answer
 
 
 def test_teacher_parts_with_some_tags():
     """A trace whose answer alone is tagged; a picture beside an empty list of pictures."""
     row = {"question": "x", "teacher_caption": "seen", "teacher_cot": "so\n<answer>5</answer>", "images": [], "image": b"y"}
-    example = rollout.to_example(row, "x")
+    example = to_example(row, "x")
     assert rollout.parse_response(example.response) == rollout.Response("seen", "so", "5") and example.images == [b"y"]
 
 
@@ -277,7 +279,7 @@ def test_sources(tmp_path):
     every = [row["prompt"] for row in rows]
     assert asked(tmp_path) == asked(tmp_path / "*.json*") == asked(tmp_path / "a.jsonl", tmp_path / "b.json") == every
     for chunk in (1, 7, 1000):
-        with open(tmp_path / "b.json", "rb") as file, rollout.array_lines(file, chunk) as lines:
+        with open(tmp_path / "b.json", "rb") as file, array_lines(file, chunk) as lines:
             lines.seek(0)
             assert [json.loads(line) for line in lines] == rows[20:]
     with gzip.open(tmp_path / "c.json.gz", "wt", encoding="utf-8-sig") as file:  # with the mark that Windows puts there
@@ -331,7 +333,6 @@ def test_sources_that_make_no_sense(tmp_path, sources):
 
 MEMORY = """
 import resource, sys
-from rollout import load_examples
 examples = load_examples(sys.argv[1])
 words = sum(len(examples[i].prompt[-1]["content"]) for i in range(len(examples)))
 print(len(examples), words, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -419,7 +420,7 @@ def test_grey_deep_and_transparent_pictures():
 def test_up_to_eight_pictures(tiny, count):
     rng = np.random.default_rng(count)
     sizes = [(32 * rng.integers(1, 4), 32 * rng.integers(1, 4)) for _ in range(count)]
-    example = rollout.Example("x", [{"role": "user", "content": "a<image>" * count + "b"}], [noise(rng, s) for s in sizes])
+    example = Example("x", [{"role": "user", "content": "a<image>" * count + "b"}], [noise(rng, s) for s in sizes])
     prompt = encode_prompt(example, tiny.tokenizer, tiny.image_processor)
     assert int((prompt.input_ids == tiny.banned[0]).sum()) == sum(w * h // 1024 for w, h in sizes)
     assert (prompt.image_grid_thw is None) == (count == 0)
@@ -430,12 +431,10 @@ def test_pixel_budget(tiny, flags, tokens):
     """A picture of 128 x 128: one token for each 32 x 32 of what is left of it, or of what it becomes."""
     import argparse
 
-    import sft
-
     parser = argparse.ArgumentParser()
-    sft.data_flags(parser)
-    tokenizer, image_processor = sft.load_tokenizer(tiny.base, parser.parse_args(list(map(str, flags))))
-    example = rollout.Example("x", [{"role": "user", "content": "<image>"}], [noise(np.random.default_rng(0), (128, 128))])
+    data_flags(parser)
+    tokenizer, image_processor = runtime.load_tokenizer(tiny.base, parser.parse_args(list(map(str, flags))))
+    example = Example("x", [{"role": "user", "content": "<image>"}], [noise(np.random.default_rng(0), (128, 128))])
     prompt = encode_prompt(example, tokenizer, image_processor)
     assert int((prompt.input_ids == tiny.banned[0]).sum()) == tokens
 
@@ -534,12 +533,12 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     import sft
     from conftest import ONE
 
-    parser = sft.Parser()
-    sft.common_flags(parser, "sft")
+    parser = runtime.Parser()
+    runtime.common_flags(parser, "sft")
     parser.add_argument("--max-length", default=8192)
     args = parser.parse_args(["--ckpt", "x", "--max-bad", "0.2", "--out", str(tmp_path / "feed")])
     encode = lambda example: sft.encode_demonstration(example, tiny.tokenizer, tiny.image_processor, args, "")
-    feed = sft.Feed(load_examples(str(path)), encode, args, ONE, {})
+    feed = Feed(load_examples(str(path)), encode, args, ONE, {})
     used = [i + 1 for step in range(20) for i in feed.draw(100, step)[0]]
     assert sorted(used) == sorted(set(range(1, 2001 + len(broken))) - set(broken))
 

@@ -11,8 +11,11 @@ from conftest import ONE, assert_same_grads, grads, ids_of, read_jsonl, stage, s
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
+import runtime
+from rows import Prompt, set_attention
+from data import encode_prompt, encode_response, load_examples
 import rollout
-from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator
+from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator, without_images
 
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
 
@@ -48,7 +51,7 @@ def alone(disc, prompt, ids, expert):
         layer.mlp = Routed(mlp, expert, len(prompt.input_ids))
     backbone.set_attn_implementation("sdpa")
     hidden = backbone(**stock_inputs(prompt, ids, backbone.config), use_cache=False).last_hidden_state[0, -1]
-    rollout.set_attention(backbone, "sdpa")
+    set_attention(backbone, "sdpa")
     for layer, mlp in zip(layers, before):
         layer.mlp = mlp
     return disc.heads[expert](hidden)[0]
@@ -123,10 +126,10 @@ def test_the_loss_of_one_expert_never_touches_the_other(tiny, expert):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_the_text_only_variant_is_blind(tiny, variant):
     disc, prompt, segments = trained(tiny, variant), tiny.prompts[1], pairs_of(tiny, [0, 0])
-    other = rollout.Prompt(prompt.input_ids, prompt.position_ids, -prompt.pixel_values, prompt.image_grid_thw)
+    other = Prompt(prompt.input_ids, prompt.position_ids, -prompt.pixel_values, prompt.image_grid_thw)
     here, there = (torch.stack(disc.scores([reader(p, tiny.tokenizer, variant)], *segments)) for p in (prompt, other))
     assert torch.equal(here, there) == (variant == "text-only")
-    seen = rollout.without_images(prompt, tiny.tokenizer)
+    seen = without_images(prompt, tiny.tokenizer)
     assert tiny.tokenizer.decode(seen.input_ids).count("<|") == tiny.tokenizer.decode(prompt.input_ids).count("<|") - 11
     assert seen.pixel_values is None and seen.position_ids.tolist() == [list(range(len(seen.input_ids)))] * 3
 
@@ -167,7 +170,7 @@ def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant):
     prompts = [reader(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
     assert torch.equal(torch.stack(disc.scores(prompts, *segments)), torch.stack(again.scores(prompts, *segments)))
     for other in set(VARIANTS) - {variant} - ({"moe"} if variant == "learned" else set()):  # moe is only the default there
-        with pytest.raises(rollout.InputError, match=f"trained as {variant}"):
+        with pytest.raises(runtime.InputError, match=f"trained as {variant}"):
             load_discriminator(str(tmp_path / "disc"), other)
 
 
@@ -184,9 +187,9 @@ def test_the_released_layout_is_read_as_it_is(tiny, tmp_path):
     shutil.copytree(tiny.released, tmp_path / "headless")
     last = sorted((tmp_path / "headless").glob("*.safetensors"))[-1]
     save_file({key: t for key, t in load_file(last).items() if not key.startswith("v_head")}, last, metadata={"format": "pt"})
-    with pytest.raises(rollout.InputError, match="headless.*v_head.1.weight"):
+    with pytest.raises(runtime.InputError, match="headless.*v_head.1.weight"):
         load_discriminator(str(tmp_path / "headless"))
-    with pytest.raises(rollout.InputError, match="Qwen3-VL-MoE"):
+    with pytest.raises(runtime.InputError, match="Qwen3-VL-MoE"):
         load_discriminator(tiny.base, "learned")
 
 
@@ -233,14 +236,14 @@ def test_scoring_a_data_set(tiny, tmp_path, capsys):
         assert stage("discriminator", "--score", data, "--ckpt", tmp_path / "disc", *flags) == 0
         found.append(read_jsonl(tmp_path / str(i) / "scores.jsonl"))
     assert f"{len(rows) - 2} of {len(rows)} responses scored" in capsys.readouterr().out
-    examples = rollout.load_examples(data)
+    examples = load_examples(data)
     for i, (example, whole, split) in enumerate(zip(examples, *found, strict=True)):
         assert whole["id"] == split["id"] == example.id
         if i in (2, 5):
             assert [whole[key] for key in ("perception", "reasoning", "combined")] == [None] * 3
             continue
-        prompt = rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor)
-        segments = rollout.split_segments(rollout.encode_response(example.response, tiny.tokenizer), tiny.tokenizer)
+        prompt = encode_prompt(example, tiny.tokenizer, tiny.image_processor)
+        segments = rollout.split_segments(encode_response(example.response, tiny.tokenizer), tiny.tokenizer)
         d_v, d_r = (score.item() for score in disc.scores([prompt], *([(0, part)] for part in segments)))
         expected = {"perception": d_v, "reasoning": d_r, "combined": 0.3 * d_v + 0.7 * d_r}
         for key, value in expected.items():

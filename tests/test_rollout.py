@@ -10,8 +10,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from conftest import assert_same_grads, grads, ids_of, stock_inputs, stock_logprobs
 
+import runtime
+from rows import Layout, branch_logprobs, hidden_states, pack_rows, set_attention, split_rows, target_logprobs
+from data import Example, encode_prompt, encode_response, mrope_positions
 import rollout
-from rollout import Example, InputError, branch_logprobs, pack_rows, parse_response, sample, split_rows, split_segments
+from runtime import InputError
+from rollout import parse_response, sample, split_segments
 
 GOOD = "<caption>\n1 red cross\n</caption>\n<think>\n1 + 1 = 2\n</think>\n<answer>\n2\n</answer>"
 
@@ -30,22 +34,22 @@ def test_positions_equal_those_of_transformers(tiny, count):
 
 def test_positions_of_a_hand_made_picture():
     ids = torch.tensor([5, 9, 9, 9, 9, 9, 9, 7])  # 9: an image of 2 x 3 merged tokens
-    got = rollout.mrope_positions(ids, torch.tensor([[1, 4, 6]]), 9, 2)
+    got = mrope_positions(ids, torch.tensor([[1, 4, 6]]), 9, 2)
     assert got.tolist() == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
 
 
 def test_long_prompts_are_dropped_and_never_cut(tiny):
     example = Example("x", [{"role": "user", "content": "one two three"}])
-    length = len(rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor).input_ids)
-    assert rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor, length) is not None
-    assert rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor, length - 1) is None
+    length = len(encode_prompt(example, tiny.tokenizer, tiny.image_processor).input_ids)
+    assert encode_prompt(example, tiny.tokenizer, tiny.image_processor, length) is not None
+    assert encode_prompt(example, tiny.tokenizer, tiny.image_processor, length - 1) is None
 
 
 def test_placeholders_and_pictures_must_agree(tiny):
     picture = tiny.folder / tiny.rows["rl"][0]["images"][0]
     example = Example("row 7", [{"role": "user", "content": "<image><image> same?"}], [str(picture)])
     with pytest.raises(InputError, match="row 7: 2 <image> in the text but 1 images"):
-        rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor)
+        encode_prompt(example, tiny.tokenizer, tiny.image_processor)
 
 
 # -------------------------------------------------------------------------------------------------------- response format
@@ -69,7 +73,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_format_has_no_parts(tiny, name):
     assert parse_response(BROKEN[name]) is None
-    assert split_segments(rollout.encode_response(BROKEN[name], tiny.tokenizer), tiny.tokenizer) is None
+    assert split_segments(encode_response(BROKEN[name], tiny.tokenizer), tiny.tokenizer) is None
 
 
 WHOLE = {
@@ -85,7 +89,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_segments_join_to_the_response(tiny, name):
-    ids = rollout.encode_response(WHOLE[name], tiny.tokenizer)
+    ids = encode_response(WHOLE[name], tiny.tokenizer)
     caption, trace = split_segments(ids, tiny.tokenizer)
     assert caption[:-1] + trace == ids
     assert caption[-1] == trace[-1] == tiny.eos
@@ -98,7 +102,7 @@ def test_segments_join_to_the_response(tiny, name):
 
 
 def test_a_token_over_the_boundary_belongs_to_the_caption(tiny):
-    ids = rollout.encode_response(GOOD, tiny.tokenizer)
+    ids = encode_response(GOOD, tiny.tokenizer)
     caption, _ = split_segments(ids, tiny.tokenizer)
     straddling = tiny.tokenizer.decode(caption[-2:-1])
     assert straddling.endswith(">\n"), "the tokenizer of this world joins the tag and the line break after it"
@@ -114,7 +118,7 @@ def test_characters_cut_in_two_keep_the_offsets(tiny):
         ids = [*encode(parts[0]), *broken, *encode(parts[2]), tiny.eos]
         caption, trace = split_segments(ids, tiny.tokenizer)
         assert caption[:-1] + trace == ids
-        assert trace == split_segments(rollout.encode_response(GOOD, tiny.tokenizer), tiny.tokenizer)[1]
+        assert trace == split_segments(encode_response(GOOD, tiny.tokenizer), tiny.tokenizer)[1]
 
 
 @pytest.mark.parametrize("unit", ["<caption>", "<caption>\n</caption>", "<think>", "</answer>", "<", "\n", "<caption", "> "])
@@ -153,7 +157,7 @@ def test_several_prompts_in_one_pack(tiny):
     prompts = [tiny.prompts[c] for c in (3, 0, 1, 0)]  # the same prompt twice
     branches = list(zip([1, 0, 3, 0, 2, 1], ids_of(rng, tiny, 4, 9, 2, 6, 1, 7)))  # not in the order of the prompts
     tiny.model.zero_grad(), tiny.stock.zero_grad()
-    got, _ = rollout.target_logprobs(tiny.model, pack_rows(prompts, branches))
+    got, _ = target_logprobs(tiny.model, pack_rows(prompts, branches))
     expected = torch.cat([stock_logprobs(tiny, prompts[p], ids) for p, ids in branches])
     assert (got - expected).abs().max() <= 1e-5
     got.mean().backward(), expected.mean().backward()
@@ -184,9 +188,9 @@ def test_read_out_positions(tiny):
 def test_flex_attention_equals_separate_sequences(tiny):
     """Log-probs only: on a CPU flex attention has no backward."""
     rng, model = np.random.default_rng(3), copy.deepcopy(tiny.model).requires_grad_(False)
-    rollout.set_attention(model.model, "flex")
+    set_attention(model.model, "flex")
     prompts, branches = [tiny.prompts[c] for c in (3, 0)], list(zip([1, 0, 1], ids_of(rng, tiny, 4, 9, 2)))
-    got, _ = rollout.target_logprobs(model, pack_rows(prompts, branches))
+    got, _ = target_logprobs(model, pack_rows(prompts, branches))
     expected = torch.cat([stock_logprobs(tiny, prompts[p], ids) for p, ids in branches])
     assert (got - expected).abs().max() <= 1e-5
 
@@ -194,7 +198,7 @@ def test_flex_attention_equals_separate_sequences(tiny):
 def test_the_forms_of_a_layout_agree():
     """SDPA's padded index, the variable-length kernels' ragged one and flex attention's block mask say the same."""
     segments = [(0, 3, 0, 0), (3, 2, 0, 0), (5, 4, 3, 2), (9, 1, 0, 3), (10, 2, 3, 2)]
-    layout, expected = rollout.Layout(segments), torch.zeros(12, 12, dtype=torch.bool)
+    layout, expected = Layout(segments), torch.zeros(12, 12, dtype=torch.bool)
     for start, length, prefix_start, prefix in segments:
         for q in range(start, start + length):
             expected[q, prefix_start : prefix_start + prefix] = True
@@ -232,7 +236,7 @@ def test_head_equals_float64_whatever_the_chunk(tiny, temperature):
     ids = ids_of(np.random.default_rng(5), tiny, 7, 4)
     pack = pack_rows([tiny.prompts[1]], [(0, i) for i in ids])
     with torch.no_grad():
-        hidden = rollout.hidden_states(tiny.model.model, pack.inputs)[pack.source]
+        hidden = hidden_states(tiny.model.model, pack.inputs)[pack.source]
         table = (tiny.model.lm_head(hidden).double() / temperature).numpy()
     logp, entropy = [], []
     for logits, target in zip(table, pack.targets.tolist()):
@@ -244,7 +248,7 @@ def test_head_equals_float64_whatever_the_chunk(tiny, temperature):
     found = []
     for chunk in (1, 3, 11, 1024):
         tiny.model.zero_grad()
-        got, got_entropy = rollout.target_logprobs(tiny.model, pack, temperature, chunk)
+        got, got_entropy = target_logprobs(tiny.model, pack, temperature, chunk)
         assert np.abs(got.detach().numpy() - logp).max() <= 1e-5
         assert np.abs(got_entropy.numpy() - entropy).max() <= 1e-5
         got.mean().backward()
@@ -336,7 +340,7 @@ def test_recorded_logprobs_equal_a_row(tiny, temperature):
     groups = sample(tiny.model, prompts, 3, max_new_tokens=10, eos_id=tiny.eos, temperature=temperature, slots=4)
     for prompt, group in zip(prompts, groups):
         pack = pack_rows([prompt], [(0, r.ids) for r in group])
-        expected, _ = rollout.target_logprobs(tiny.model, pack, temperature)
+        expected, _ = target_logprobs(tiny.model, pack, temperature)
         assert np.abs(numbers([group]) - expected.detach().numpy()).max() <= 1e-4
 
 
@@ -398,8 +402,8 @@ def test_choose_is_the_inverse_of_the_distribution():
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
 def test_a_literal_vision_token_in_a_text_is_refused(tiny, token):
     """It would be taken for a picture that is not there."""
-    with pytest.raises(rollout.InputError, match="the text contains"):
-        rollout.encode_response(f"a {token} b", tiny.tokenizer)
-    example = rollout.Example("row 7", [{"role": "user", "content": f"what is {token}?"}])
-    with pytest.raises(rollout.InputError, match="row 7: the text contains"):
-        rollout.encode_prompt(example, tiny.tokenizer, tiny.image_processor)
+    with pytest.raises(runtime.InputError, match="the text contains"):
+        encode_response(f"a {token} b", tiny.tokenizer)
+    example = Example("row 7", [{"role": "user", "content": f"what is {token}?"}])
+    with pytest.raises(runtime.InputError, match="row 7: the text contains"):
+        encode_prompt(example, tiny.tokenizer, tiny.image_processor)

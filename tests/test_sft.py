@@ -17,10 +17,13 @@ from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, s
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import runtime
+from rows import branch_logprobs, set_attention, target_logprobs
+from data import Feed, load_examples, mixed_order, order
 import rollout
 import sft
 from discriminator import load_discriminator
-from rollout import InputError
+from runtime import InputError
 
 # ---------------------------------------------------------------------------------------------------------------- schedule
 
@@ -28,7 +31,7 @@ from rollout import InputError
 @pytest.mark.parametrize("total, warmup", [(10, 0.1), (100, 0.1), (7, 0.0), (1, 0.1), (20, 0.5), (3, 1.0)])
 def test_cosine(total, warmup):
     ramp = max(1, round(total * warmup))
-    got = [sft.cosine(step, total, 2.0, warmup) for step in range(total)]
+    got = [runtime.cosine(step, total, 2.0, warmup) for step in range(total)]
     rising = [2.0 * (step + 1) / ramp for step in range(min(ramp, total))]
     falling = [1 + math.cos(math.pi * i / (total - ramp)) for i in range(total - ramp)]
     assert got == pytest.approx(rising + falling)
@@ -45,7 +48,7 @@ class Numbers(list):
 
 def feed_of(examples, encode, out, seed=3, **more):
     flags = {"out": str(out), "seed": seed, "bad_rows": "skip", "max_bad": 1.0} | more
-    return sft.Feed(examples, encode, argparse.Namespace(**flags), ONE, {"position": flags.get("position", 0)})
+    return Feed(examples, encode, argparse.Namespace(**flags), ONE, {"position": flags.get("position", 0)})
 
 
 def take(n, count, steps, usable, out, **more):
@@ -64,11 +67,11 @@ def test_ranks_share_work_by_length(seed):
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 9))
     lengths = rng.integers(1, 100, int(rng.integers(size, 40))).tolist() + [1000] * (seed % 2)
-    slices = [sft.World(rank, size, None).share(lengths) for rank in range(size)]
+    slices = [runtime.World(rank, size, None).share(lengths) for rank in range(size)]
     assert [i for part in slices for i in part] == list(range(len(lengths))) and all(slices)
     if seed % 2 == 0 and len(lengths) > 3 * size:
         assert all(abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths) for part in slices)
-    equal = [sft.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
+    equal = [runtime.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
     assert equal == [range(3 * rank, 3 * rank + 3) for rank in range(size)]
 
 
@@ -85,13 +88,13 @@ def test_draw_covers_every_row_once_an_epoch(tmp_path):
 def test_draw_replaces_dropped_rows_and_counts_them(tmp_path):
     usable = lambda x: x % 3 > 0
     batches, feed = take(12, 4, 4, usable, tmp_path)
-    upcoming = list(islice(sft.order(12, 0, 3), feed.position))
+    upcoming = list(islice(order(12, 0, 3), feed.position))
     assert [i for batch in batches for i in batch] == [i for i in upcoming if usable(i)]
     assert feed.dropped == sum(not usable(i) for i in upcoming) == feed.position - 16 > 0
     written = [row["row"] - 1 for row in read_jsonl(tmp_path / "skipped.jsonl")]
     assert written == list(dict.fromkeys(i for i in upcoming if not usable(i)))  # once each, in the order they were met
     indices = take(12, 3, 1, usable, tmp_path, position=7)[0][0]
-    assert indices == [i for i in islice(sft.order(12, 7, 3), 12) if usable(i)][:3]  # from any position, as after --resume
+    assert indices == [i for i in islice(order(12, 7, 3), 12) if usable(i)][:3]  # from any position, as after --resume
 
 
 def test_draw_gives_up_when_nothing_fits(tmp_path):
@@ -101,19 +104,19 @@ def test_draw_gives_up_when_nothing_fits(tmp_path):
 
 def test_sources_are_drawn_by_weight(tmp_path):
     """Whatever their sizes; each source in epochs of its own, and from any position as from the start."""
-    whole = list(islice(sft.mixed_order([(0, 40, 3.0), (40, 7, 1.0)], 0, 5), 4000))
+    whole = list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], 0, 5), 4000))
     small = [i for i in whole if i >= 40]
     assert 0.22 < len(small) / 4000 < 0.28 and len(whole) == 4000
     for part, n, first in ((small, 7, 40), ([i for i in whole if i < 40], 40, 0)):
-        assert part == [first + i for i in islice(sft.order(n, 0, 5), len(part))]
+        assert part == [first + i for i in islice(order(n, 0, 5), len(part))]
     for start in (1, 1023, 1024, 2500):
-        assert list(islice(sft.mixed_order([(0, 40, 3.0), (40, 7, 1.0)], start, 5), 50)) == whole[start : start + 50]
+        assert list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], start, 5), 50)) == whole[start : start + 50]
 
 
 # -------------------------------------------------------------------------------------------------------------------- loss
 def demonstrations(tiny, count):
     args = argparse.Namespace(max_prompt=512, max_length=1024)
-    examples = rollout.load_examples(tiny.sft)
+    examples = load_examples(tiny.sft)
     return [sft.encode_demonstration(examples[i], tiny.tokenizer, tiny.image_processor, args, "") for i in range(count)]
 
 
@@ -132,7 +135,7 @@ def test_loss_is_the_token_mean_whatever_the_split(tiny):
 
 
 def test_long_demonstrations_are_dropped_or_cut_when_asked(tiny):
-    example = rollout.load_examples(tiny.sft)[0]
+    example = load_examples(tiny.sft)[0]
     flags = lambda limit, cut: argparse.Namespace(max_prompt=512, max_length=limit, truncate=cut)
     tools = tiny.tokenizer, tiny.image_processor
     encode = lambda limit, cut=False: sft.encode_demonstration(example, *tools, flags(limit, cut), "")
@@ -143,26 +146,27 @@ def test_long_demonstrations_are_dropped_or_cut_when_asked(tiny):
     assert encode(len(prompt.input_ids) + 1, True)[1] == ids[:1] and encode(len(prompt.input_ids), True) is None
 
 
-@pytest.mark.parametrize("load", [sft.load_policy, load_discriminator])
+@pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
 def test_checkpointing_recomputes_activations(tiny, load):
     """from_pretrained leaves a model in eval mode, in which transformers silently keeps all activations."""
     runs = {}
     for checkpointing in (False, True):
-        model = sft.shard(load(tiny.base), ONE, checkpointing)
+        model = runtime.shard(load(tiny.base), [], ONE, target_logprobs, checkpointing=checkpointing)
         backbone, calls = getattr(model, "backbone", None) or model.model, []
         backbone.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
         if hasattr(model, "heads"):
             d_v, d_r = model.scores([tiny.prompts[1]], [(0, [20, tiny.eos])], [(0, [21, tiny.eos])])
             (d_v.sum() + d_r.sum()).backward()
         else:
-            rollout.branch_logprobs(model, tiny.prompts[1], [[20, tiny.eos]])[0].sum().backward()
+            set_attention(model, "sdpa")
+            branch_logprobs(model, tiny.prompts[1], [[20, tiny.eos]])[0].sum().backward()
         runs[checkpointing] = len(calls)
     assert runs == {False: 1, True: 2}
 
 
 def test_checkpointing_leaves_sampling_alone(tiny):
     """Under checkpointing transformers drops the cache of a model in train mode; sampling needs it."""
-    model = sft.shard(sft.load_policy(tiny.base), ONE, True)
+    model = runtime.shard(set_attention(runtime.load_policy(tiny.base), "sdpa"), [], ONE, target_logprobs, checkpointing=True)
     draw = lambda model: [r.ids for r in rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)[0]]
     assert draw(model.train()) == draw(tiny.model)
     assert model.training  # and what follows is recomputed as before
@@ -170,7 +174,7 @@ def test_checkpointing_leaves_sampling_alone(tiny):
 
 # ---------------------------------------------------------------------------------------------------------- save and resume
 def changed_model(tiny):
-    model = sft.load_policy(tiny.base)
+    model = set_attention(runtime.load_policy(tiny.base), "sdpa")
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -179,7 +183,7 @@ def changed_model(tiny):
 
 def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
     model, args = changed_model(tiny), argparse.Namespace(ckpt=tiny.base, lr=1e-5)
-    sft.save(model, str(tmp_path), ONE, "sft", args, 7, {"loss": 1.5})
+    runtime.save(model, str(tmp_path), ONE, "sft", args, 7, {"loss": 1.5})
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert again.dtype == torch.float32
     inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], model.config)
@@ -191,7 +195,7 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == ("sft", 7, tiny.base, {"loss": 1.5})
     assert meta["args"]["lr"] == 1e-5
-    tokenizer, image_processor = sft.load_tokenizer(str(tmp_path))
+    tokenizer, image_processor = runtime.load_tokenizer(str(tmp_path))
     assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab() and tokenizer.chat_template == tiny.tokenizer.chat_template
     assert image_processor.to_dict() == tiny.image_processor.to_dict()
 
@@ -209,12 +213,12 @@ def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
     processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
     for name in processor:
         shutil.copy(Path(tiny.base) / name, parent)
-    policy = sft.load_policy(str(parent))
+    policy = set_attention(runtime.load_policy(str(parent)), "sdpa")
     assert (policy.lm_head.weight is policy.model.get_input_embeddings().weight) == tied
     prompt, ids = tiny.prompts[1], [20, 21, tiny.eos]
     expected = stock_logprobs(tiny, prompt, ids, stock)
-    assert (rollout.branch_logprobs(policy, prompt, [ids])[0] - expected).abs().max() <= 1e-5
-    sft.save(policy, str(out), ONE, "sft", argparse.Namespace(ckpt=str(parent)), 1, {})
+    assert (branch_logprobs(policy, prompt, [ids])[0] - expected).abs().max() <= 1e-5
+    runtime.save(policy, str(out), ONE, "sft", argparse.Namespace(ckpt=str(parent)), 1, {})
     assert all((out / name).read_bytes() == (parent / name).read_bytes() for name in processor)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tiny.tokenizer.get_vocab()
     half = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
@@ -225,7 +229,7 @@ def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
 
 def test_state_restores_model_and_optimizer(tiny, tmp_path):
     model = changed_model(tiny)
-    optimizer = sft.make_optimizer(model, 1e-3, 0.01)
+    optimizer = runtime.make_optimizer(model, 1e-3, 0.01)
     batch = demonstrations(tiny, 2)
 
     def step(model, optimizer):
@@ -234,10 +238,10 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
         optimizer.zero_grad()
 
     step(model, optimizer)
-    sft.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2})
-    fresh = sft.load_policy(tiny.base)
-    fresh_optimizer = sft.make_optimizer(fresh, 1e-3, 0.01)
-    assert sft.resume(str(tmp_path), ONE, {"policy": (fresh, fresh_optimizer)}) == {"step": 1, "position": 2}
+    runtime.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2})
+    fresh = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    fresh_optimizer = runtime.make_optimizer(fresh, 1e-3, 0.01)
+    assert runtime.resume(str(tmp_path), ONE, {"policy": (fresh, fresh_optimizer)}) == {"step": 1, "position": 2}
     step(model, optimizer)
     step(fresh, fresh_optimizer)
     for left, right in zip(model.parameters(), fresh.parameters(), strict=True):
@@ -263,17 +267,17 @@ def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
 
 def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
     for step in range(1, 6):
-        sft.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
-    sft.start_log(ONE, str(tmp_path), 3)
+        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
+    runtime.start_log(ONE, str(tmp_path), 3)
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
-    sft.start_log(ONE, str(tmp_path), 0)
+    runtime.start_log(ONE, str(tmp_path), 0)
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
 # ------------------------------------------------------------------------------------------------------------ skipped steps
 def test_steps_that_are_not_finite_are_skipped():
     model = torch.nn.Linear(2, 1)
-    optimizer, skips = sft.make_optimizer(model, 0.1, 0.0), sft.Skips()
+    optimizer, skips = runtime.make_optimizer(model, 0.1, 0.0), runtime.Skips()
 
     def step(scale, loss=0.0):
         before = model.weight.detach().clone()
@@ -301,13 +305,13 @@ def test_steps_that_are_not_finite_are_skipped():
 def test_folders_and_hub_ids(name, message):
     """owner/name is a Hub id unless there is such a folder; anything else has to be a folder."""
     if message is None:
-        sft.check_checkpoint(name)
+        runtime.check_checkpoint(name)
     else:
         with pytest.raises(InputError, match=f"--ckpt .*{message}"):
-            sft.check_checkpoint(name)
+            runtime.check_checkpoint(name)
 
 
-@pytest.mark.parametrize("load", [sft.load_policy, load_discriminator])
+@pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
 def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     """Otherwise transformers initialises it at random and training goes on."""
     broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))

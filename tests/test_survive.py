@@ -25,8 +25,10 @@ from conftest import ONE, ROOT, SYSTEM, noise, read_jsonl, stage, untimed, write
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import runtime
 import discriminator
-import rollout
+from data import Example, encode_prompt, encode_response, order
+from rows import set_attention
 import sft
 
 pytestmark = pytest.mark.slow
@@ -196,8 +198,8 @@ def test_a_run_killed_ten_times_equals_an_unbroken_one(tiny, policy, tmp_path, s
         process = start(tmp_path / "log", script, flags("killed") + ["--resume"] * any(found), **striker(phase, passes, after))
         status, text = end(process, tmp_path / "log")
         assert status == -signal.SIGKILL, text[-3000:]
-        state = sft.find_state(str(tmp_path / "killed"))
-        found.append(state and sft.read_progress(state)["step"])
+        state = runtime.find_state(str(tmp_path / "killed"))
+        found.append(state and runtime.read_progress(state)["step"])
     known = [step for step in found if step]
     assert known == sorted(known) and 0 < known[-1] < steps  # a killed save leaves the state before it
     assert stage(script, *flags("killed"), "--resume") == 0
@@ -211,7 +213,7 @@ def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
     status, text = ranks(tmp_path, "align", flags("whole"))
     assert status == 0, text[-3000:]
     for phase, passes, after, rank in [("sampling", 3, 5, 0), ("saving", 1, 20, 1), ("backward", 2, 7, 1), ("saving", 1, 10, 0)]:
-        resumed = ["--resume"] * (sft.find_state(str(tmp_path / "killed")) is not None)
+        resumed = ["--resume"] * (runtime.find_state(str(tmp_path / "killed")) is not None)
         strike = striker(phase, passes, after, rank)
         status, text = ranks(tmp_path, "align", flags("killed") + resumed, limit=90, **strike)
         assert status not in (0, 2), text[-3000:]
@@ -229,7 +231,7 @@ def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker):
         status, text = end(process, tmp_path / "log")
         step = len(read_jsonl(tmp_path / out / "metrics.jsonl"))
         assert status == 143 and f"SIGTERM: the state of step {step} is saved" in text, text[-3000:]
-        assert sft.read_progress(tmp_path / out / "state")["step"] == step < 6
+        assert runtime.read_progress(tmp_path / out / "state")["step"] == step < 6
     assert stage("rl", *flags("told"), "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "told", "rl")
 
@@ -240,7 +242,7 @@ def test_two_processes_of_which_one_is_told_to_stop(tiny, policy, tmp_path, stri
     assert stage("align", *flags("whole")) == 0
     status, text = ranks(tmp_path, "align", flags("told"), **striker("sampling", rank=1, strike="SIGTERM"))
     assert status != 0 and "exitcode  : 143" in text and text.count("SIGTERM: the state of step 1 is saved") == 1, text[-3000:]
-    assert sft.read_progress(tmp_path / "told" / "state")["step"] == 1
+    assert runtime.read_progress(tmp_path / "told" / "state")["step"] == 1
     log = tmp_path / "log"
     status, text = end(start(log, "align", flags("told") + ["--resume"]), log)
     assert status == 0 and "resumed after step 1, saved by 2 processes: same data, same random numbers" in text, text[-3000:]
@@ -257,7 +259,7 @@ def test_torchrun_passes_sigterm_on(tiny, policy, tmp_path):
     status, text = end(process, log, 60)
     step = len(read_jsonl(out / "metrics.jsonl"))
     assert status != 0 and text.count(f"SIGTERM: the state of step {step} is saved") == 1, text[-3000:]
-    assert sft.read_progress(out / "state")["step"] == step
+    assert runtime.read_progress(out / "state")["step"] == step
 
 
 # -------------------------------------------------------------------------------------------------------------- write errors
@@ -277,7 +279,7 @@ def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, processes):
     status, text = end(process, log)
     assert status == (1 if processes else 2) and "Traceback" not in text.partition("sft.py: error:")[0], text[-3000:]
     assert re.search(r"/full/state.new cannot be written, [0-9.]+ GB are free: ", text)
-    assert sft.read_progress(tmp_path / "full" / "state")["step"] == 2
+    assert runtime.read_progress(tmp_path / "full" / "state")["step"] == 2
     if not processes:
         assert stage("sft", *flags("full", 4), "--resume") == 0
         whole, full = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full"))
@@ -288,7 +290,7 @@ def test_keep(tiny, tmp_path):
     """--keep 2: the newest state and the one before it; an older one is used by giving it the name of the newest."""
     flags = lambda steps: flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, save_every=1, keep=2)
     assert stage("sft", *flags(4)) == 0
-    states = {path.name: sft.read_progress(path)["step"] for path in (tmp_path / "out").glob("state*")}
+    states = {path.name: runtime.read_progress(path)["step"] for path in (tmp_path / "out").glob("state*")}
     assert states == {"state": 4, "state.3": 3}
     whole = untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
     shutil.rmtree(tmp_path / "out" / "state")
@@ -315,10 +317,10 @@ def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
 
 def test_half_a_line_in_the_log_is_dropped(tmp_path):
     for step in (1, 2, 3):
-        sft.log(ONE, str(tmp_path), {"step": step, "loss": 0.5})
+        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    assert sft.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
+    assert runtime.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -336,7 +338,7 @@ def question(text, images=(), response=None):
 def by_rank(rows, seed=5):
     """The rows in the order that gives them to the ranks as listed, in the first epoch."""
     out = [None] * len(rows)
-    for row, i in zip(rows, sft.order(len(rows), 0, seed)):
+    for row, i in zip(rows, order(len(rows), 0, seed)):
         out[i] = row
     return out
 
@@ -344,18 +346,18 @@ def by_rank(rows, seed=5):
 @pytest.fixture(scope="module")
 def lopsided(tiny):
     """A checkpoint that answers `short` in the format and `long` with a word without end."""
-    model, out = sft.load_policy(tiny.base), str(tiny.folder / "lopsided")
-    example = lambda text: rollout.Example("x", question(text)["prompt"])
-    encode = lambda text: rollout.encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
-    short = rollout.encode_response(question("short")["response"], tiny.tokenizer)
-    word = rollout.encode_response("red", tiny.tokenizer)[:1]
+    model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "lopsided")
+    example = lambda text: Example("x", question(text)["prompt"])
+    encode = lambda text: encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
+    short = encode_response(question("short")["response"], tiny.tokenizer)
+    word = encode_response("red", tiny.tokenizer)[:1]
     batch, args = [(encode("short"), short), (encode("long"), word * 200)], SimpleNamespace(max_tokens=10**6, ckpt=tiny.base)
-    optimizer = sft.make_optimizer(model, 3e-3, 0.0)
+    optimizer = runtime.make_optimizer(model, 3e-3, 0.0)
     for _ in range(60):
         sft.update(model, batch, args, ONE)
         optimizer.step()
         optimizer.zero_grad()
-    sft.save(model, out, ONE, "sft", args, 60, {})
+    runtime.save(model, out, ONE, "sft", args, 60, {})
     return out
 
 
@@ -435,9 +437,9 @@ def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd):
     assert captured.err.count("not finite in 3 updates in a row, the last in step 3") == 1 and len(captured.err.splitlines()) == 1
     assert [f"step {step}: update skipped" in captured.out for step in (1, 2, 3, 4)] == [True, True, True, False]
     assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
-    good = sft.read_progress(tmp_path / "out" / "state")
+    good = runtime.read_progress(tmp_path / "out" / "state")
     assert good["step"] == 2 and good["skips"] == [[2, 2]]
-    assert sft.read_progress(tmp_path / "out" / "bad" / "state")["step"] == 3
+    assert runtime.read_progress(tmp_path / "out" / "bad" / "state")["step"] == 3
     assert stage("sft", *flags, "--resume") == 2  # the count goes on where it stood
     assert "the last in step 3" in capfd.readouterr().err
 
@@ -560,11 +562,11 @@ def poisoned(tiny, tmp_path, kind):
 def test_a_checkpoint_from_a_stranger_executes_nothing(tiny, tmp_path, kind):
     """Weights come from safetensors or not at all; code in the folder is not read."""
     folder, sprung = poisoned(tiny, tmp_path, kind)
-    for load in (sft.load_tokenizer, sft.load_policy, discriminator.load_discriminator):
+    for load in (runtime.load_tokenizer, runtime.load_policy, discriminator.load_discriminator):
         try:
             load(str(folder))
-        except rollout.InputError as error:
+        except runtime.InputError as error:
             assert kind != "auto_map" and str(folder) in str(error)
         else:
-            assert kind in ("auto_map", "unknown class") or load is sft.load_tokenizer
+            assert kind in ("auto_map", "unknown class") or load is runtime.load_tokenizer
     assert not sprung.exists()

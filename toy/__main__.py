@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from rollout import parse_response
-from sft import find_state
+from runtime import find_state
 from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_rows, table, write_report
 
