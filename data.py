@@ -44,15 +44,18 @@ class Example:
     response: str | None = None
     answer: str | list[str] | None = None
     rejected: str | None = None  # the student's response of a discriminator warm-up pair; `response` is the teacher's
+    options: list[str] = field(default_factory=list)  # texts of the choices, A first; empty when there are none
+    digits: int | None = None  # numbers in an answer are compared after rounding to so many decimals
+    info: dict = field(default_factory=dict)  # what a report groups by
 
 
 class Examples(Sequence):
     """Rows of one or several files, turned into `Example` when indexed: a broken row is an InputError there, and images are
     opened only when used. files: [(rows, path, folder of relative image paths)]. sources: [(first row, rows, share of the
-    draws)]; not weighted: all rows are drawn alike."""
+    draws)]; not weighted: all rows are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
 
-    def __init__(self, files, sources, weighted):
-        self.files, self.sources, self.weighted = files, sources, weighted
+    def __init__(self, files, sources, weighted, read=None):
+        self.files, self.sources, self.weighted, self.read = files, sources, weighted, read or to_example
         self.ends = np.cumsum([len(rows) for rows, _, _ in files])
 
     def __len__(self):
@@ -73,7 +76,7 @@ class Examples(Sequence):
         rows, _, folder, place = self.find(i)
         where = "{}:{}".format(*self.where(i))
         row = rows.parse(place, where) if isinstance(rows, JsonLines) else rows[place]
-        return to_example(row, where, folder)
+        return self.read(row, where, folder)
 
 
 def load_examples(sources, split=None):
@@ -297,7 +300,9 @@ def to_example(row, where, base=""):
     images = row.get("images") or row.get("image")
     images = images if isinstance(images, list) else [images] if images else []
     images = [resolve(image, base, where) for image in images]
-    return Example(str(row.get("id") or where), messages, images, response, answer, rejected)
+    options = row.get("options") or row.get("choices")
+    options = options if isinstance(options, list) and all(isinstance(text, str) for text in options) else []
+    return Example(str(row.get("id") or where), messages, images, response, answer, rejected, options)
 
 
 def to_messages(turns, where):

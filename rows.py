@@ -36,6 +36,10 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
+# What a rank that has nothing left to compute runs, times 0, while the others go on: all must take part in the collectives.
+IDLE = Prompt(torch.zeros(1, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long), None, None)
+
+
 # ------------------------------------------------------------------------------------------------------------------ rows
 class Layout:
     """Who attends to whom in a pack of T tokens: S segments that tile the pack in order; a segment sees its prefix (the

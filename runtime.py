@@ -58,6 +58,35 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def integer(low=None, high=None):
+    """argparse type: an integer of at least `low` and at most `high`."""
+    return number(int, low, high)
+
+
+def real(low=None, high=None, above=None):
+    """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
+    return number(float, low, high, above)
+
+
+def number(kind, low=None, high=None, above=None):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is no {'integer' if kind is int else 'number'}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {high:g}")
+        return value
+
+    return parse
+
+
 def common_flags(parser, stage):
     """The flags that every training stage has, with that stage's default for --out."""
     group = parser.add_argument_group("run")
