@@ -1,4 +1,10 @@
-"""Rows of any file -> Example -> Prompt, and the feed that gives every stage its next batch."""
+"""Rows of any file -> Example -> Prompt, and the feed that gives every stage its next batch.
+
+    load_examples(sources)     an `Example` for each row, made when it is used
+    look(examples, ..)         each is looked at once, before a model is loaded
+    encode_prompt(example, ..) messages and pictures -> `Prompt`
+    Feed(examples, ..)         the next batch, encoded by threads while the last one trains
+"""
 
 import glob
 import gzip
@@ -14,185 +20,255 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll
-
+from runtime import InputError, InputErrorOfAll, append_rows, integer, real, write_rows
 
 SYSTEM_PROMPT = (
-    "Answer in three blocks. In <caption> and </caption> describe everything in the image that the question may need. "
+    "Answer in three blocks. "
+    "In <caption> and </caption> describe everything in the image that the question may need. "
     "In <think> and </think> reason step by step from that description. "
     "In <answer> and </answer> give the final answer alone."
 )
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image refuses what Pillow warns of
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what one `<image>` of a data set becomes in the chat text
-LOOK = 100  # rows of a source that are looked at before a model is loaded
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what one `<image>` becomes in the chat text
+# load_image refuses what Pillow only warns of
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-# -------------------------------------------------------------------------------------------------------------- examples
+# ---------------------------------------------------------------------------------------- flags
+def data_flags(parser):
+    """The flags of everything that reads examples."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--split", default=None, help="split of a Hub data set")
+    group.add_argument("--system-prompt", default=None, metavar="FILE",
+                       help="system message for rows that carry none")
+    group.add_argument("--max-prompt", type=integer(1), default=2048,
+                       help="longer prompts are dropped and counted, never cut")
+    pixel_flags(group)
+    group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip",
+                       help="rows that cannot be used; stop decodes every picture first")
+    group.add_argument("--max-bad", type=real(0, 1), default=0.05,
+                       help="share of unusable rows that ends the run")
+
+
+def pixel_flags(group):
+    group.add_argument("--min-pixels", type=integer(1), default=None,
+                       help="smaller pictures are enlarged (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=integer(1), default=None,
+                       help="larger pictures are reduced (default: the checkpoint's)")
+
+
+def system_prompt(args):
+    """The text of --system-prompt, or ours."""
+    if args.system_prompt is None:
+        return SYSTEM_PROMPT
+    try:
+        with open(args.system_prompt, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"--system-prompt {args.system_prompt}: {why}") from error
+
+
+# ---------------------------------------------------------------------------------------- files
+class File(NamedTuple):
+    """One file, or a split of a Hub data set."""
+
+    rows: Sequence  # of dicts, one a row; read when indexed
+    path: str
+    folder: str  # where relative paths of pictures start
+
+
 @dataclass
 class Example:
-    """One row of a data set. `prompt`: chat messages whose content is text with one `<image>` per image."""
+    """One row of a data set. `prompt`: chat messages whose content is text with one `<image>` per
+    image."""
 
     id: str
     prompt: list[dict]
-    images: list = field(default_factory=list)  # path, bytes or PIL image each; opened by `load_image` when needed
+    images: list = field(default_factory=list)  # path, bytes or PIL image; see `load_image`
     response: str | None = None
     answer: str | list[str] | None = None
-    rejected: str | None = None  # the student's response of a discriminator warm-up pair; `response` is the teacher's
-    options: list[str] = field(default_factory=list)  # texts of the choices, A first; empty when there are none
-    digits: int | None = None  # numbers in an answer are compared after rounding to so many decimals
+    rejected: str | None = None  # the student's response of a discriminator warm-up pair
+    options: list[str] = field(default_factory=list)  # texts of the choices, A first
+    digits: int | None = None  # numbers are compared after rounding to so many decimals
     info: dict = field(default_factory=dict)  # what a report groups by
 
 
 class Examples(Sequence):
-    """Rows of one or several files, turned into `Example` when indexed: a broken row is an InputError there, and images are
-    opened only when used. files: [(rows, path, folder of relative image paths)]. sources: [(first row, rows, share of the
-    draws)]; not weighted: all rows are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
+    """Rows of one or several files, turned into `Example` when indexed: a broken row is an
+    InputError there, and images are opened only when used.
+
+    files: list of File. sources: [(first row, rows, share of the draws)]; not weighted: all rows
+    are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
 
     def __init__(self, files, sources, weighted, read=None):
-        self.files, self.sources, self.weighted, self.read = files, sources, weighted, read or to_example
-        self.ends = np.cumsum([len(rows) for rows, _, _ in files])
+        self.files, self.sources, self.weighted = files, sources, weighted
+        self.read = read or to_example
+        self.ends = np.cumsum([len(file.rows) for file in files])
 
     def __len__(self):
         return int(self.ends[-1])
 
     def find(self, i):
-        """-> (rows, path, folder, place in the file)."""
+        """-> (File, place in it)."""
+        i = range(len(self))[i]
         f = int(np.searchsorted(self.ends, i, side="right"))
-        return *self.files[f], i - int(self.ends[f]) + len(self.files[f][0])
+        file = self.files[f]
+        return file, i - int(self.ends[f]) + len(file.rows)
 
     def where(self, i):
-        """(file, line or row from 1) of example i."""
-        rows, path, _, place = self.find(range(len(self))[i])
-        return path, rows.line(place) if isinstance(rows, JsonLines) else place + 1
+        """(path, line or row from 1) of example i."""
+        file, place = self.find(i)
+        lines = isinstance(file.rows, JsonLines)
+        return file.path, file.rows.line(place) if lines else place + 1
 
     def __getitem__(self, i):
-        i = range(len(self))[i]
-        rows, _, folder, place = self.find(i)
-        where = "{}:{}".format(*self.where(i))
-        row = rows.parse(place, where) if isinstance(rows, JsonLines) else rows[place]
-        return self.read(row, where, folder)
+        file, place = self.find(i)
+        return self.read(file.rows[place], "{}:{}".format(*self.where(i)), file.folder)
+
+    def fingerprint(self):
+        """A number that changes when the rows do: of each file its size, first and last MiB."""
+        crc = 0
+        for file in self.files:
+            if os.path.isfile(file.path):
+                size = os.path.getsize(file.path)
+                with open(file.path, "rb") as stream:
+                    crc = zlib.crc32(stream.read(1 << 20), zlib.crc32(str(size).encode(), crc))
+                    stream.seek(max(0, size - (1 << 20)))
+                    crc = zlib.crc32(stream.read(), crc)
+            else:
+                crc = zlib.crc32(getattr(file.rows, "_fingerprint", file.path).encode(), crc)
+        return crc
 
 
 def load_examples(sources, split=None):
-    """Examples of one source or a list of sources: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of those, a glob, or
-    a Hub data set `owner/name[:file]`. With weights, `a.jsonl:0.9 b.jsonl:0.1`, a source is drawn that often whatever its size.
+    """Examples of one source or a list of sources: a .json, .jsonl, .jsonl.gz or .parquet file, a
+    folder of those, a glob, or a Hub data set `owner/name[:file]`. With weights, `a.jsonl:0.9
+    b.jsonl:0.1`, a source is drawn that often whatever its size.
 
-    Rows are recognised by columns, see `to_example`, and are parsed when they are used; a file of whose first LOOK rows none can
-    be used is an error now. Nothing but 16 bytes a row stays in memory. Raises InputError that names the source and the cure.
+    Rows are recognised by columns, see `to_example`, and are parsed when they are used. Nothing but
+    16 bytes a row stays in memory. Raises InputError that names the source and the cure.
     """
     sources = [sources] if isinstance(sources, str) else sources
     files, parts = [], []
     for source in sources:
         name, weight = split_weight(source)
         opened = open_source(name, split)
-        parts.append((sum(len(rows) for rows, _, _ in files), sum(len(rows) for rows, _, _ in opened), weight))
+        first, count = (sum(len(file.rows) for file in part) for part in (files, opened))
+        parts.append((first, count, weight))
         files += opened
     given = [weight for _, _, weight in parts if weight is not None]
     if given and (len(given) < len(parts) or not all(0 < weight < np.inf for weight in given)):
         raise InputError(f"--data {' '.join(sources)}: give every source a weight above 0, or none")
-    examples = Examples(files, parts, bool(given))
-    for end, (rows, _, _) in zip(examples.ends.tolist(), files):
-        errors = []
-        for i in range(end - len(rows), end)[:LOOK]:
-            try:
-                examples[i]
-                break
-            except InputError as error:
-                errors.append(error)
-        else:
-            raise errors[0]
-    return examples
+    return Examples(files, parts, bool(given))
 
 
 def split_weight(source):
-    """"a.jsonl:0.9" -> ("a.jsonl", 0.9); without a weight, or when there is such a file, (source, None)."""
+    """"a.jsonl:0.9" -> ("a.jsonl", 0.9); without a weight, or when there is such a file, (source,
+    None)."""
     name, _, weight = source.rpartition(":")
+    if os.path.exists(source) or not name:
+        return source, None
     try:
-        return (source, None) if os.path.exists(source) or not name else (name, float(weight))
+        return name, float(weight)
     except ValueError:
         return source, None
 
 
+KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
+
+
 def open_source(source, split):
-    """One source -> [(rows, path, folder of relative image paths)], one entry a file; no file is empty."""
-    kinds = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
+    """One source -> list of File; no file is empty."""
     if os.path.isdir(source):
-        for folder in (source, os.path.join(source, "*")):  # a clone of a Hub data set has its shards one level down
-            paths = [path for kind in kinds for path in glob.glob(os.path.join(folder, f"*.{kind}"))]
-            paths = sorted(path for path in paths if not os.path.basename(path).startswith("dataset_info"))
-            if paths:
-                break
-        if not paths:
-            raise InputError(f"{source}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
+        paths = files_of(source)
     else:
         paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
     if paths:
-        files = [(read_file(path), path, os.path.dirname(os.path.abspath(path))) for path in paths]
-        files = [file for file in files if len(file[0])]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.partition(":")[0].endswith(kinds):
-        from datasets import load_dataset  # imported here: the local formats do not need it
-
-        name, _, file = source.partition(":")
-        try:
-            rows = load_dataset(name, data_files=file or None, split=split or "train")
-        except Exception as error:
-            raise InputError(f"{source}: neither a local file nor a data set that the Hub gives ({error})") from error
-        files = [(undecoded(rows), source, "")] if len(rows) else []
+        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+        files = [File(read_file(path), path, folder) for path, folder in zip(paths, folders)]
+    elif is_hub_id(source):
+        files = [File(load_from_hub(source, split), source, "")]
     else:
-        raise InputError(f"{source}: no such file; give a .jsonl, .json or .parquet file, a folder, or a Hub id owner/name")
+        raise InputError(f"{source}: no such file; give a .jsonl, .json or .parquet file, "
+                         "a folder, or a Hub id owner/name")
+    files = [file for file in files if len(file.rows)]
     if not files:
         raise InputError(f"{source}: the data set is empty")
     return files
 
 
+def files_of(folder):
+    """The data files of a folder or, as in a clone of a Hub data set, one level down."""
+    for place in (folder, os.path.join(folder, "*")):
+        paths = [path for kind in KINDS for path in glob.glob(os.path.join(place, f"*.{kind}"))]
+        paths = [path for path in paths if not os.path.basename(path).startswith("dataset_info")]
+        if paths:
+            return sorted(paths)
+    raise InputError(f"{folder}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
+
+
+def is_hub_id(source):
+    name = source.partition(":")[0]
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source)) and not name.endswith(KINDS)
+
+
+def load_from_hub(source, split):
+    from datasets import load_dataset  # imported here: the local formats do not need it
+
+    name, _, file = source.partition(":")
+    try:
+        return undecoded(load_dataset(name, data_files=file or None, split=split or "train"))
+    except Exception as error:
+        raise InputError(f"{source}: neither a local file nor a data set that the Hub gives "
+                         f"({error})") from error
+
+
 class JsonLines(Sequence):
-    """The JSON objects of a file, one a line, parsed when indexed. In memory: where each line starts, and its number."""
+    """The JSON objects of a file, one a line, parsed when indexed. In memory: where each line ends,
+    and its number."""
 
     def __init__(self, file, path):
-        self.file, self.path, starts, at = file, path, [], 0
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                starts += [at, number]
-            at += len(line)
-            if len(starts) >= 1 << 16:  # as integers of Python they would take four times the memory
-                starts = self._keep(starts)
-        self._keep(starts)
-
-    def _keep(self, starts):
-        self.starts = np.concatenate([getattr(self, "starts", np.empty((0, 2), np.int64)), np.reshape(starts, (-1, 2))])
-        return []
+        self.file, self.path = file, path
+        # a blank line counts as a line, but holds no object: its length is kept with a minus
+        lengths = (len(line) if line.strip() else -len(line) for line in file)
+        lengths = np.fromiter(lengths, np.int64)
+        self.lines = np.flatnonzero(lengths > 0)
+        self.ends = np.abs(lengths).cumsum()[self.lines]
 
     def __len__(self):
-        return len(self.starts)
+        return len(self.lines)
 
     def line(self, i):
-        return int(self.starts[i, 1])
+        """Number, from 1, of the line of object i."""
+        return int(self.lines[i]) + 1
 
-    def parse(self, i, where):
-        end = int(self.starts[i + 1, 0]) if i + 1 < len(self) else os.fstat(self.file.fileno()).st_size
-        start = int(self.starts[i, 0])
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        where = f"{self.path}:{self.line(i)}"
+        start = int(self.ends[i - 1]) if i else 0  # blank lines before the object do no harm
+        # pread: threads do not share a position
+        text = os.pread(self.file.fileno(), int(self.ends[i]) - start, start)
         try:
-            row = json.loads(os.pread(self.file.fileno(), end - start, start))  # pread: threads do not share a position
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); one JSON object per line is needed") from None
+            raise InputError(f"{where}: not JSON ({error}); a line must be one object") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
         return row
 
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        return self.parse(i, f"{self.path}:{self.line(i)}")
-
 
 def read_file(path):
-    """Rows of one local file, none of them in memory; recognised by content: parquet, or JSON, gzipped or not, as lines or
-    as one array."""
+    """Rows of one local file, none of them in memory; recognised by content: parquet, or JSON,
+    gzipped or not, as lines or as one array."""
     try:
         file = open(path, "rb")
         magic = file.read(4)
@@ -200,12 +276,7 @@ def read_file(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     if magic == b"PAR1":
-        from datasets import Dataset
-
-        try:
-            return undecoded(Dataset.from_parquet(path))
-        except Exception as error:
-            raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        return read_parquet(path)
     try:
         if magic[:2] == b"\x1f\x8b":
             plain = tempfile.TemporaryFile()
@@ -213,18 +284,32 @@ def read_file(path):
                 shutil.copyfileobj(packed, plain)
             file = plain
             file.seek(0)
-        if next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            file.seek(0)
+        first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+        file.seek(0)
+        if first.lstrip().startswith(b"["):
             file = array_lines(file)
+            file.seek(0)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: {error}; JSON lines, or one JSON array of objects, are needed") from error
-    file.seek(0)
+        why = f"{error}; JSON lines, or one JSON array of objects, are needed"
+        raise InputError(f"{path}: {why}") from error
     return JsonLines(file, path)
 
 
+def read_parquet(path):
+    from datasets import Dataset
+
+    try:
+        return undecoded(Dataset.from_parquet(path))
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a readable parquet file ({why})") from error
+
+
 def array_lines(file, chunk=1 << 20):
-    """A JSON array as a temporary file of one value a line; it is read in pieces, however long it is."""
-    out, decoder, text = tempfile.TemporaryFile(), json.JSONDecoder(), io.TextIOWrapper(file, encoding="utf-8-sig")
+    """A JSON array as a temporary file of one value a line; it is read in pieces, however long it
+    is."""
+    out, decoder = tempfile.TemporaryFile(), json.JSONDecoder()
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
     buffer, at, opening = "", 0, True
     while True:
         at = re.compile(r"\s*\[?\s*" if opening else r"\s*,?\s*").match(buffer, at).end()
@@ -245,7 +330,8 @@ def array_lines(file, chunk=1 << 20):
 
 
 def undecoded(dataset):
-    """The data set with image columns left as {bytes, path}: they are decoded once, by `load_image`, when used."""
+    """The data set with image columns left as {bytes, path}: `load_image` decodes them when used.
+    """
     from datasets import Image as ImageColumn
     from datasets import List
 
@@ -257,39 +343,28 @@ def undecoded(dataset):
     return dataset
 
 
-ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
+# ---------------------------------------------------------------------------------------- examples
+ROLES = {"human": "user", "gpt": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant")}
+CHATS = ("messages", "conversations", "prompt", "problem", "question")  # columns
 
 
 def to_example(row, where, base=""):
-    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves relative paths.
+    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves
+    relative paths.
 
-    Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT: `messages` or `conversations`,
-    `system`. The published alignment and RLVR sets: `prompt`, `teacher_*`, `reward_model`. geometry3k: `problem`.
-    Discriminator warm-up pairs: `question` or `prompt`, `image`, `teacher_*`, `student_*`.
+    Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT:
+    `messages` or `conversations`, `system`. The published alignment and RLVR sets: `prompt`,
+    `teacher_*`, `reward_model`. geometry3k: `problem`. Discriminator warm-up pairs: `question` or
+    `prompt`, `image`, `teacher_*`, `student_*`.
     """
-    columns = ("messages", "conversations", "prompt", "problem", "question")
-    turns = next((row[column] for column in columns if row.get(column)), None)
-    if not turns:
-        found = [column for column in columns if column in row]
-        if found:
-            raise InputError(f"{where}: the column {found[0]} is empty")
-        raise InputError(f"{where}: none of the columns {', '.join(columns)}; found {', '.join(map(str, row)) or 'none'}")
-    messages = to_messages([{"role": "user", "content": turns}] if isinstance(turns, str) else turns, where)
-    if row.get("system") and messages[0]["role"] != "system":
-        messages = to_messages([{"role": "system", "content": row["system"]}], where) + messages
-    response, answer, rejected = row.get("response"), row.get("answer"), None
-    if isinstance(row.get("reward_model"), dict):
-        truth = row["reward_model"].get("ground_truth")
-        answer = answer if truth is None else truth
-        more = row["reward_model"].get("equivalent_answers") or []
-        answer = [answer, *(more if isinstance(more, list) else [more])] if more else answer
+    messages = read_chat(row, where)
+    response = row.get("response")
     if messages[-1]["role"] == "assistant":
         response = messages.pop()["content"]
     if not any(message["role"] == "user" for message in messages):
         raise InputError(f"{where}: the chat has no turn of the user")
-    if isinstance(answer, list):
-        answer = [a for a in (to_answer(a, where) for a in answer) if a] or None
-    answer = answer if isinstance(answer, list) else to_answer(answer, where)
+    answer, rejected = read_answer(row, where), None
     if row.get("teacher_response") or row.get("teacher_caption"):
         response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
     if row.get("student_caption"):
@@ -297,42 +372,81 @@ def to_example(row, where, base=""):
     for name, text in (("response", response), ("student's response", rejected)):
         if not isinstance(text, str | None):
             raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
-    images = row.get("images") or row.get("image")
-    images = images if isinstance(images, list) else [images] if images else []
+    images = row.get("images") or row.get("image") or []
+    images = images if isinstance(images, list) else [images]
     images = [resolve(image, base, where) for image in images]
     options = row.get("options") or row.get("choices")
-    options = options if isinstance(options, list) and all(isinstance(text, str) for text in options) else []
-    return Example(str(row.get("id") or where), messages, images, response, answer, rejected, options)
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+        options = []
+    name = str(row.get("id") or where)
+    return Example(name, messages, images, response, answer, rejected, options)
+
+
+def read_chat(row, where):
+    """The chat of a row, [{"role", "content"}], its system message first if it has one."""
+    turns = next((row[column] for column in CHATS if row.get(column)), None)
+    if not turns:
+        found = [column for column in CHATS if column in row]
+        if found:
+            raise InputError(f"{where}: the column {found[0]} is empty")
+        columns = ", ".join(map(str, row)) or "none"
+        raise InputError(f"{where}: none of the columns {', '.join(CHATS)}; found {columns}")
+    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+    messages = to_messages(turns, where)
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = to_messages([{"role": "system", "content": row["system"]}], where) + messages
+    return messages
 
 
 def to_messages(turns, where):
     """Chat turns of either dialect -> [{"role", "content"}]."""
     if not isinstance(turns, list):
-        raise InputError(f"{where}: the chat must be a text or a list of turns, not {type(turns).__name__}")
+        what = type(turns).__name__
+        raise InputError(f"{where}: the chat must be a text or a list of turns, not {what}")
     messages = []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {"content": turn}
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise InputError(f"{where}: a chat turn needs the texts role and content (or from and value), got {str(turn)[:100]}")
+            raise InputError(f"{where}: a chat turn needs the texts role and content "
+                             f"(or from and value), got {str(turn)[:100]}")
         if role not in ROLES:
             raise InputError(f"{where}: the role {role[:40]} is none of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
 
+def read_answer(row, where):
+    """The gold answer of a row, a text or a list of accepted texts; None where it has none."""
+    answer = row.get("answer")
+    if isinstance(row.get("reward_model"), dict):
+        truth = row["reward_model"].get("ground_truth")
+        answer = answer if truth is None else truth
+        more = row["reward_model"].get("equivalent_answers") or []
+        if more:
+            answer = [answer, *(more if isinstance(more, list) else [more])]
+    if not isinstance(answer, list):
+        return to_answer(answer, where)
+    texts = [to_answer(one, where) for one in answer]
+    return [text for text in texts if text] or None
+
+
 def to_answer(answer, where):
-    """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty cell) is no answer."""
+    """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty
+    cell) is no answer."""
     if isinstance(answer, (int, float)):
         return str(answer) if math.isfinite(answer) else None
     if not isinstance(answer, str | None):
-        raise InputError(f"{where}: the answer must be a text, a number or a list of those, not {type(answer).__name__}")
+        raise InputError(f"{where}: the answer must be a text, a number or a list of those, "
+                         f"not {type(answer).__name__}")
     return answer
 
 
 def join_blocks(row, who, answer, where):
-    """The canonical response from a published row's two parts, which come with or without their tags. A trace without an
-    <answer> block gets the row's answer, or an empty one in warm-up pairs, which carry none."""
+    """The canonical response from a published row's two parts, which come with or without their
+    tags. A trace without an <answer> block gets the row's answer, or an empty one in warm-up pairs,
+    which carry none."""
     caption, cot = row[f"{who}_caption"], row.get(f"{who}_cot") or ""
     if not isinstance(caption, str) or not isinstance(cot, str):
         raise InputError(f"{where}: {who}_caption and {who}_cot must be texts")
@@ -348,31 +462,44 @@ def join_blocks(row, who, answer, where):
 
 
 def resolve(image, base, where):
-    """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an error at once."""
+    """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an
+    error at once."""
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") else image.get("path")
     if isinstance(image, str):
         path = os.path.join(base, image)
         if not os.path.isfile(path):
-            raise InputError(f"{where}: image {path} does not exist; paths are relative to the data file")
+            raise InputError(f"{where}: image {path} does not exist; "
+                             "paths are relative to the data file")
         return path
     if not isinstance(image, bytes | Image.Image):
-        raise InputError(f"{where}: an image must be bytes, a path or a picture, not {type(image).__name__}")
+        what = type(image).__name__
+        raise InputError(f"{where}: an image must be bytes, a path or a picture, not {what}")
     return image
 
 
-def load_image(image):
-    """A path, bytes or PIL image -> upright RGB PIL image: first frame, transparency on white, 16 bits scaled to 8. Raises
-    an exception of Pillow's, or ValueError for more than Image.MAX_IMAGE_PIXELS pixels (a decompression bomb)."""
+# ---------------------------------------------------------------------------------------- pictures
+def open_image(image):
+    """A path, bytes or PIL image -> PIL image of which only the header was read. Raises an
+    exception of Pillow's, or ValueError for more than Image.MAX_IMAGE_PIXELS pixels (a
+    decompression bomb) and for pictures whose range nobody knows."""
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if not isinstance(image, Image.Image):
         image = Image.open(image)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS} in all")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode == "F":
-        raise ValueError(f"32-bit pictures (mode {image.mode}) have no agreed range; convert them to 8 or 16 bits")
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS} in all")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pictures (mode {image.mode}) have no agreed range; "
+                         "convert them to 8 or 16 bits")
+    return image
+
+
+def load_image(image):
+    """A path, bytes or PIL image -> upright RGB PIL image: first frame, transparency on white, 16
+    bits scaled to 8. Raises what `open_image` raises."""
+    image = ImageOps.exif_transpose(open_image(image))
     if image.mode.startswith("I;16"):  # convert("RGB") would clip it at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -381,27 +508,62 @@ def load_image(image):
     return image.convert("RGB")
 
 
-# --------------------------------------------------------------------------------------------------------------- prompts
-def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_prompt=SYSTEM_PROMPT):
-    """Example -> Prompt, or None when it is longer than `max_tokens` (image tokens are never cut).
+def image_tokens(image, image_processor, decode=False):
+    """Tokens that a picture takes in a prompt, from its header alone; decode: find out as well
+    whether the rest of it can be read."""
+    if decode:
+        upright = load_image(image)
+        width, height = upright.size
+    else:
+        picture = open_image(image)
+        width, height = picture.size
+        if picture.getexif().get(0x0112, 1) >= 5:  # these orientations lie on their side
+            width, height = height, width
+        if picture is not image:
+            picture.close()
+    patches = image_processor.get_number_of_image_patches(height, width)
+    return patches // image_processor.merge_size**2
 
-    A system message in the row is kept; otherwise `system_prompt` is put in front. Raises InputError when the number of
-    `<image>` placeholders and of images differ, or an image cannot be read.
-    """
-    messages = [dict(m) for m in example.prompt]
+
+# ---------------------------------------------------------------------------------------- prompts
+def chat_text(example, tokenizer, system_prompt):
+    """The prompt as text, one `<|image_pad|>` a picture. A system message in the row is kept;
+    otherwise `system_prompt` is put in front. Raises InputError when the number of `<image>`
+    placeholders and of images differ."""
+    messages = [dict(message) for message in example.prompt]
     if messages[0]["role"] != "system" and system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
     for message in messages:
         check_text(message["content"], example.id)
-    found = sum(m["content"].count("<image>") for m in messages)
-    if found == 0 and example.images:  # pictures without a place in the text come first, as the chat models expect
-        user = next(m for m in messages if m["role"] == "user")
+    found = sum(message["content"].count("<image>") for message in messages)
+    if found == 0 and example.images:  # pictures without a place in the text come first
+        user = next(message for message in messages if message["role"] == "user")
         user["content"] = "<image>" * len(example.images) + user["content"]
     elif found != len(example.images):
-        raise InputError(f"{example.id}: {found} <image> in the text but {len(example.images)} images in the row")
+        raise InputError(f"{example.id}: {found} <image> in the text "
+                         f"but {len(example.images)} images in the row")
     for message in messages:
         message["content"] = message["content"].replace("<image>", IMAGE)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def prompt_tokens(example, tokenizer, image_processor, system_prompt=SYSTEM_PROMPT, decode=False):
+    """Tokens of the prompt that `encode_prompt` makes, without decoding a picture. Raises as it
+    does."""
+    text = chat_text(example, tokenizer, system_prompt)
+    try:
+        pictures = sum(image_tokens(image, image_processor, decode) for image in example.images)
+    except Exception as error:
+        raise InputError(f"{example.id}: image cannot be read ({error})") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return len(ids) - len(example.images) + pictures
+
+
+def encode_prompt(example, tokenizer, image_processor, max_tokens=None,
+                  system_prompt=SYSTEM_PROMPT):
+    """Example -> Prompt, or None when it is longer than `max_tokens` (image tokens are never cut).
+    Raises InputError as `chat_text` does, and when an image cannot be read."""
+    text = chat_text(example, tokenizer, system_prompt)
     pixel_values = grid = None
     if example.images:
         try:
@@ -411,24 +573,27 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None, system_p
             raise InputError(f"{example.id}: image cannot be read ({error})") from error
         pixel_values, grid = encoded["pixel_values"], encoded["image_grid_thw"]
         counts = iter((grid.prod(-1) // image_processor.merge_size**2).tolist())
-        text = re.sub(re.escape("<|image_pad|>"), lambda _: "<|image_pad|>" * next(counts), text)
+        text = re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     if max_tokens is not None and len(ids) > max_tokens:
         return None
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return Prompt(ids, mrope_positions(ids, grid, pad, image_processor.merge_size), pixel_values, grid)
+    positions = mrope_positions(ids, grid, pad, image_processor.merge_size)
+    return Prompt(ids, positions, pixel_values, grid)
 
 
 def check_text(text, where):
-    """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image token, which would be
-    taken for a picture that is not there."""
+    """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image
+    token, which would be taken for a picture that is not there."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the text is no valid UTF-8 ({error.reason} at character {error.start})") from None
+        at = f"{error.reason} at character {error.start}"
+        raise InputError(f"{where}: the text is no valid UTF-8 ({at})") from None
     for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
         if token in text:
-            raise InputError(f"{where}: the text contains {token}; write <image> where a picture belongs, or remove it")
+            raise InputError(f"{where}: the text contains {token}; "
+                             "write <image> where a picture belongs, or remove it")
 
 
 def encode_response(text, tokenizer):
@@ -438,8 +603,9 @@ def encode_response(text, tokenizer):
 
 
 def mrope_positions(input_ids, grid_thw, image_token_id, merge_size):
-    """M-RoPE positions [3, P] of a prompt: text counts on in all three axes, an image of h x w merged tokens takes
-    (t, row, column) from the current position and moves it on by max(h, w) (Qwen2-VL, arXiv 2409.12191, section 2)."""
+    """M-RoPE positions [3, P] of a prompt: text counts on in all three axes, an image of h x w
+    merged tokens takes (t, row, column) from the current position and moves it on by max(h, w)
+    (Qwen2-VL, arXiv 2409.12191, section 2)."""
     out, at, i = [], 0, 0
     grids = iter(grid_thw.tolist() if grid_thw is not None else [])
     ids = input_ids.tolist()
@@ -447,7 +613,8 @@ def mrope_positions(input_ids, grid_thw, image_token_id, merge_size):
         if ids[i] == image_token_id:
             t, h, w = next(grids)
             h, w = h // merge_size, w // merge_size
-            out.append(torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij")).reshape(3, -1) + at)
+            axes = torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij")
+            out.append(torch.stack(axes).reshape(3, -1) + at)
             at, i = at + max(h, w), i + t * h * w
         else:
             out.append(torch.full((3, 1), at))
@@ -455,68 +622,119 @@ def mrope_positions(input_ids, grid_thw, image_token_id, merge_size):
     return torch.cat(out, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ feed
-def data_flags(parser):
-    """The flags of everything that reads examples."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--split", default=None, help="split of a Hub data set")
-    group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
-    group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
-    pixel_flags(group)
-    group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip", help="rows that cannot be used")
-    group.add_argument("--max-bad", type=float, default=0.05, help="share of unusable rows that ends the run")
+def measure_prompt(example, tokenizer, image_processor, system, args):
+    """-> (tokens of the prompt, 0), or None for one longer than --max-prompt. Raises InputError for
+    an example that cannot be used; with --bad-rows stop its pictures are decoded for that."""
+    decode = args.bad_rows == "stop"
+    tokens = prompt_tokens(example, tokenizer, image_processor, system, decode)
+    return (tokens, 0) if tokens <= args.max_prompt else None
 
 
-def pixel_flags(group):
-    group.add_argument("--min-pixels", type=int, default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=int, default=None, help="larger pictures are reduced (default: the checkpoint's)")
+# ---------------------------------------------------------------------------------------- one look
+BAD, LONG = -1, -2  # in place of a number of tokens
+TOO_LONG = "too long for --max-prompt or --max-length"
 
 
-def system_prompt(args):
-    if args.system_prompt is None:
-        return SYSTEM_PROMPT
-    try:
-        with open(args.system_prompt, encoding="utf-8") as file:
-            return file.read().strip()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--system-prompt {args.system_prompt}: {getattr(error, 'strerror', None) or error}") from error
+@dataclass
+class Found:
+    """What one look at every example has found: tokens of its prompt and of its response, [n] int32
+    each, BAD or LONG in both for one that cannot be used; and why, {index: reason}."""
+
+    examples: Examples
+    prompt: np.ndarray
+    response: np.ndarray
+    reasons: dict[int, str]
+
+    @property
+    def usable(self):
+        """Indices of the examples that can be used."""
+        return np.flatnonzero(self.prompt >= 0)
 
 
-def load_data(sources, args, check=lambda example: None):
-    """load_examples, and a look at the first rows of every source, with --bad-rows stop at all of them: a wrong file is an error
-    now, not after a model was loaded. check(example) raises InputError for a row that lacks what the stage needs."""
+def reason_of(error, where):
+    """Why an example cannot be used, as one line that does not repeat where."""
+    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.removeprefix(f"{where}: ").split())
+
+
+def look(sources, measure, args, world):
+    """Look at every example once, in threads and a share on each rank -> Found, the same on all
+    ranks.
+
+    measure(example) -> (tokens of the prompt, tokens of the response), or None for one that is too
+    long; an exception makes the example unusable. Raises InputError when more than --max-bad of the
+    rows cannot be used, with --bad-rows stop when one cannot, and when none can. --resume takes
+    what OUT/rows.npz has kept.
+    """
     try:
         examples = load_examples(sources, args.split)
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
-    for first, count, _ in examples.sources:
-        look, bad = count if args.bad_rows == "stop" else min(LOOK, count), 0
-        for i in range(first, first + look):
-            try:
-                check(examples[i])
-            except InputError as error:
-                bad += 1
-                if args.bad_rows == "stop":
-                    raise InputErrorOfAll(f"{error} (--bad-rows skip leaves such rows out)") from error
-                if bad > allowed(look, count, args):
-                    raise too_many(bad, look, args, error) from error
-    return examples
+    kept = os.path.join(args.out, "rows.npz")
+    if args.resume and os.path.exists(kept):
+        with np.load(kept) as arrays:
+            if arrays["fingerprint"] == examples.fingerprint():
+                return Found(examples, arrays["prompt"], arrays["response"], {})
+    stop = args.bad_rows == "stop"
+    limit = 0 if stop else args.max_bad * len(examples)
+    patience = 0 if stop else 1000  # a wrong file of a million rows: no need to see them all
+    tokens, reasons, looked, bad = np.zeros((len(examples), 2), np.int32), {}, 0, 0
+
+    def measured(i):
+        try:
+            return measure(examples[i])
+        except Exception as error:  # whatever is wrong with a row, it must not end a run of days
+            return reason_of(error, "{}:{}".format(*examples.where(i)))
+
+    mine = range(world.rank, len(examples), world.size)
+    hidden = True if world.rank > 0 else None  # None: shown on a terminal only
+    bar = tqdm(total=len(mine), desc="rows", leave=False, delay=2, disable=hidden)
+    with ThreadPoolExecutor(4) as pool, bar:
+        for start in range(0, len(mine), 1024):
+            block = mine[start : start + 1024]
+            for i, result in zip(block, pool.map(measured, block)):
+                if isinstance(result, tuple):
+                    tokens[i] = result
+                else:
+                    tokens[i], reasons[i] = (LONG, TOO_LONG) if result is None else (BAD, result)
+            looked += len(block)
+            bad = int((tokens[mine, 0] == BAD).sum())
+            bar.update(len(block))
+            if bad > limit + patience:
+                break
+    for rank, part in enumerate(world.gather((tokens[mine], reasons, looked))):
+        tokens[rank :: world.size] = part[0]
+        if rank != world.rank:
+            reasons |= part[1]
+            looked += part[2]
+    prompt, response = tokens.T.copy()
+    found = Found(examples, prompt, response, dict(sorted(reasons.items())))
+    refuse(found, looked, limit, args)
+    return found
 
 
-def allowed(seen, rows, args):
-    """How many of `seen` rows may be bad: the share --max-bad, and before all rows were seen three standard deviations more, so
-    that a set with fewer bad rows does not end a run by chance."""
-    share = args.max_bad * seen
-    return share if seen >= rows else share + 3 * math.sqrt(share)
+def refuse(found, looked, limit, args):
+    """Raise InputError where too many rows cannot be used."""
+    bad = int((found.prompt == BAD).sum())
+    if bad <= limit and len(found.usable):
+        return
+    first = next((i for i in found.reasons if found.prompt[i] == BAD), next(iter(found.reasons)))
+    reason = "{}:{}: ".format(*found.examples.where(first)) + found.reasons[first]
+    if bad <= limit:
+        raise InputErrorOfAll(f"{reason} (no row of --data can be used)")
+    if args.bad_rows == "stop":
+        raise InputErrorOfAll(f"{reason} (--bad-rows skip leaves such rows out)")
+    raise InputErrorOfAll(
+        f"{reason} ({bad} of {looked} rows looked at cannot be used, more than --max-bad "
+        f"{args.max_bad:g}; with a higher one they are skipped and listed in "
+        f"{args.out}/skipped.jsonl)"
+    )
 
 
-def too_many(bad, seen, args, last):
-    why = f"{bad} of {seen} rows looked at cannot be used, more than --max-bad {args.max_bad:g}"
-    return InputErrorOfAll(f"{last} ({why}; with a higher one they are skipped and listed in {args.out}/skipped.jsonl)")
-
-
+# ---------------------------------------------------------------------------------------- feed
 def order(n, start, seed):
-    """Endless indices of a data set of n rows from global position `start`: a new permutation every epoch."""
+    """Endless indices of a data set of n rows from global position `start`: a new permutation every
+    epoch."""
     epoch, at = divmod(start, n)
     while True:
         for i in np.random.default_rng([seed, epoch]).permutation(n)[at:]:
@@ -525,12 +743,17 @@ def order(n, start, seed):
 
 
 def mixed_order(sources, start, seed, block=1024):
-    """The same for weighted sources [(first row, rows, weight)]: every position draws a source, which gives its next row."""
+    """The same for weighted sources [(first row, rows, weight)]: every position draws a source,
+    which gives its next row."""
     firsts, sizes, weights = zip(*sources)
     shares = np.cumsum(weights)[:-1] / sum(weights)
-    choose = lambda b: np.searchsorted(shares, np.random.default_rng([seed, b, 1]).random(block), side="right")
+
+    def choose(b):
+        draws = np.random.default_rng([seed, b, 1]).random(block)
+        return np.searchsorted(shares, draws, side="right")
+
     b, at = divmod(start, block)
-    past = np.concatenate([choose(i) for i in range(b)] + [choose(b)[:at]])
+    past = np.concatenate([*map(choose, range(b)), choose(b)[:at]])
     orders = [order(n, int((past == s).sum()), seed) for s, n in enumerate(sizes)]
     while True:
         for s in choose(b)[at:]:
@@ -538,107 +761,130 @@ def mixed_order(sources, start, seed, block=1024):
         b, at = b + 1, 0
 
 
-class Feed:
-    """The next usable examples of a data set, in an order that depends on the seed alone and is the same on every rank.
+@dataclass
+class Drawn:
+    """One example of a global batch."""
 
-    encode(example) -> anything, or None for a row that is too long; an exception makes the row unusable. The ranks encode a
-    share of the candidates each, in threads and one batch ahead, and tell each other which were usable. What is not is
-    replaced by the next row and written to OUT/skipped.jsonl; too many unusable rows (--max-bad) end the run.
+    place: int  # in the batch
+    index: int  # in the data set
+    encoded: object | None  # None on the ranks that do not need it
+
+
+class Feed:
+    """The examples of each step, in an order that depends on the seed alone and is the same on
+    every rank. They are encoded by threads, one batch ahead.
+
+    encode(example) -> anything. need(indices) -> the places among them that this rank encodes
+    (default: a share of about equal tokens). A picture that passed the look and cannot be decoded
+    leaves its example out of that batch: counted, and named in OUT/skipped.jsonl.
     """
 
-    def __init__(self, examples, encode, args, world, progress):
-        self.examples, self.encode, self.args, self.world = examples, encode, args, world
-        self.position, self.dropped, self.bad = (progress.get(key, 0) for key in ("position", "dropped", "bad"))
-        if progress.get("rows", len(examples)) != len(examples):
-            raise InputErrorOfAll(f"--resume: --data has {len(examples)} rows, but {progress['rows']} when the state was saved")
+    def __init__(self, found, encode, args, world, progress, need=None):
+        self.found, self.examples, self.encode = found, found.examples, encode
+        self.args, self.world = args, world
+        self.need = need or (lambda indices: world.share(self.tokens(indices).tolist()))
+        self.position = progress["position"]
+        self.lost = set(progress.get("lost", []))  # indices of those that could not be decoded
+        self.dropped = int((found.prompt == LONG).sum())
+        self.usable = found.usable
+        self.stream, self.upcoming = self.indices(self.position), []
         self.pool, self.ahead = ThreadPoolExecutor(4), {}
         self.path = os.path.join(args.out, "skipped.jsonl")
-        self.new, self.written = [], set()  # (file, row): after the first epoch a row is counted again, but not written again
-        if os.path.exists(self.path):
-            with open(self.path) as file:
-                self.written = {(row["file"], row["row"]) for row in map(json.loads, file)}
+        if world.rank == 0 and not args.resume:
+            os.makedirs(args.out, exist_ok=True)
+            np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
+                     response=found.response, fingerprint=self.examples.fingerprint())
+            if found.reasons:
+                write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
+
+    @property
+    def bad(self):
+        return int((self.found.prompt == BAD).sum()) + len(self.lost)
 
     def progress(self):
-        return {"position": self.position, "dropped": self.dropped, "bad": self.bad, "rows": len(self.examples)}
+        return {"position": self.position, "lost": sorted(self.lost)}
 
-    def try_encode(self, i):
-        """-> (encoded or None, why it cannot be used or None, whether that is the row's fault)."""
-        try:
-            encoded = self.encode(self.examples[i])
-        except Exception as error:  # whatever is wrong with a row, it must not end a run of days
-            return None, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
-        return encoded, None if encoded is not None else "too long for --max-prompt or --max-length", False
+    def tokens(self, indices):
+        return self.found.prompt[indices] + self.found.response[indices]
 
-    def mine(self, candidates):
-        """The places in a list of candidates that this rank encodes."""
-        return [c for c in range(len(candidates)) if c * self.world.size // len(candidates) == self.world.rank]
+    def line(self, i, reason, step):
+        path, row = self.examples.where(i)
+        return {"step": step, "file": path, "row": row, "reason": reason}
+
+    def indices(self, position):
+        """Endless indices of usable examples from a position of the run."""
+        if self.examples.weighted:
+            borders = [np.searchsorted(self.usable, [first, first + rows])
+                       for first, rows, _ in self.examples.sources]
+            weights = [weight for _, _, weight in self.examples.sources]
+            sources = [(low, high - low, weight) for (low, high), weight in zip(borders, weights)]
+            for source, (_, rows, _) in enumerate(sources):
+                if rows == 0:
+                    raise InputErrorOfAll(f"--data: no row of source {source + 1} can be used")
+            stream = mixed_order(sources, position, self.args.seed)
+        else:
+            stream = order(len(self.usable), position, self.args.seed)
+        return (int(self.usable[i]) for i in stream)
 
     def draw(self, count, step):
-        """-> (indices of the next `count` usable examples, {place among them: encoded} for those encoded on this rank)."""
-        indices, encoded, lost = [], {}, 0  # lost: in a row
-        if self.examples.weighted:
-            upcoming = mixed_order(self.examples.sources, self.position, self.args.seed)
-        else:
-            upcoming = order(len(self.examples), self.position, self.args.seed)
-        while len(indices) < count:
-            candidates = [next(upcoming) for _ in range(count - len(indices))]
-            jobs = {c: self.ahead.pop(candidates[c], None) or self.pool.submit(self.try_encode, candidates[c])
-                    for c in self.mine(candidates)}  # fmt: skip
-            results = {c: job.result() for c, job in jobs.items()}
-            verdicts = self.world.gather({c: result[1:] for c, result in results.items()})
-            verdicts = {c: verdict for part in verdicts for c, verdict in part.items()}
-            self.position += len(candidates)
-            for c, i in enumerate(candidates):
-                reason, fault = verdicts[c]
-                if reason is None:
-                    if c in results:
-                        encoded[len(indices)] = results[c][0]
-                    indices.append(i)
-                    lost = 0
-                else:
-                    lost += 1
-                    self.skip(i, reason, fault, step)
-            if lost >= 2 * len(self.examples):  # two epochs; between two uses of a row lie fewer
-                raise InputErrorOfAll(f"--data: no row can be used; the last: {reason}")
-        self.write()
-        upcoming = [next(upcoming) for _ in range(count)]
-        self.ahead = {upcoming[c]: self.pool.submit(self.try_encode, upcoming[c]) for c in self.mine(upcoming)}
-        return indices, encoded
+        """-> the next `count` examples, list of Drawn, less those that could not be decoded."""
+        while True:
+            self.upcoming += islice(self.stream, 2 * count - len(self.upcoming))
+            indices, self.upcoming = self.upcoming[:count], self.upcoming[count:]
+            self.position += count
+            encoded, failed = {}, {}
+            for place in self.need(indices):
+                i = indices[place]
+                job = self.ahead.pop(i, None) or self.pool.submit(self.try_encode, i)
+                encoded[place], reason = job.result()
+                if reason:
+                    failed[i] = reason
+            soon = [self.upcoming[place] for place in self.need(self.upcoming)]
+            self.ahead = {i: self.pool.submit(self.try_encode, i) for i in soon}
+            for part in self.world.gather(failed):
+                failed |= part
+            self.lose(failed, step)
+            drawn = [Drawn(place, i, encoded.get(place)) for place, i in enumerate(indices)]
+            drawn = [item for item in drawn if item.index not in failed]
+            if drawn:
+                return drawn
 
-    def batch(self, count, step, length):
-        """This rank's share, about equal in tokens, of the next `count` usable examples, encoded; length(encoded) -> tokens."""
-        indices, encoded = self.draw(count, step)
-        known = self.world.gather({i: length(item) for i, item in encoded.items()})
-        lengths = {i: n for part in known for i, n in part.items()}
-        mine = self.world.share([lengths[i] for i in range(count)])
-        return [encoded.get(i) or self.encode(self.examples[indices[i]]) for i in mine]
+    def batch(self, count, step):
+        """This rank's share of the next `count` examples, encoded; it may be empty."""
+        return [item.encoded for item in self.draw(count, step) if item.encoded is not None]
 
-    def skip(self, i, reason, fault, step):
-        """Count and write down a row that cannot be used; InputError when that ends the run."""
-        file, row = self.examples.where(i)
-        where, reason = f"{file}:{row}", " ".join(reason.removeprefix(f"{file}:{row}: ").split())
-        self.dropped += not fault
-        self.bad += fault
-        if fault and self.args.bad_rows == "stop":
-            raise InputErrorOfAll(f"{where}: {reason} (--bad-rows skip leaves such rows out)")
-        if (file, row) not in self.written:
-            self.new.append({"step": step + 1, "file": file, "row": row, "reason": reason})
-            self.written.add((file, row))
-        if self.bad > allowed(max(self.position, min(LOOK, len(self.examples))), len(self.examples), self.args):
-            if os.path.isdir(self.args.out):  # a run that fails before its first step leaves nothing behind
-                self.write()
-            raise too_many(self.bad, self.position, self.args, f"{where}: {reason}")
+    def try_encode(self, i):
+        """-> (encoded, None) or (None, why not)."""
+        try:
+            encoded = self.encode(self.examples[i])
+        except Exception as error:
+            return None, reason_of(error, "{}:{}".format(*self.examples.where(i)))
+        return encoded, None if encoded is not None else TOO_LONG
 
-    def write(self):
-        """Append the new rows to OUT/skipped.jsonl."""
-        if self.world.rank == 0 and self.new:
-            os.makedirs(self.args.out, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.new)
-        self.new = []
+    def lose(self, failed, step):
+        """Count and write down what could not be decoded; InputError when that ends the run."""
+        new = [self.line(i, failed[i], step + 1) for i in sorted(set(failed) - self.lost)]
+        if not new:
+            return
+        self.lost |= set(failed)
+        if self.world.rank == 0:
+            append_rows(self.path, new)
+        limit = 0 if self.args.bad_rows == "stop" else self.args.max_bad * len(self.examples)
+        if self.bad > limit or len(self.lost) == len(self.usable):
+            raise InputErrorOfAll("{file}:{row}: {reason} ".format(**new[-1]) +
+                                  f"({self.bad} of {len(self.examples)} rows cannot be used)")
+
+    def plan(self, steps, count):
+        """Print what the run will do with its data."""
+        if self.world.rank == 0:
+            n, tokens = len(self.usable), self.tokens(self.usable).sum(dtype=np.int64)
+            print(f"data: {n} of {len(self.examples)} rows ({self.dropped} too long, {self.bad} "
+                  f"unusable), {tokens} tokens; {steps} steps of {count}, "
+                  f"{steps * count / n:.2f} epochs", flush=True)
 
     def close(self):
         """Print the totals."""
         self.pool.shutdown(cancel_futures=True)
         if self.world.rank == 0 and self.dropped + self.bad:
-            print(f"rows: {self.position} seen, {self.dropped} too long, {self.bad} unusable; listed in {self.path}", flush=True)
+            print(f"rows: {self.position} drawn; {self.dropped} are too long, {self.bad} unusable; "
+                  f"listed in {self.path}", flush=True)

@@ -148,11 +148,13 @@ class World:
     write: Callable | None = None  # sends a row of metrics to --logger (rank 0)
 
     def share(self, lengths):
-        """The consecutive pieces of work, of these lengths, that this rank does: sums about equal, at least one piece each."""
+        """The consecutive pieces of work, of these lengths, that this rank does: sums about equal, at least one piece each
+        where there are as many pieces as ranks."""
         middles, cuts = np.cumsum(lengths) - np.array(lengths) / 2, [0]
+        least = int(len(lengths) >= self.size)
         for rank in range(1, self.size):
             cut = int(np.searchsorted(middles, sum(lengths) * rank / self.size))
-            cuts.append(min(max(cut, cuts[-1] + 1), len(lengths) - self.size + rank))
+            cuts.append(min(max(cut, cuts[-1] + least), len(lengths) - least * (self.size - rank)))
         return range(cuts[self.rank], [*cuts, len(lengths)][self.rank + 1])
 
     def sum(self, *values):

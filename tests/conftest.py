@@ -134,10 +134,10 @@ def policy(tiny):
     model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "policy")
     args = argparse.Namespace(max_tokens=10**6, max_prompt=512, max_length=1024, ckpt=tiny.base)
     examples = load_examples(tiny.sft)
-    data = [sft.encode_demonstration(e, tiny.tokenizer, tiny.image_processor, args, "") for e in examples]
+    data = [sft.encode_demonstration(e, tiny.tokenizer, tiny.image_processor, "", args) for e in examples]
     optimizer, rng = runtime.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
     for _ in range(60):
-        sft.update(model, [data[i] for i in rng.choice(len(data), 8, replace=False)], args, ONE)
+        sft.accumulate_gradient(model, [data[i] for i in rng.choice(len(data), 8, replace=False)], args, ONE)
         optimizer.step()
         optimizer.zero_grad()
     runtime.save(model, out, ONE, "sft", args, 60, {})

@@ -9,11 +9,11 @@ import torch
 from conftest import ONE, assert_same_grads, grads, read_jsonl, short, stage, untimed, write_jsonl
 from safetensors.torch import load_file
 
-from data import encode_response
+from data import Example, encode_response
 import align
 import rl
 import rollout
-from discriminator import VARIANTS, load_discriminator, without_images
+from discriminator import VARIANTS, load_discriminator, reader
 
 # -------------------------------------------------------------------------------------------------------------- advantages
 
@@ -80,16 +80,19 @@ RESPONSES = ["good", "good", "cut", "broken", "good", "good", "good", "broken", 
 
 
 def make_game(tiny, responses=RESPONSES, counts=(1, 0, 3)):
-    rng, records, teachers = np.random.default_rng(0), [], {}
-    encode = lambda: encode_response(short(rng, "odd"), tiny.tokenizer)
+    """Records of three groups of three, each with its teacher, cut into segments."""
+    rng, records = np.random.default_rng(0), []
     for i, kind in enumerate(responses):
-        ids = encode()
+        ids = encode_response(short(rng, "odd"), tiny.tokenizer)
         if kind == "broken":
             del ids[0]
-        records.append(rl.Record(i // 3, None, tiny.prompts[counts[i // 3]], rollout.Rollout(ids, [], kind != "cut"), ""))
-    for group in range(3):
-        teachers[group] = rollout.split_segments(encode(), tiny.tokenizer)
-    return records, align.segment_pairs(records, tiny.tokenizer), teachers
+        drawn = rollout.Rollout(ids, [], kind != "cut")
+        records.append(rl.Record(i // 3, i, None, tiny.prompts[counts[i // 3]], drawn, ""))
+    teachers = [Example(str(group), [], response=short(rng, "odd")) for group in range(3)]
+    for record in records:
+        record.example = teachers[record.group]
+    align.cut_segments(records, tiny.tokenizer)
+    return records
 
 
 def with_heads(tiny, variant="moe"):
@@ -100,31 +103,29 @@ def with_heads(tiny, variant="moe"):
     return disc
 
 
-def learn(tiny, disc, game, max_tokens=10**6):
-    args = argparse.Namespace(max_tokens=max_tokens, disc_variant=disc.variant, score_l2=0.01)
+def learn(tiny, disc, records, max_tokens=10**6):
+    """-> scores [9, 4] of the records, NaN where invalid, and the gradient that scoring has left."""
+    args = argparse.Namespace(max_tokens=max_tokens, score_l2=0.01)
     disc.zero_grad()
-    return align.score_and_learn(disc, *game, tiny.tokenizer, args, ONE), grads(disc)
+    return align.score_records(disc, records, tiny.tokenizer, args, ONE), grads(disc)
 
 
 def test_cut_and_broken_rollouts_are_invalid(tiny):
-    _, pairs, _ = make_game(tiny)
-    assert [pair is not None for pair in pairs] == [kind == "good" for kind in RESPONSES]
-    assert all(part[-1] == tiny.eos for pair in pairs if pair for part in pair)
+    records = make_game(tiny)
+    assert [r.segments is not None for r in records] == [kind == "good" for kind in RESPONSES]
+    assert all(part[-1] == tiny.eos for r in records if r.segments for part in r.segments)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     """Whatever --max-tokens, which splits groups and then repeats prompt and teacher."""
-    disc, game = with_heads(tiny, variant), make_game(tiny)
-    records, pairs, teachers = game
-    prompts = [
-        without_images(r.prompt, tiny.tokenizer) if variant == "text-only" else r.prompt for r in records
-    ]  # fmt: skip
+    disc, records = with_heads(tiny, variant), make_game(tiny)
+    prompts = [reader(r.prompt, tiny.tokenizer, variant) for r in records]
     expected, loss, count = torch.full((9, 4), torch.nan), 0.0, 5
-    for i, pair in enumerate(pairs):
-        if pair is not None:
-            one = lambda segments: torch.cat(disc.scores([prompts[i]], [(0, segments[0])], [(0, segments[1])]))
-            student, teacher = one(pair), one(teachers[records[i].group])
+    for i, record in enumerate(records):
+        if record.segments is not None:
+            student, teacher = (torch.cat(disc.scores([prompts[i]], [(0, caption)], [(0, trace)]))
+                                for caption, trace in (record.segments, record.teacher))
             expected[i] = torch.cat([student, teacher]).detach()
             for s, t in zip(student, teacher):
                 loss = loss + (-torch.log(torch.sigmoid((t - s).double())) + 0.01 / 2 * (s**2 + t**2)) / count
@@ -132,7 +133,7 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     loss.backward()
     reference = grads(disc)
     for max_tokens in (10**6, 150, 1):
-        scores, got = learn(tiny, disc, game, max_tokens)
+        scores, got = learn(tiny, disc, records, max_tokens)
         assert torch.equal(scores.isnan(), expected.isnan()) and (scores - expected).nan_to_num().abs().max() <= 1e-5
         assert_same_grads(got, reference)
 

@@ -15,7 +15,7 @@ from conftest import ROOT, launch, noise, read_jsonl, short, stage, untimed, wri
 from PIL import Image
 
 import runtime
-from data import Example, Feed, array_lines, data_flags, encode_prompt, load_examples, load_image, to_example
+from data import Example, Feed, array_lines, data_flags, encode_prompt, load_examples, load_image, look, to_example
 import rollout
 from runtime import InputError
 
@@ -305,7 +305,7 @@ def test_sources(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, content, match):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(InputError, match=match) as caught:
-        load_examples(str(tmp_path / "data"))
+        load_examples(str(tmp_path / "data"))[0]
     assert str(tmp_path / "data") in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -516,7 +516,7 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     path, broken = dirty
     assert len(broken) >= 200 and len({kind for kind, _ in broken.values()}) >= 25
     (tmp_path / "system.txt").write_text("x")  # our own is long
-    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 100, "--steps", 21, "--max-bad", 0.2, "--max-tokens", 8000]
+    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 100, "--steps", 22, "--max-bad", 0.2, "--max-tokens", 8000]
     flags += ["--system-prompt", tmp_path / "system.txt"]
     assert stage("sft", *flags, "--out", tmp_path / "1") == 0
     result = launch("sft.py", *flags, "--out", tmp_path / "2", processes=2)
@@ -529,18 +529,27 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
         assert row["file"] == str(path) and word in row["reason"] and "\n" not in row["reason"], (kind, row)
     logs = [[row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")] for out in "12"]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
-    # the first 20 batches of 100 are one epoch of the 2,000 good rows
     import sft
     from conftest import ONE
 
     parser = runtime.Parser()
     runtime.common_flags(parser, "sft")
+    data_flags(parser)
     parser.add_argument("--max-length", default=8192)
+    parser.add_argument("--truncate", default=False)
     args = parser.parse_args(["--ckpt", "x", "--max-bad", "0.2", "--out", str(tmp_path / "feed")])
-    encode = lambda example: sft.encode_demonstration(example, tiny.tokenizer, tiny.image_processor, args, "")
-    feed = Feed(load_examples(str(path)), encode, args, ONE, {})
-    used = [i + 1 for step in range(20) for i in feed.draw(100, step)[0]]
+    tools = tiny.tokenizer, tiny.image_processor, "", args
+    found = look(str(path), lambda example: sft.measure_demonstration(example, *tools), args, ONE)
+    feed = Feed(found, lambda example: sft.encode_demonstration(example, *tools), args, ONE, {"position": 0})
+    used, seen = [], 0
+    while seen < len(found.usable):  # one epoch, of pictures that are cut as well
+        count = min(100, len(found.usable) - seen)
+        used += [item.index + 1 for item in feed.draw(count, 0)]
+        seen += count
     assert sorted(used) == sorted(set(range(1, 2001 + len(broken))) - set(broken))
+    for i in found.usable[::50]:  # tokens are counted without decoding a picture
+        prompt, ids = sft.encode_demonstration(found.examples[i], *tools)
+        assert (found.prompt[i], found.response[i]) == (len(prompt.input_ids), len(ids))
 
 
 def test_too_many_bad_rows_end_the_run(dirty, tiny, tmp_path, capsys):

@@ -133,28 +133,32 @@ def make_records(tiny, seed=0):
     rng, records = np.random.default_rng(seed), []
     for group, count in enumerate((1, 0, 3)):
         for ids in ids_of(rng, tiny, *rng.integers(2, 8, 3)):
-            record = rl.Record(group, None, tiny.prompts[count], rollout.Rollout(ids, [-1.0] * len(ids), True), "")
+            drawn = rollout.Rollout(ids, [-1.0] * len(ids), True)
+            record = rl.Record(group, len(records), None, tiny.prompts[count], drawn, "")
             with torch.no_grad():
                 exact = stock_logprobs(tiny, record.prompt, ids)
             record.old_logp = exact + torch.tensor(rng.normal(0, 0.3, len(ids))).float()
             record.ref_logp = exact + torch.tensor(rng.normal(0, 0.3, len(ids))).float()
             records.append(record)
-    return records, torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0, 0.7, 0.6, -1.3])
+    for record, advantage in zip(records, [1.0, -0.5, -0.5, 0.0, 0.0, 0.0, 0.7, 0.6, -1.3]):
+        record.advantage = advantage
+    return records
 
 
 @pytest.mark.parametrize("algo, kl", [("grpo", 0.0), ("grpo", 0.2), ("dapo", 0.0), ("gspo", 0.0)])
 def test_gradient_equals_separate_sequences_whatever_the_split(tiny, algo, kl):
     """Rollouts with advantage 0 are not computed but count in the means."""
-    records, advantages = make_records(tiny)
+    records = make_records(tiny)
+    advantages = [r.advantage for r in records]
     tiny.stock.zero_grad()
     logp = [stock_logprobs(tiny, r.prompt, r.rollout.ids) for r in records]
-    columns = [[r.old_logp for r in records], advantages.tolist(), [r.ref_logp for r in records]]
+    columns = [[r.old_logp for r in records], advantages, [r.ref_logp for r in records]]
     expected, _ = surrogate(algo, logp, *columns, kl)
     expected.backward()
     for max_tokens in (10**6, 120, 1):
         tiny.model.zero_grad()
         args = argparse.Namespace(max_tokens=max_tokens, temperature=1.0)
-        metrics = rl.accumulate_policy_gradient(tiny.model, records, advantages, algo, args, ONE, kl)
+        metrics = rl.accumulate_policy_gradient(tiny.model, records, algo, args, ONE, kl)
         assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
         assert_same_grads(grads(tiny.model), grads(tiny.stock))
         computed = [i for i, a in enumerate(advantages) if a or kl]
@@ -164,17 +168,19 @@ def test_gradient_equals_separate_sequences_whatever_the_split(tiny, algo, kl):
 
 
 def test_without_advantages_there_is_no_gradient(tiny):
-    records, _ = make_records(tiny)
+    records = make_records(tiny)
+    for r in records:
+        r.advantage = 0.0
     tiny.model.zero_grad()
     args = argparse.Namespace(max_tokens=100, temperature=1.0)
-    metrics = rl.accumulate_policy_gradient(tiny.model, records, torch.zeros(9), "grpo", args, ONE)
+    metrics = rl.accumulate_policy_gradient(tiny.model, records, "grpo", args, ONE)
     assert metrics["loss"] == 0 and metrics["entropy"] is None
     assert not any(g.any() for g in grads(tiny.model).values())
 
 
 @pytest.mark.parametrize("max_tokens", [10**6, 90, 1])
 def test_stored_logprobs_equal_separate_sequences(tiny, max_tokens):
-    records, _ = make_records(tiny)
+    records = make_records(tiny)
     rl.store_logprobs(tiny.model, records, "old_logp", argparse.Namespace(max_tokens=max_tokens, temperature=1.0), ONE)
     for r in records:
         expected = stock_logprobs(tiny, r.prompt, r.rollout.ids)

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_inputs, stock_logprobs, untimed
+from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_inputs, stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import runtime
 from rows import branch_logprobs, set_attention, target_logprobs
-from data import Feed, load_examples, mixed_order, order
+from data import Feed, load_examples, look, mixed_order, order
 import rollout
 import sft
 from discriminator import load_discriminator
@@ -39,25 +39,24 @@ def test_cosine(total, warmup):
 
 
 # -------------------------------------------------------------------------------------------------------------- data order
-class Numbers(list):
-    weighted = False
+def take(n, count, steps, out, lost=(), position=0, seed=3, **more):
+    """n rows of a file, those in `lost` cannot be decoded -> batches, the feed after them."""
+    path = write_jsonl(out / "numbers.jsonl", [{"id": str(i), "prompt": "x"} for i in range(n)])
+    flags = {"out": str(out), "seed": seed, "bad_rows": "skip", "max_bad": 1.0, "split": None}
+    args = argparse.Namespace(**flags, resume=False, **more)
+    found, batches = look(path, lambda example: (int(example.id) + 1, 1), args, ONE), []
+    assert found.prompt.tolist() == list(range(1, n + 1)) and found.response.tolist() == [1] * n
 
-    def where(self, i):
-        return "numbers", i + 1
+    def encode(example):
+        if int(example.id) in lost:
+            raise ValueError("cut off")
+        return f"row {example.id}"
 
-
-def feed_of(examples, encode, out, seed=3, **more):
-    flags = {"out": str(out), "seed": seed, "bad_rows": "skip", "max_bad": 1.0} | more
-    return Feed(examples, encode, argparse.Namespace(**flags), ONE, {"position": flags.get("position", 0)})
-
-
-def take(n, count, steps, usable, out, **more):
-    """-> batches, the feed after them."""
-    feed, batches = feed_of(Numbers(range(n)), lambda x: f"row {x}" if usable(x) else None, out, **more), []
+    feed = Feed(found, encode, args, ONE, {"position": position})
     for step in range(steps):
-        indices, encoded = feed.draw(count, step)
-        assert encoded == {place: f"row {i}" for place, i in enumerate(indices)}
-        batches.append(indices)
+        drawn = feed.draw(count, step)
+        assert [item.encoded for item in drawn] == [f"row {item.index}" for item in drawn]
+        batches.append([item.index for item in drawn])
     return batches, feed
 
 
@@ -76,30 +75,31 @@ def test_ranks_share_work_by_length(seed):
 
 
 def test_draw_covers_every_row_once_an_epoch(tmp_path):
-    batches, feed = take(12, 5, 12, lambda x: True, tmp_path)  # five epochs, batches that cross their borders
+    batches, feed = take(12, 5, 12, tmp_path)  # five epochs, batches that cross their borders
     flat = [i for batch in batches for i in batch]
     epochs = [flat[at : at + 12] for at in range(0, 60, 12)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
-    assert feed.progress() == {"position": 60, "dropped": 0, "bad": 0, "rows": 12}
-    assert take(12, 5, 12, lambda x: True, tmp_path)[0] == batches
-    assert take(12, 5, 12, lambda x: True, tmp_path, seed=4)[0] != batches
+    assert feed.progress() == {"position": 60, "lost": []} and feed.bad == feed.dropped == 0
+    assert take(12, 5, 12, tmp_path)[0] == batches
+    assert take(12, 5, 12, tmp_path, seed=4)[0] != batches
+    assert take(12, 5, 2, tmp_path, position=25)[0] == batches[5:7]  # as after --resume
 
 
-def test_draw_replaces_dropped_rows_and_counts_them(tmp_path):
-    usable = lambda x: x % 3 > 0
-    batches, feed = take(12, 4, 4, usable, tmp_path)
-    upcoming = list(islice(order(12, 0, 3), feed.position))
-    assert [i for batch in batches for i in batch] == [i for i in upcoming if usable(i)]
-    assert feed.dropped == sum(not usable(i) for i in upcoming) == feed.position - 16 > 0
-    written = [row["row"] - 1 for row in read_jsonl(tmp_path / "skipped.jsonl")]
-    assert written == list(dict.fromkeys(i for i in upcoming if not usable(i)))  # once each, in the order they were met
-    indices = take(12, 3, 1, usable, tmp_path, position=7)[0][0]
-    assert indices == [i for i in islice(order(12, 7, 3), 12) if usable(i)][:3]  # from any position, as after --resume
+def test_a_picture_that_cannot_be_decoded_leaves_its_batch(tmp_path):
+    """It is counted and named once, however many epochs; the other batches stay as they were."""
+    whole, _ = take(12, 4, 6, tmp_path)
+    batches, feed = take(12, 4, 6, tmp_path, lost=(2, 7))
+    assert batches == [[i for i in batch if i not in (2, 7)] for batch in whole]
+    assert feed.bad == 2 and feed.progress() == {"position": 24, "lost": [2, 7]}
+    skipped = read_jsonl(tmp_path / "skipped.jsonl")
+    assert sorted(line["row"] for line in skipped) == [3, 8] and all("cut off" in line["reason"] for line in skipped)
+    steps = [next(s for s, batch in enumerate(whole, 1) if line["row"] - 1 in batch) for line in skipped]
+    assert steps == [line["step"] for line in skipped]
 
 
-def test_draw_gives_up_when_nothing_fits(tmp_path):
-    with pytest.raises(InputError, match="--max-prompt"):
-        take(12, 4, 1, lambda x: False, tmp_path)
+def test_nothing_that_can_be_decoded_ends_the_run(tmp_path):
+    with pytest.raises(InputError, match="12 of 12 rows cannot be used"):
+        take(12, 4, 6, tmp_path, lost=range(12))
 
 
 def test_sources_are_drawn_by_weight(tmp_path):
@@ -117,7 +117,7 @@ def test_sources_are_drawn_by_weight(tmp_path):
 def demonstrations(tiny, count):
     args = argparse.Namespace(max_prompt=512, max_length=1024)
     examples = load_examples(tiny.sft)
-    return [sft.encode_demonstration(examples[i], tiny.tokenizer, tiny.image_processor, args, "") for i in range(count)]
+    return [sft.encode_demonstration(examples[i], tiny.tokenizer, tiny.image_processor, "", args) for i in range(count)]
 
 
 def test_loss_is_the_token_mean_whatever_the_split(tiny):
@@ -129,7 +129,7 @@ def test_loss_is_the_token_mean_whatever_the_split(tiny):
     expected.backward()
     for max_tokens in (10**6, 200, 1):
         tiny.model.zero_grad()
-        loss, tokens = sft.update(tiny.model, batch, argparse.Namespace(max_tokens=max_tokens), ONE)
+        loss, tokens = sft.accumulate_gradient(tiny.model, batch, argparse.Namespace(max_tokens=max_tokens), ONE)
         assert tokens == total and loss == pytest.approx(expected.item(), abs=1e-5)
         assert_same_grads(grads(tiny.model), grads(tiny.stock))
 
@@ -138,7 +138,7 @@ def test_long_demonstrations_are_dropped_or_cut_when_asked(tiny):
     example = load_examples(tiny.sft)[0]
     flags = lambda limit, cut: argparse.Namespace(max_prompt=512, max_length=limit, truncate=cut)
     tools = tiny.tokenizer, tiny.image_processor
-    encode = lambda limit, cut=False: sft.encode_demonstration(example, *tools, flags(limit, cut), "")
+    encode = lambda limit, cut=False: sft.encode_demonstration(example, *tools, "", flags(limit, cut))
     prompt, ids = encode(1024)
     fits = len(prompt.input_ids) + len(ids)
     assert encode(fits)[1] == encode(fits, True)[1] == ids
@@ -233,7 +233,7 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
     batch = demonstrations(tiny, 2)
 
     def step(model, optimizer):
-        sft.update(model, batch, argparse.Namespace(max_tokens=10**6), ONE)
+        sft.accumulate_gradient(model, batch, argparse.Namespace(max_tokens=10**6), ONE)
         optimizer.step()
         optimizer.zero_grad()
 

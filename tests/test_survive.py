@@ -354,7 +354,7 @@ def lopsided(tiny):
     batch, args = [(encode("short"), short), (encode("long"), word * 200)], SimpleNamespace(max_tokens=10**6, ckpt=tiny.base)
     optimizer = runtime.make_optimizer(model, 3e-3, 0.0)
     for _ in range(60):
-        sft.update(model, batch, args, ONE)
+        sft.accumulate_gradient(model, batch, args, ONE)
         optimizer.step()
         optimizer.zero_grad()
     runtime.save(model, out, ONE, "sft", args, 60, {})
