@@ -73,10 +73,10 @@ def rollout_curves(out, arm, data):
     by_step = {}
     for rollout in read_jsonl(out, arm, "rollouts.jsonl"):
         scores = exact_scores(problems[rollout["id"]], rollout)
-        by_step.setdefault(rollout["step"], []).append(scores)
+        by_step.setdefault(rollout["step"], []).append([scores[key] for key in METRICS])
     steps = sorted(by_step)
-    means = {key: [np.mean([s[key] for s in by_step[step]]) for step in steps] for key in METRICS}
-    return steps, means
+    means = [np.mean(by_step[step], 0) for step in steps]  # [steps, metrics]
+    return steps, dict(zip(METRICS, np.transpose(means)))
 
 
 def smooth(values, width=9):
