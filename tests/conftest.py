@@ -1,4 +1,4 @@
-"""Run: pytest tests          (fixtures of the whole suite: tiny data files and checkpoints; CPU only, nothing is fetched)"""
+"""Run: pytest tests      (fixtures of the suite: tiny data files, checkpoints; CPU, no network)"""
 
 import argparse
 import importlib
@@ -32,29 +32,33 @@ from toy import checkpoint  # noqa: E402
 
 logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
 torch.use_deterministic_algorithms(True)
-torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
+torch.set_num_threads(1)  # tensors here are so small that more threads only wait for each other
 ONE = runtime.World(0, 1, torch.device("cpu"))  # one process
 SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]
 SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: many processes, kills or 100,000 rows; pytest -m 'not slow' leaves it out")
+    slow = "slow: many processes, kills or 100,000 rows; pytest -m 'not slow' leaves it out"
+    config.addinivalue_line("markers", slow)
 
 
 def short(rng, answer):
     """A well-formed response of a dozen tokens."""
-    caption = f"{rng.integers(1, 4)} {rng.choice(COLORS)} {rng.choice(['circle', 'square', 'cross'])}"
-    return f"<caption>\n{caption}\n</caption>\n<think>\n{answer}\n</think>\n<answer>\n{answer}\n</answer>"
+    number, color = rng.integers(1, 4), rng.choice(COLORS)
+    caption = f"{number} {color} {rng.choice(['circle', 'square', 'cross'])}"
+    blocks = {"caption": caption, "think": answer, "answer": answer}
+    return "\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in blocks.items())
 
 
 def noise(rng, size):
     return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-def write_rows(folder, name, count, rng):
-    """COUNT rows, every fourth without a picture, every fourth with two of different sizes. The answers are chance."""
-    rows = []
+def write_examples(folder, name, count, rng):
+    """COUNT examples whose answers are chance; every fourth has no picture, every fourth has two of
+    different sizes."""
+    examples = []
     for i in range(count):
         images = [f"{name}_{i}_{k}.png" for k in range((1, 0, 1, 2)[i % 4])]
         for k, path in enumerate(images):
@@ -63,13 +67,14 @@ def write_rows(folder, name, count, rng):
         question = f"How many {rng.choice(COLORS)} in row {rng.integers(1, 4)}?"
         turns = [("system", SYSTEM), ("user", "<image>" * len(images) + question)]
         prompt = [{"role": role, "content": content} for role, content in turns]
-        rows.append({"prompt": prompt, "images": images, "response": short(rng, answer), "answer": answer})
-    write_jsonl(folder / f"{name}.jsonl", rows)
-    return rows
+        example = {"prompt": prompt, "images": images}
+        examples.append({**example, "response": short(rng, answer), "answer": answer})
+    write_jsonl(folder / f"{name}.jsonl", examples)
+    return examples
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
@@ -78,24 +83,33 @@ def read_jsonl(path):
 
 
 def write_released(folder, base):
-    """A discriminator as its authors released it: a Qwen3-VL-MoE of 4 experts, 2 a token, in several shards, with the head
-    `v_head.1.weight` in the last one, and the expert tensors of shape (E, hidden, 2 * inter) and (E, inter, hidden)."""
+    """A discriminator as its authors released it.
+
+    A Qwen3-VL-MoE of 4 experts, 2 a token, in several shards, with the head `v_head.1.weight` in
+    the last one, and the expert tensors of shape (E, hidden, 2 * inter) and (E, inter, hidden).
+    """
     dense = AutoConfig.from_pretrained(base).to_dict()
-    text = dense["text_config"] | {"model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2}
-    text |= {"moe_intermediate_size": text["intermediate_size"], "decoder_sparse_step": 1, "mlp_only_layers": []}
+    text = dense["text_config"] | {"model_type": "qwen3_vl_moe_text"}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    text |= {"moe_intermediate_size": text["intermediate_size"], "mlp_only_layers": []}
     vision = dense["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
     tokens = {key: value for key, value in dense.items() if key.endswith("_token_id")}
     torch.manual_seed(3)
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens))
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)
+    model = Qwen3VLMoeForConditionalGeneration(config)
     model.save_pretrained(folder, max_shard_size="300KB")
     shutil.copy(Path(base) / "tokenizer.json", folder)
     for name in ("tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
         shutil.copy(Path(base) / name, folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
-    for name in files:  # transformers 5 keeps the experts transposed
-        weights = {key: t.mT.contiguous() if ".experts." in key else t for key, t in load_file(folder / name).items()}
-        weights |= {"v_head.1.weight": torch.randn(1, text["hidden_size"]) * 0.1} if name == files[-1] else {}
+    for name in files:
+        weights = load_file(folder / name)
+        for key in weights:
+            if ".experts." in key:  # transformers 5 keeps the experts transposed
+                weights[key] = weights[key].mT.contiguous()
+        if name == files[-1]:
+            weights["v_head.1.weight"] = torch.randn(1, text["hidden_size"]) * 0.1
         save_file(weights, folder / name, metadata={"format": "pt"})
     index["weight_map"]["v_head.1.weight"] = files[-1]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -104,11 +118,16 @@ def write_released(folder, base):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A world so small that tests take no time: data files, base checkpoint, tokenizer, processor, `model` with row
-    attention, `stock` as transformers loads it, and encoded prompts with 0, 1 and 3 pictures."""
+    """A world so small that tests take no time: data files, base checkpoint, tokenizer, processor,
+    `model` with row attention, `stock` as transformers loads it, and encoded prompts with 0, 1 and
+    3 pictures."""
     folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-    rows = {name: write_rows(folder, name, count, rng) for name, count in (("sft", 24), ("align", 12), ("rl", 12))}
-    texts = ["\n".join([*(turn["content"] for turn in row["prompt"]), row["response"]]) for row in rows["sft"]]
+    counts = {"sft": 24, "align": 12, "rl": 12}
+    rows = {name: write_examples(folder, name, n, rng) for name, n in counts.items()}
+    texts = []
+    for example in rows["sft"]:
+        turns = [turn["content"] for turn in example["prompt"]]
+        texts.append("\n".join([*turns, example["response"]]))
     base = str(folder / "base")
     checkpoint.make_checkpoint(base, texts, hidden=64, layers=2, vision_layers=1)
     tokenizer, image_processor = runtime.load_tokenizer(base)
@@ -118,26 +137,37 @@ def tiny(tmp_path_factory):
         turn = {"role": "user", "content": "see " + "<image> and " * count + "count"}
         example = Example("x", [turn], pictures[:count])
         prompts[count] = encode_prompt(example, tokenizer, image_processor, system_prompt=SYSTEM)
-    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+    stock = AutoModelForImageTextToText.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="sdpa"
+    )
     return SimpleNamespace(
-        folder=folder, rows=rows, base=base, tokenizer=tokenizer, image_processor=image_processor, prompts=prompts,
-        model=set_attention(runtime.load_policy(base), "sdpa"), stock=stock, banned=banned_ids(stock.config),
+        folder=folder,
+        rows=rows,
+        base=base,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        prompts=prompts,
+        model=set_attention(runtime.load_policy(base), "sdpa"),
+        stock=stock,
+        banned=banned_ids(stock.config),
         eos=tokenizer.eos_token_id,
         released=write_released(folder / "released", base),
         **{name: str(folder / f"{name}.jsonl") for name in rows},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
 def policy(tiny):
-    """A checkpoint that knows the format and guesses the answer: most of its samples are valid, about half are right."""
+    """A checkpoint that knows the format and guesses the answer: most of its samples are valid,
+    about half are right."""
     model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "policy")
     args = argparse.Namespace(max_tokens=10**6, max_prompt=512, max_length=1024, ckpt=tiny.base)
-    examples = load_examples(tiny.sft)
-    data = [sft.encode_demonstration(e, tiny.tokenizer, tiny.image_processor, "", args) for e in examples]
+    tools = tiny.tokenizer, tiny.image_processor, "", args
+    data = [sft.encode_demonstration(e, *tools) for e in load_examples(tiny.sft)]
     optimizer, rng = runtime.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
     for _ in range(60):
-        sft.accumulate_gradient(model, [data[i] for i in rng.choice(len(data), 8, replace=False)], args, ONE)
+        batch = [data[i] for i in rng.choice(len(data), 8, replace=False)]
+        sft.accumulate_gradient(model, batch, args, ONE)
         optimizer.step()
         optimizer.zero_grad()
     runtime.save(model, out, ONE, "sft", args, 60, {})
@@ -146,15 +176,21 @@ def policy(tiny):
 
 def ids_of(rng, tiny, *lengths):
     """Random responses of the given lengths: ordinary tokens, then the EOS."""
-    return [[*rng.integers(len(rollout.TAGS) + 10, len(tiny.tokenizer), n - 1).tolist(), tiny.eos] for n in lengths]
+    first, last = len(rollout.TAGS) + 10, len(tiny.tokenizer)
+    return [[*rng.integers(first, last, n - 1).tolist(), tiny.eos] for n in lengths]
 
 
 def stock_inputs(prompt, ids, config):
-    """One sequence as transformers wants it; it works out the positions by itself from `mm_token_type_ids`."""
+    """One sequence as transformers wants it; it works out the positions by itself from
+    `mm_token_type_ids`."""
     tokens = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])[None]
-    kinds = (tokens == config.image_token_id).int()
-    pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": kinds, **pixels}
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "mm_token_type_ids": (tokens == config.image_token_id).int(),
+        "pixel_values": prompt.pixel_values,
+        "image_grid_thw": prompt.image_grid_thw,
+    }
 
 
 def stock_logprobs(tiny, prompt, ids, model=None):
@@ -170,16 +206,21 @@ def grads(model):
 
 
 def assert_same_grads(left, right, tolerance=1e-5):
-    zero = torch.zeros(())
-    worst = {name: (left.get(name, zero) - right.get(name, zero)).abs().max().item() for name in left | right}
+    zero, worst = torch.zeros(()), {}
+    for name in left | right:
+        difference = left.get(name, zero) - right.get(name, zero)
+        worst[name] = difference.abs().max().item()
     assert max(worst.values()) <= tolerance, sorted(worst.items(), key=lambda item: -item[1])[:5]
-    assert max(g.abs().max() for g in left.values()) > 100 * tolerance  # otherwise the comparison says nothing
+    largest = max(g.abs().max() for g in left.values())
+    assert largest > 100 * tolerance  # otherwise the comparison says nothing
 
 
 def launch(script, *flags, processes=0, background=False):
-    """Start a stage script as a user would: with python, or under torchrun with `processes` of them."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    command = [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
+    """Start a stage script as a user would: with python, or with torchrun's `processes`."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / script), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if background:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -198,6 +239,10 @@ def stage(name, *flags):
     return 0
 
 
-def untimed(rows):
-    """Rows of metrics.jsonl without what differs from run to run."""
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+def untimed(log):
+    """Lines of metrics.jsonl or rollouts.jsonl without what differs from run to run."""
+    kept = []
+    for line in log:
+        keys = [key for key in line if not key.startswith("seconds")]
+        kept.append({key: line[key] for key in keys})
+    return kept

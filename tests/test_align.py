@@ -1,4 +1,4 @@
-"""Run: pytest tests/test_align.py          (alignment advantages, the discriminator's step, the game's loop; CPU only)"""
+"""Run: pytest tests/test_align.py   (advantages, the discriminator's step, the game's loop; CPU)"""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ import rl
 import rollout
 from discriminator import VARIANTS, load_discriminator, reader
 
-# -------------------------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------- advantages
 
 
 def zscore(values, floor):
@@ -31,13 +31,18 @@ def expected_advantages(d_v, d_r, valid, alpha, normalize, floor, penalty, clip)
     out = np.zeros(d_v.shape)
     for b in range(len(d_v)):
         members = [i for i in range(d_v.shape[1]) if valid[b, i]]
-        v, r = ([min(max(d[b, i], -clip), clip) for i in members] for d in (d_v, d_r))
+        v = [min(max(d_v[b, i], -clip), clip) for i in members]
+        r = [min(max(d_r[b, i], -clip), clip) for i in members]
         if normalize == "per-expert":
-            z = [alpha * zv + (1 - alpha) * zr for zv, zr in zip(zscore(v, floor), zscore(r, floor))]
+            z_v, z_r = zscore(v, floor), zscore(r, floor)
+            z = [alpha * a + (1 - alpha) * b for a, b in zip(z_v, z_r)]
         else:
             z = zscore([alpha * a + (1 - alpha) * b for a, b in zip(v, r)], floor)
         for i in range(d_v.shape[1]):
-            out[b, i] = z[members.index(i)] if i in members else -penalty if members else 0.0
+            if i in members:
+                out[b, i] = z[members.index(i)]
+            elif members:
+                out[b, i] = -penalty
     return out
 
 
@@ -56,15 +61,18 @@ def test_advantages_equal_float64(normalize, alpha):
     settings = {"alpha": alpha, "normalize": normalize, "floor": 0.1, "penalty": 1.5, "clip": 10.0}
     expected = expected_advantages(d_v, d_r, valid, **settings)
     tensors = [torch.tensor(x).float() for x in (d_v, d_r)]
-    got = align.alignment_advantages(*tensors, torch.tensor(valid), alpha, normalize)  # the defaults are these settings
+    # the defaults are these settings
+    got = align.alignment_advantages(*tensors, torch.tensor(valid), alpha, normalize)
     assert np.abs(got.numpy() - expected).max() < 1e-4
     assert not got[0].any() and not got[4].any()
     assert got[5].tolist() == [0.0 if i == 2 else -1.5 for i in range(7)]
-    for b, i in [(2, 0), (3, 1)]:  # what an invalid rollout scores is nobody's business: not its group's, not its own
+    # what an invalid rollout scores is nobody's business: not its group's, not its own
+    for b, i in [(2, 0), (3, 1)]:
         broken, mask = tensors[0].clone(), torch.tensor(valid)
         broken[b, i], mask[b, i] = torch.nan, False
         again = align.alignment_advantages(broken, tensors[1], mask, alpha, normalize)
-        assert np.abs(again.numpy() - expected_advantages(d_v, d_r, mask.numpy(), **settings)).max() < 1e-4
+        expected = expected_advantages(d_v, d_r, mask.numpy(), **settings)
+        assert np.abs(again.numpy() - expected).max() < 1e-4
 
 
 def test_equal_scores_give_exactly_nothing():
@@ -75,8 +83,9 @@ def test_equal_scores_give_exactly_nothing():
             assert not align.alignment_advantages(scores, scores, valid, floor=1e-12).any()
 
 
-# ------------------------------------------------------------------------------------------------------ the discriminator
-RESPONSES = ["good", "good", "cut", "broken", "good", "good", "good", "broken", "broken"]  # three groups of three
+# -------------------------------------------------------------------------------- the discriminator
+# three groups of three
+RESPONSES = ["good", "good", "cut", "broken", "good", "good", "good", "broken", "broken"]
 
 
 def make_game(tiny, responses=RESPONSES, counts=(1, 0, 3)):
@@ -97,7 +106,8 @@ def make_game(tiny, responses=RESPONSES, counts=(1, 0, 3)):
 
 def with_heads(tiny, variant="moe"):
     disc = load_discriminator(tiny.released if variant == "learned" else tiny.base, variant)
-    disc.backbone.config.text_config.router_aux_loss_coef = 0.0  # of the learned variant: depends on the packing
+    # of the learned variant: depends on the packing
+    disc.backbone.config.text_config.router_aux_loss_coef = 0.0
     for i, head in enumerate(disc.heads.values()):
         torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(i))
     return disc
@@ -128,13 +138,15 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
                                 for caption, trace in (record.segments, record.teacher))
             expected[i] = torch.cat([student, teacher]).detach()
             for s, t in zip(student, teacher):
-                loss = loss + (-torch.log(torch.sigmoid((t - s).double())) + 0.01 / 2 * (s**2 + t**2)) / count
+                preference = -torch.log(torch.sigmoid((t - s).double()))
+                loss = loss + (preference + 0.01 / 2 * (s**2 + t**2)) / count
     disc.zero_grad()
     loss.backward()
     reference = grads(disc)
     for max_tokens in (10**6, 150, 1):
         scores, got = learn(tiny, disc, records, max_tokens)
-        assert torch.equal(scores.isnan(), expected.isnan()) and (scores - expected).nan_to_num().abs().max() <= 1e-5
+        assert torch.equal(scores.isnan(), expected.isnan())
+        assert (scores - expected).nan_to_num().abs().max() <= 1e-5
         assert_same_grads(got, reference)
 
 
@@ -145,29 +157,36 @@ def test_without_a_valid_rollout_nothing_is_learned(tiny):
 
 
 def test_expert_metrics():
-    scores = torch.tensor([[1.0, 0.0, 3.0, 0.0], [2.0, 5.0, 1.0, 1.0], [torch.nan] * 4])  # student v, r, teacher v, r
+    # student v, r, teacher v, r
+    scores = torch.tensor([[1.0, 0.0, 3.0, 0.0], [2.0, 5.0, 1.0, 1.0], [torch.nan] * 4])
     got = align.expert_metrics(scores)
-    expected = {"gap_v": (2 - 1) / 2, "gap_r": (0 - 4) / 2, "acc_v": 0.5, "acc_r": (0.5 + 0) / 2, "score_v": 1.5, "score_r": 2.5}
+    expected = {"gap_v": (2 - 1) / 2, "gap_r": (0 - 4) / 2}
+    expected |= {"acc_v": 0.5, "acc_r": (0.5 + 0) / 2, "score_v": 1.5, "score_r": 2.5}
     expected["loss_v"] = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
     expected["loss_r"] = (math.log(2) + math.log(1 + math.exp(4))) / 2
     assert got == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 def flags_of(tiny, policy, out, **more):
-    flags = {"ckpt": policy, "data": tiny.align, "out": out, "prompts": 2, "rollouts": 4, "max-new-tokens": 24, "lr": 1e-4}
-    flags |= {"disc-lr": 1e-3, "log-rollouts": 1, "steps": 2} | {key.replace("_", "-"): value for key, value in more.items()}
+    flags = {"ckpt": policy, "data": tiny.align, "out": out, "prompts": 2, "rollouts": 4}
+    flags |= {"max-new-tokens": 24, "lr": 1e-4, "disc-lr": 1e-3, "log-rollouts": 1, "steps": 2}
+    flags |= {key.replace("_", "-"): value for key, value in more.items()}
     return [part for key, value in flags.items() for part in (f"--{key}", value)]
 
 
 def test_rewards_come_from_before_the_update(tiny, policy, tmp_path):
-    """The heads start at zero, so the first step has no preference, however often the discriminator learns in it."""
+    """The heads start at zero, so the first step has no preference, however often the discriminator
+    learns in it."""
     assert stage("align", *flags_of(tiny, policy, tmp_path, disc_updates=3)) == 0
     first, second = read_jsonl(tmp_path / "metrics.jsonl")
     assert first["loss_v"] == pytest.approx(math.log(2)) and first["gap_v"] == first["score_r"] == 0
     assert second["loss_v"] != first["loss_v"] and second["gap_v"] != 0
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
-    scores = {step: [row["d_v"] for row in rows if row["step"] == step and "d_v" in row] for step in (1, 2)}
+    scores = {1: [], 2: []}
+    for row in rows:
+        if "d_v" in row:
+            scores[row["step"]].append(row["d_v"])
     assert set(scores[1]) == {0.0} and 0.0 not in scores[2] and 0 < len(scores[2])
     assert len(rows) == 16 and first["valid"] == len(scores[1]) / 8
 
@@ -177,25 +196,31 @@ def test_warm_up_trains_the_discriminator_only(tiny, policy, tmp_path):
     before, after = (load_file(f"{folder}/model.safetensors") for folder in (policy, tmp_path))
     assert all(torch.equal(before[key], after[key]) for key in before | after)
     disc, fresh = load_discriminator(str(tmp_path / "discriminator")), load_discriminator(policy)
-    moved = [name for (name, p), q in zip(disc.named_parameters(), fresh.parameters()) if not torch.equal(p, q)]
-    assert len(moved) == len(list(fresh.parameters()))
+    pairs = list(zip(disc.parameters(), fresh.parameters(), strict=True))
+    assert not any(torch.equal(p, q) for p, q in pairs)
     assert "grad_norm" not in read_jsonl(tmp_path / "metrics.jsonl")[0]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
     """Policy, discriminator and both optimizers come back."""
-    assert stage("align", *flags_of(tiny, policy, tmp_path / "whole", warmup_steps=1, steps=3)) == 0
-    assert stage("align", *flags_of(tiny, policy, tmp_path / "broken", warmup_steps=1, steps=1)) == 0
-    assert stage("align", *flags_of(tiny, policy, tmp_path / "broken", warmup_steps=1, steps=3), "--resume") == 0
+    for out, steps in (("whole", 3), ("broken", 1)):
+        flags = flags_of(tiny, policy, tmp_path / out, warmup_steps=1, steps=steps)
+        assert stage("align", *flags) == 0
+    flags = flags_of(tiny, policy, tmp_path / "broken", warmup_steps=1, steps=3)
+    assert stage("align", *flags, "--resume") == 0
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         whole, broken = (untimed(read_jsonl(tmp_path / out / name)) for out in ("whole", "broken"))
         assert whole == broken and len(whole) >= 4
 
 
 def test_rows_without_a_well_formed_teacher_are_left_out(tiny, policy, tmp_path):
-    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.rows["align"]]
-    for i, row in enumerate(rows):
-        row["response"] = row["response"] if i in (2, 5) else ["no blocks", None][i % 2]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
-    assert stage("align", *flags_of(tiny, policy, tmp_path / "out", data=data, rollouts=2), "--max-bad", 1) == 0
-    assert {row["id"] for row in read_jsonl(tmp_path / "out" / "rollouts.jsonl")} == {f"{data}:3", f"{data}:6"}
+    examples = []
+    for i, example in enumerate(tiny.rows["align"]):
+        images = [str(tiny.folder / path) for path in example["images"]]
+        response = example["response"] if i in (2, 5) else ["no blocks", None][i % 2]
+        examples.append(dict(example, images=images, response=response))
+    data = write_jsonl(tmp_path / "data.jsonl", examples)
+    flags = flags_of(tiny, policy, tmp_path / "out", data=data, rollouts=2)
+    assert stage("align", *flags, "--max-bad", 1) == 0
+    rollouts = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
+    assert {line["id"] for line in rollouts} == {f"{data}:3", f"{data}:6"}

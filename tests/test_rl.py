@@ -1,4 +1,4 @@
-"""Run: pytest tests/test_rl.py          (advantages, policy loss, normalisation, dynamic sampling; CPU only)"""
+"""Run: pytest tests/test_rl.py   (advantages, policy loss, normalisation, dynamic sampling; CPU)"""
 
 import argparse
 import math
@@ -7,7 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, assert_same_grads, grads, ids_of, read_jsonl, stage, stock_logprobs, untimed
+from conftest import (
+    ONE,
+    assert_same_grads,
+    grads,
+    ids_of,
+    read_jsonl,
+    stage,
+    stock_logprobs,
+    untimed,
+)
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import rl
@@ -16,7 +25,7 @@ import rollout
 CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 
 
-# -------------------------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------- advantages
 def test_group_advantages_equal_float64():
     rewards = torch.tensor(np.random.default_rng(0).choice([0, 0.2, 1.0, -0.3], (7, 5)))
     rewards[3] = 0.2
@@ -30,7 +39,8 @@ def test_group_advantages_equal_float64():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_nothing(dtype):
-    """The float mean of equal values need not be equal to them: the z-score of 0.1 + 0.2 in a group of 3 is not 0."""
+    """The float mean of equal values need not be equal to them: the z-score of 0.1 + 0.2 in a group
+    of 3 is not 0."""
     trapped = 0
     for value in (0.1, 0.1 + 0.2, 0.2, 0.7, 1 / 3, 1e-8, 1e6 + 0.1):
         for n in range(1, 17):
@@ -38,18 +48,23 @@ def test_equal_rewards_give_exactly_nothing(dtype):
             trapped += bool((rewards - rewards.mean(1, keepdim=True)).any())
             assert not rl.group_advantages(rewards).any()
     assert trapped > 0
-    assert rl.group_advantages(torch.tensor([[5.0], [-2.0]])).tolist() == [[0.0], [0.0]]  # a group of one
+    group_of_one = torch.tensor([[5.0], [-2.0]])
+    assert rl.group_advantages(group_of_one).tolist() == [[0.0], [0.0]]
 
 
-@pytest.mark.parametrize("length, expected", [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (101, -1), (500, -1)])
+OVERLONG = [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (101, -1), (500, -1)]
+
+
+@pytest.mark.parametrize("length, expected", OVERLONG)
 def test_overlong_penalty(length, expected):
     assert rl.overlong_penalty(length, limit=100, buffer=20) == pytest.approx(expected)
     assert rl.overlong_penalty(length, limit=100, buffer=0) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- policy loss
+# -------------------------------------------------------------------------------------- policy loss
 def surrogate(algo, logp, old, advantages, ref=None, kl=0.0):
-    """The loss from the formulas, one token at a time. logp, old, ref: lists of float64 rows without padding."""
+    """The loss from the formulas, one token at a time. logp, old, ref: lists of float64 tensors
+    without padding."""
     low, high = CLIPS[algo]
     tokens, total, sides = sum(map(len, logp)), 0.0, []
     for i, a in enumerate(advantages):
@@ -67,7 +82,8 @@ def surrogate(algo, logp, old, advantages, ref=None, kl=0.0):
 
 
 def random_batch(algo, seed, n=30, longest=9):
-    """Ragged rows whose ratios lie below, inside and above the clip range; some of the k3 terms reach the clamp."""
+    """Ragged rows whose ratios lie below, inside and above the clip range; some of the k3 terms
+    reach the clamp."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, n)
     lengths[0] = longest
@@ -80,21 +96,30 @@ def random_batch(algo, seed, n=30, longest=9):
     return mask, logp, old, ref, advantages
 
 
-@pytest.mark.parametrize("algo, kl, seed", [(a, kl, s) for a in CLIPS for kl in (0.0, 0.3) for s in (0, 1)])
+@pytest.mark.parametrize("algo", CLIPS)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_policy_loss_equals_float64(algo, kl, seed):
     mask, logp, old, ref, advantages = random_batch(algo, seed)
-    rows = lambda table: [row[m] for row, m in zip(table, mask)]
+
+    def unpadded(table):
+        return [values[m] for values, m in zip(table, mask)]
+
+    def padded(table):
+        return torch.where(mask, table, 1e4).float()  # with garbage, which must not matter
+
     exact = logp.clone().requires_grad_()
-    expected, sides = surrogate(algo, rows(exact), rows(old), advantages.tolist(), rows(ref), kl)
+    columns = [unpadded(exact), unpadded(old), advantages.tolist(), unpadded(ref)]
+    expected, sides = surrogate(algo, *columns, kl)
     expected.backward()
-    assert {(up, side) for up in (True, False) for side in (-1, 0, 1)} <= set(sides)  # clips of both sides, both signs
+    # clips of both sides, both signs
+    assert {(up, side) for up in (True, False) for side in (-1, 0, 1)} <= set(sides)
     k3 = (ref - logp).exp() - (ref - logp) - 1
     assert (k3[mask] > 10).any() and (k3[mask] < 10).any()
 
-    garbage = lambda table: torch.where(mask, table, 1e4).float()  # padding must not matter
-    ours = garbage(logp).requires_grad_()
-    reference = {"ref_logp": garbage(ref), "kl": kl} if kl else {}
-    loss, metrics = rl.policy_loss(ours, garbage(old), advantages.float(), mask, algo, **reference)
+    ours = padded(logp).requires_grad_()
+    reference = {"ref_logp": padded(ref), "kl": kl} if kl else {}
+    loss, metrics = rl.policy_loss(ours, padded(old), advantages.float(), mask, algo, **reference)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert (ours.grad - exact.grad).abs().max() < 1e-6 and exact.grad.abs().max() > 1e-3
@@ -115,16 +140,21 @@ def test_micro_batches_with_global_counts_add_up(algo):
         leaf, total, sums = logp.clone().requires_grad_(), 0.0, {}
         for part in parts:
             longest = int(mask[part].sum(1).max())  # a part is padded to its own longest row only
-            cut = lambda table: table[part, :longest]
-            loss, metrics = rl.policy_loss(cut(leaf), cut(old), advantages[part], cut(mask), algo, cut(ref), 0.1, **counts)
+            here = part, slice(longest)
+            loss, metrics = rl.policy_loss(
+                leaf[here], old[here], advantages[part], mask[here], algo, ref[here], 0.1, **counts
+            )
             total = total + loss
             sums = {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
         total.backward()
-        return torch.cat([leaf.grad.flatten(), total.detach()[None], torch.tensor(list(sums.values()))])
+        values = [total.item(), *sums.values()]
+        return torch.cat([leaf.grad.flatten(), torch.tensor(values)])
 
     whole = run([slice(0, 30)])
     counts = {"tokens": mask.sum(), "sequences": 30}
-    for parts in ([slice(0, 1), slice(1, 30)], [slice(i, i + 10) for i in (0, 10, 20)], [slice(i, i + 1) for i in range(30)]):
+    thirds = [slice(i, i + 10) for i in (0, 10, 20)]
+    singles = [slice(i, i + 1) for i in range(30)]
+    for parts in ([slice(0, 1), slice(1, 30)], thirds, singles):
         assert (run(parts, **counts) - whole).abs().max() < 1e-6
 
 
@@ -161,8 +191,8 @@ def test_gradient_equals_separate_sequences_whatever_the_split(tiny, algo, kl):
         metrics = rl.accumulate_policy_gradient(tiny.model, records, algo, args, ONE, kl)
         assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
         assert_same_grads(grads(tiny.model), grads(tiny.stock))
-        computed = [i for i, a in enumerate(advantages) if a or kl]
-        drift = torch.cat([(logp[i].detach() + 1.0).abs() for i in computed]).mean().item()  # sampled log-probs are -1 here
+        computed = torch.cat([logp[i].detach() for i, a in enumerate(advantages) if a or kl])
+        drift = (computed + 1.0).abs().mean().item()  # sampled log-probs are -1 here
         assert metrics["drift"] == pytest.approx(drift, abs=1e-4)
         assert ("kl" in metrics) == (kl > 0)
 
@@ -181,35 +211,41 @@ def test_without_advantages_there_is_no_gradient(tiny):
 @pytest.mark.parametrize("max_tokens", [10**6, 90, 1])
 def test_stored_logprobs_equal_separate_sequences(tiny, max_tokens):
     records = make_records(tiny)
-    rl.store_logprobs(tiny.model, records, "old_logp", argparse.Namespace(max_tokens=max_tokens, temperature=1.0), ONE)
+    args = argparse.Namespace(max_tokens=max_tokens, temperature=1.0)
+    rl.store_logprobs(tiny.model, records, "old_logp", args, ONE)
     for r in records:
         expected = stock_logprobs(tiny, r.prompt, r.rollout.ids)
         assert r.old_logp.shape == expected.shape and (r.old_logp - expected).abs().max() <= 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 def flags_of(tiny, policy, out, algo="grpo", **more):
-    flags = {"ckpt": policy, "data": tiny.rl, "out": out, "algo": algo, "prompts": 2, "rollouts": 4, "max-new-tokens": 24}
-    flags |= {"lr": 1e-4, "log-rollouts": 1, "steps": 2} | {key.replace("_", "-"): value for key, value in more.items()}
+    flags = {"ckpt": policy, "data": tiny.rl, "out": out, "algo": algo, "prompts": 2, "rollouts": 4}
+    flags |= {"max-new-tokens": 24, "lr": 1e-4, "log-rollouts": 1, "steps": 2}
+    flags |= {key.replace("_", "-"): value for key, value in more.items()}
     return [part for key, value in flags.items() for part in (f"--{key}", value)]
 
 
 def test_rewards_in_the_log_are_those_of_the_rollouts(tiny, policy, tmp_path):
-    assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", overlong_buffer=24, max_gen_batches=20)) == 0
+    more = {"overlong_buffer": 24, "max_gen_batches": 20}
+    assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", **more)) == 0
     rows, log = read_jsonl(tmp_path / "rollouts.jsonl"), read_jsonl(tmp_path / "metrics.jsonl")
     for step in (1, 2):
         here = [row for row in rows if row["step"] == step]
         assert len(here) == 4 * log[step - 1]["groups"] > 0
-        for i in range(0, len(here), 4):  # dynamic sampling: no group that is all right or all wrong
+        # dynamic sampling: no group that is all right or all wrong
+        for i in range(0, len(here), 4):
             assert {row["accuracy"] for row in here[i : i + 4]} == {0.0, 1.0}
         assert all(row["score"] == 0.8 * row["accuracy"] + 0.2 * row["format"] for row in here)
-        penalty = log[step - 1]["length"] / 24  # the buffer is the whole limit: every token costs the same
+        # the buffer is the whole limit: every token costs the same
+        penalty = log[step - 1]["length"] / 24
         assert np.mean([row["score"] - row["reward"] for row in here]) == pytest.approx(penalty)
         assert log[step - 1]["reward"] == pytest.approx(np.mean([row["reward"] for row in here]))
 
 
 def test_every_step_makes_k_updates(tiny, policy, tmp_path):
-    """Under dynamic sampling the groups of a step come from several rounds, in each of which they are numbered from 0."""
+    """Under dynamic sampling the groups of a step come from several rounds, in each of which they
+    are numbered from 0."""
     more = {"steps": 5, "updates_per_rollout": 2, "max_gen_batches": 40, "rollouts": 2}
     assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", **more)) == 0
     log = read_jsonl(tmp_path / "metrics.jsonl")
@@ -223,8 +259,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
     """Metrics and rollouts: also the rollouts of a step that is repeated appear once."""
     for out, steps in (("whole", 4), ("broken", 3), ("two", 2)):
         assert stage("rl", *flags_of(tiny, policy, tmp_path / out, steps=steps)) == 0
+    # as if killed in step 4, after the save of step 2
     shutil.rmtree(tmp_path / "broken" / "state")
-    (tmp_path / "two" / "state").rename(tmp_path / "broken" / "state")  # as if killed in step 4, after the save of step 2
+    (tmp_path / "two" / "state").rename(tmp_path / "broken" / "state")
     assert stage("rl", *flags_of(tiny, policy, tmp_path / "broken", steps=4), "--resume") == 0
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         whole, broken = (untimed(read_jsonl(tmp_path / out / name)) for out in ("whole", "broken"))

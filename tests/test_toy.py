@@ -1,4 +1,4 @@
-"""Run: pytest tests/test_toy.py          (exact scores of the picture world, its teachers, its checkpoint; CPU only)"""
+"""Run: pytest tests/test_toy.py     (the picture world, its scores and teachers, its checkpoint)"""
 
 import json
 import re
@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rollout import parse_response
@@ -26,7 +27,8 @@ def problem_with(parity):
 def recount(problem):
     """(The sum, the true answer), from the grid alone."""
     grid = np.array(problem["cells"]).reshape(world.ROWS, world.COLUMNS, 2)
-    cells = grid[problem["number"] - 1] if problem["line"] == "row" else grid[:, problem["number"] - 1]
+    grid = grid if problem["line"] == "row" else grid.swapaxes(0, 1)
+    cells = grid[problem["number"] - 1]
     total = sum(int((cells == attribute).sum()) for attribute in problem["terms"])
     return total, ("even", "odd")[total % 2] if problem["parity"] else str(total)
 
@@ -38,8 +40,10 @@ def blocks(text):
 
 def elsewhere(problem):
     """Index of a cell that the question does not ask for."""
-    line = lambda i: (i // world.COLUMNS if problem["line"] == "row" else i % world.COLUMNS) + 1
-    return next(i for i in range(N) if line(i) != problem["number"])
+    for i in range(N):
+        row, column = divmod(i, world.COLUMNS)
+        if (row if problem["line"] == "row" else column) + 1 != problem["number"]:
+            return i
 
 
 def repaint(line):
@@ -47,44 +51,55 @@ def repaint(line):
     return f"{number} grey {shape}"
 
 
+def put(lines, i, *new):
+    """`lines` with `new` in place of line i."""
+    return [*lines[:i], *new, *lines[i + 1 :]]
+
+
 OTHER = {"odd": "even", "even": "odd"}
 CAPTION, TRACE, ANSWER = range(3)
-# edits of the lines of one block (of the steps of a trace); i: a cell elsewhere -> cells lost, steps lost, accuracy
+# an edit of the lines of one block (of the steps of a trace), i: a cell elsewhere; the cells and
+# the steps that are lost by it; the accuracy that is left
 EDITS = [
     ("nothing", TRACE, lambda lines, i: lines, 0, 0, 1),
     ("wrong answer", ANSWER, lambda lines, i: [OTHER.get(lines[0], lines[0] + "1")], 0, 1, 0),
     ("no trace", TRACE, lambda lines, i: [], 0, "all but the answer", 1),
-    ("a count left out", TRACE, lambda lines, i: lines[1:], 0, 1, 1),
-    ("a wrong count", TRACE, lambda lines, i: [lines[0] + "7", *lines[1:]], 0, 1, 1),
-    ("a wrong sum", TRACE, lambda lines, i: [*lines[:2], lines[2] + "7", *lines[3:]], 0, 1, 1),
+    ("a count left out", TRACE, lambda lines, i: put(lines, 0), 0, 1, 1),
+    ("a wrong count", TRACE, lambda lines, i: put(lines, 0, lines[0] + "7"), 0, 1, 1),
+    ("a wrong sum", TRACE, lambda lines, i: put(lines, 2, lines[2] + "7"), 0, 1, 1),
     ("steps in another order", TRACE, lambda lines, i: lines[::-1], 0, 0, 1),
     ("more than needed", TRACE, lambda lines, i: ["let me see", *lines], 0, 0, 1),
-    ("a wrong colour elsewhere", CAPTION, lambda lines, i: [*lines[:i], repaint(lines[i]), *lines[i + 1 :]], 1, 0, 1),
-    ("a cell left out elsewhere", CAPTION, lambda lines, i: lines[:i] + lines[i + 1 :], 1, 0, 1),
+    ("a wrong colour", CAPTION, lambda lines, i: put(lines, i, repaint(lines[i])), 1, 0, 1),
+    ("a cell left out", CAPTION, lambda lines, i: put(lines, i), 1, 0, 1),
     ("a cell said twice", CAPTION, lambda lines, i: [*lines, repaint(lines[i])], 1, 0, 1),
-    ("an unreadable line", CAPTION, lambda lines, i: [*lines[:i], lines[i] + " ?", *lines[i + 1 :]], 1, 0, 1),
+    ("an unreadable line", CAPTION, lambda lines, i: put(lines, i, lines[i] + " ?"), 1, 0, 1),
     ("cells in another order", CAPTION, lambda lines, i: lines[::-1], 0, 0, 1),
 ]
 
 
 @pytest.mark.parametrize("parity", [False, True])
-@pytest.mark.parametrize("row", EDITS, ids=[row[0] for row in EDITS])
-def test_scores_are_exact(row, parity):
-    _, block, change, cells, steps, accuracy = row
+@pytest.mark.parametrize("edit", EDITS, ids=[edit[0] for edit in EDITS])
+def test_scores_are_exact(edit, parity):
+    _, block, change, cells, steps, accuracy = edit
     problem, count = problem_with(parity), 5 if parity else 4
     parts = blocks(world.respond(problem))
-    lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])  # the cells that a step counts belong to that step
+    # a step begins at a line break, but not at one before a cell, which belongs to the step
+    lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])
     parts[block] = "\n".join(change(lines, elsewhere(problem)))
     steps = count - 1 if steps == "all but the answer" else steps
-    expected = {"perception": 1 - cells / N, "reasoning": 1 - steps / count, "accuracy": accuracy, "format": 1}
+    expected = {"perception": 1 - cells / N, "reasoning": 1 - steps / count}
+    expected |= {"accuracy": accuracy, "format": 1}
     assert world.score(problem, parts) == pytest.approx(expected)
 
 
 GRID = [("red", "circle"), ("red", "square"), *[("lime", "cross")] * (N - 2)]
-HAND = {"cells": GRID, "line": "row", "number": 1, "terms": ["red", "circle"], "parity": False, "question": "?", "answer": "3"}
+HAND = {"cells": GRID, "line": "row", "number": 1, "terms": ["red", "circle"]}
+HAND |= {"parity": False, "question": "?", "answer": "3"}
 REST = range(3, world.COLUMNS + 1)
-RED = "row 1:\n1 red red yes\n2 red red yes" + "".join(f"\n{i} lime red no" for i in REST) + " = 2"
-CIRCLE = "row 1:\n1 circle circle yes\n2 square circle no" + "".join(f"\n{i} cross circle no" for i in REST) + " = 1"
+RED = "row 1:\n1 red red yes\n2 red red yes"
+RED += "".join(f"\n{i} lime red no" for i in REST) + " = 2"
+CIRCLE = "row 1:\n1 circle circle yes\n2 square circle no"
+CIRCLE += "".join(f"\n{i} cross circle no" for i in REST) + " = 1"
 
 
 def test_reasoning_is_judged_by_its_own_caption():
@@ -94,10 +109,10 @@ def test_reasoning_is_judged_by_its_own_caption():
     assert set(world.score(HAND, (caption, trace, "3")).values()) == {1.0}
     wrong = caption.replace("2 red square", "2 blue square")
     follows = f"{RED.replace('2 red red yes', '2 blue red no')[:-1]}1\n{CIRCLE}\n1 + 1 = 2"
-    found = world.score(HAND, (wrong, follows, "2"))
-    assert found == pytest.approx({"perception": 1 - 1 / N, "reasoning": 1, "accuracy": 0, "format": 1})
-    found = world.score(HAND, (wrong, trace, "3"))
-    assert found == pytest.approx({"perception": 1 - 1 / N, "reasoning": 1 / 4, "accuracy": 1, "format": 1})
+    expected = {"perception": 1 - 1 / N, "reasoning": 1, "accuracy": 0, "format": 1}
+    assert world.score(HAND, (wrong, follows, "2")) == pytest.approx(expected)
+    expected |= {"reasoning": 1 / 4, "accuracy": 1}
+    assert world.score(HAND, (wrong, trace, "3")) == pytest.approx(expected)
 
 
 def test_broken_format_scores_nothing():
@@ -112,9 +127,9 @@ def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
         assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
         assert problem["answer"] == recount(problem)[1]
     public = [world.score(problem, blocks(world.respond(problem, rng))) for problem in problems]
-    mean = {key: np.mean([s[key] for s in public]) for key in public[0]}
-    assert mean["format"] == 1
-    assert all(0.2 < mean[key] < 0.9 for key in ("perception", "reasoning", "accuracy")), mean
+    for key in ("perception", "reasoning", "accuracy"):
+        assert 0.2 < np.mean([s[key] for s in public]) < 0.9, key
+    assert np.mean([s["format"] for s in public]) == 1
 
 
 def test_problems_and_pictures_depend_on_the_generator_only():
@@ -141,46 +156,58 @@ def test_each_cell_is_drawn_in_its_own_place():
 
 
 def test_checkpoint_is_an_ordinary_one(tmp_path):
-    """Loads with the Auto classes, is the same for the same seed, has Qwen's tokens, and reads the world's texts whole."""
+    """Loads with the Auto classes, is the same for the same seed, has Qwen's tokens, and reads the
+    world's texts whole."""
     rng = np.random.default_rng(0)
     texts = [world.respond(world.make_problem(rng)) for _ in range(40)]
+    models, small = {}, {"hidden": 64, "layers": 1, "vision_layers": 1}
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        checkpoint.make_checkpoint(str(tmp_path / name), texts, seed, hidden=64, layers=1, vision_layers=1)
-    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("one", "same", "other")]
-    assert all(isinstance(model, Qwen3VLForConditionalGeneration) for model in models)
-    one, same, other = ([p for p in model.parameters()] for model in models)
-    assert all(torch.equal(a, b) for a, b in zip(one, same)) and not all(torch.equal(a, b) for a, b in zip(one, other))
-    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path / "one"), models[0].config
-    assert tokenizer.eos_token == "<|im_end|>" and models[0].generation_config.eos_token_id == tokenizer.eos_token_id
-    for token, number in [("<|image_pad|>", config.image_token_id), ("<|vision_start|>", config.vision_start_token_id)]:
-        assert tokenizer.convert_tokens_to_ids(token) == number and tokenizer(token)["input_ids"] == [number]
+        checkpoint.make_checkpoint(str(tmp_path / name), texts, seed, **small)
+        models[name] = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        assert isinstance(models[name], Qwen3VLForConditionalGeneration)
+    one, same, other = (list(model.parameters()) for model in models.values())
+    assert all(torch.equal(a, b) for a, b in zip(one, same))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other))
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path / "one"), models["one"].config
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert models["one"].generation_config.eos_token_id == tokenizer.eos_token_id
+    ids = {"<|image_pad|>": config.image_token_id, "<|vision_start|>": config.vision_start_token_id}
+    for token, number in ids.items():
+        assert tokenizer.convert_tokens_to_ids(token) == number
+        assert tokenizer(token)["input_ids"] == [number]
     for text in [*texts, "äß 中文 🙂\n\t x"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_table_comes_out_of_eval(tmp_path):
-    """Accuracy, format and tokens as results.json has them; exact scores with intervals that keep an item's samples together."""
+    """Accuracy, format and tokens as results.json has them; exact scores with intervals that keep
+    the samples of an item together."""
     rng = np.random.default_rng(0)
     problems = [world.make_problem(rng) for _ in range(30)]
-    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "data").mkdir()
-    write(tmp_path / "data" / "test.jsonl", [{"world": problem} for problem in problems])
-    cell = {"mean": 0.25, "low": 0.125, "high": 0.5}
-    rows = [{"item": i, "response": world.respond(problem) if i % 3 else "", "finished": True}
-            for i, problem in enumerate(problems) for _ in range(4)]  # fmt: skip
+    write_jsonl(tmp_path / "data" / "test.jsonl", [{"world": problem} for problem in problems])
+    measured = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    generations = []
+    for i, problem in enumerate(problems):
+        response = world.respond(problem) if i % 3 else ""
+        generations += [{"item": i, "response": response, "finished": True}] * 4
     for run in ("eval_greedy", "eval_sampled"):
         for arm in report.ARMS:
             (tmp_path / run / arm).mkdir(parents=True)
-            write(tmp_path / run / arm / "test.jsonl", rows)
-        summary = {key: cell for key in ("accuracy", "format", "tokens")}
-        (tmp_path / run / "results.json").write_text(json.dumps({"results": {arm: {"test": summary} for arm in report.ARMS}}))
-    row = report.table(str(tmp_path))["T = 1"]["align"]
-    assert row["accuracy"] == row["format"] == row["tokens"] == cell
-    assert row["perception"] == row["reasoning"] and row["perception"]["mean"] == pytest.approx(2 / 3)
-    width = row["perception"]["high"] - row["perception"]["low"]
-    assert width == pytest.approx(2 * 1.96 * np.sqrt(2 / 9 / 30), rel=0.1)  # of 30 items, not of 120 samples
+            write_jsonl(tmp_path / run / arm / "test.jsonl", generations)
+        summary = {key: measured for key in ("accuracy", "format", "tokens")}
+        results = {"results": {arm: {"test": summary} for arm in report.ARMS}}
+        (tmp_path / run / "results.json").write_text(json.dumps(results))
+    cells = report.table(str(tmp_path))["T = 1"]["align"]
+    assert cells["accuracy"] == cells["format"] == cells["tokens"] == measured
+    assert cells["perception"] == cells["reasoning"]
+    assert cells["perception"]["mean"] == pytest.approx(2 / 3)
+    width = cells["perception"]["high"] - cells["perception"]["low"]
+    of_items = 2 * 1.96 * np.sqrt(2 / 9 / 30)  # 30 items, not 120 samples
+    assert width == pytest.approx(of_items, rel=0.1)
     report.print_table(report.table(str(tmp_path)), str(tmp_path))
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 10 and lines[2].startswith("| greedy | SFT | 25.0 [12.5, 50.0] | 66.7 [")

@@ -1,1 +1,1 @@
-"""The embedded default: a procedural picture world with known truth, a tiny Qwen3-VL, and `python -m toy`."""
+"""The embedded default: a picture world with known truth, a tiny Qwen3-VL, `python -m toy`."""

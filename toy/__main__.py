@@ -1,8 +1,9 @@
-"""`python -m toy`: SFT -> alignment -> RLVR -> evaluation on the embedded picture world, started as a user would start it.
+"""`python -m toy`: SFT -> alignment -> RLVR -> evaluation on the embedded picture world.
 
-Writes OUT/data and OUT/base, runs sft.py, align.py, rl.py (from the SFT and from the aligned checkpoint) and eval.py under
-torchrun, prints each command line before it runs, and ends with one table and OUT/report.png. What it knows about a run it
-reads from the files that the run wrote.
+Writes OUT/data and OUT/base, runs sft.py, align.py, rl.py (from the SFT and from the aligned
+checkpoint) and eval.py under torchrun as a user would, prints each command line before it runs, and
+ends with one table and OUT/report.png. What it knows about a run it reads from the files that the
+run wrote.
 """
 
 import argparse
@@ -18,66 +19,89 @@ import numpy as np
 from rollout import parse_response
 from runtime import find_state
 from toy import checkpoint, world
-from toy.report import ARMS, print_table, read_rows, table, write_report
+from toy.report import ARMS, print_table, read_jsonl, table, write_report
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FULL = {"sft_rows": 16000, "sft": 1200, "warmup": 60, "align": 120, "rl": 60, "items": 300, "samples": 4}
-QUICK = {"sft_rows": 2000, "sft": 120, "warmup": 6, "align": 8, "rl": 6, "items": 40, "samples": 2}
+# numbers of demonstrations and of test items, samples per item at T = 1; steps of each stage
+FULL = {"demos": 16000, "items": 300, "samples": 4}
+FULL |= {"sft": 1200, "warmup": 60, "align": 120, "rl": 60}
+QUICK = {"demos": 2000, "items": 40, "samples": 2}
+QUICK |= {"sft": 120, "warmup": 6, "align": 8, "rl": 6}
 
 
-def write_rows(folder, name, count, rng, public=False, kinds=(0, 1)):
-    """COUNT problems as FOLDER/NAME.jsonl with their pictures; `world` keeps the truth for the toy's own scores."""
-    rows = []
+def write_jsonl(path, records):
+    with open(path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def write_examples(folder, name, count, rng, public=False, attributes=(0, 1)):
+    """COUNT problems as FOLDER/NAME.jsonl with their pictures -> the examples.
+
+    The key `world` keeps the truth for the toy's own scores; the stages do not read it.
+    """
+    examples = []
     for i in range(count):
-        problem = world.make_problem(rng, kinds)
+        problem = world.make_problem(rng, attributes)
         path = os.path.join("images", f"{name}_{i}.png")
         world.draw(problem["cells"], problem["seed"]).save(os.path.join(folder, path))
-        rows.append({
-            "id": f"{name}-{i}",
-            "prompt": [{"role": "system", "content": world.SYSTEM}, {"role": "user", "content": "<image>" + problem["question"]}],
-            "images": [path],
-            "response": world.respond(problem, rng if public else None),
-            "answer": problem["answer"],
-            "world": problem,
-        })  # fmt: skip
-    with open(os.path.join(folder, name + ".jsonl"), "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
+        prompt = [
+            {"role": "system", "content": world.SYSTEM},
+            {"role": "user", "content": "<image>" + problem["question"]},
+        ]
+        response = world.respond(problem, rng if public else None)
+        example = {"id": f"{name}-{i}", "prompt": prompt, "images": [path], "response": response}
+        examples.append({**example, "answer": problem["answer"], "world": problem})
+    write_jsonl(os.path.join(folder, name + ".jsonl"), examples)
+    return examples
 
 
 def write_data(out, seed, sizes):
-    """Data files and the base checkpoint. Pictures of the sets never share a generator, so test items are unseen."""
+    """Data files and the base checkpoint. Each set has its own generator: test items are unseen."""
     folder = os.path.join(out, "data")
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
-    generator = lambda stream: np.random.default_rng([seed, stream])
-    demos = write_rows(folder, "sft", sizes["sft_rows"], generator(0), public=True)
-    curated = write_rows(folder, "align", 256, generator(1))
-    write_rows(folder, "rl", 32, generator(2), kinds=(1,))  # few prompts, and about shapes only
-    write_rows(folder, "test", sizes["items"], generator(3))
-    texts = ["\n".join([*(m["content"] for m in row["prompt"]), "assistant", row["response"]]) for row in demos[:2000] + curated]
+    rngs = [np.random.default_rng([seed, stream]) for stream in range(4)]
+    demos = write_examples(folder, "sft", sizes["demos"], rngs[0], public=True)
+    curated = write_examples(folder, "align", 256, rngs[1])
+    write_examples(folder, "rl", 32, rngs[2], attributes=(1,))  # few prompts, and about shapes only
+    write_examples(folder, "test", sizes["items"], rngs[3])
+    texts = []  # for the tokenizer
+    for example in demos[:2000] + curated:
+        turns = [turn["content"] for turn in example["prompt"]]
+        texts.append("\n".join([*turns, "assistant", example["response"]]))
     checkpoint.make_checkpoint(os.path.join(out, "base"), texts, seed)
 
 
 def stages(out, seed, sizes):
-    """[(name, script and flags)] in order; the plain RL arm gets the alignment's steps as extra steps of RL, so that both
-    arms see the same number of rollouts."""
-    at = lambda *parts: os.path.join(out, *parts)
+    """{name: script and flags} in order; the outputs of each go to OUT/name.
+
+    The plain RL arm gets the alignment's steps as extra steps of RL, so that both arms see the same
+    number of rollouts.
+    """
+
+    def data(name):
+        return ["--data", os.path.join(out, "data", name + ".jsonl")]
+
+    def ckpt(*names):
+        return ["--ckpt", *(os.path.join(out, name) for name in names)]
+
+    warmup, align, rl = sizes["warmup"], sizes["align"], sizes["rl"]
     sampling = ["--prompts", 8, "--rollouts", 8, "--max-new-tokens", 128, "--max-tokens", 4096]
-    sampling += ["--seed", seed, "--save-every", 100]
-    data, extra = at("data", "rl.jsonl"), sizes["warmup"] + sizes["align"]
-    rl = ["--algo", "grpo", "--lr", 2e-5, "--log-rollouts", 5, *sampling, "--data", data]
-    last = [at(arm) for arm in ARMS]
-    judge = ["eval.py", "--ckpt", *last, "--data", at("data", "test.jsonl"), "--max-new-tokens", 128, "--seed", seed, "--resume"]
-    return [
-        ("sft", ["sft.py", "--ckpt", at("base"), "--data", at("data", "sft.jsonl"), "--out", at("sft"), "--batch", 16,
-                 "--steps", sizes["sft"], "--lr", 2e-3, "--seed", seed]),
-        ("align", ["align.py", "--ckpt", at("sft"), "--data", at("data", "align.jsonl"), "--out", at("align"), "--warmup-steps",
-                   sizes["warmup"], "--steps", sizes["align"], "--lr", 5e-5, "--disc-lr", 1e-3, "--log-rollouts", 5, *sampling]),
-        ("sft_rl", ["rl.py", "--ckpt", at("sft"), "--out", at("sft_rl"), "--steps", sizes["rl"] + extra, *rl]),
-        ("align_rl", ["rl.py", "--ckpt", at("align"), "--out", at("align_rl"), "--steps", sizes["rl"], *rl]),
-        ("eval_greedy", [*judge, "--out", at("eval_greedy")]),
-        ("eval_sampled", [*judge, "--out", at("eval_sampled"), "--temperature", 1.0, "--samples", sizes["samples"]]),
-    ]  # fmt: skip
+    sampling += ["--log-rollouts", 5, "--save-every", 100]
+    sft_flags = [*ckpt("base"), *data("sft"), "--batch", 16, "--lr", 2e-3]
+    align_flags = [*ckpt("sft"), *data("align"), *sampling, "--lr", 5e-5, "--disc-lr", 1e-3]
+    rl_flags = [*data("rl"), *sampling, "--algo", "grpo", "--lr", 2e-5]
+    greedy = ["eval.py", *ckpt(*ARMS), *data("test"), "--max-new-tokens", 128, "--resume"]
+    commands = {
+        "sft": ["sft.py", *sft_flags, "--steps", sizes["sft"]],
+        "align": ["align.py", *align_flags, "--warmup-steps", warmup, "--steps", align],
+        "sft_rl": ["rl.py", *ckpt("sft"), *rl_flags, "--steps", warmup + align + rl],
+        "align_rl": ["rl.py", *ckpt("align"), *rl_flags, "--steps", rl],
+        "eval_greedy": [*greedy],
+        "eval_sampled": [*greedy, "--temperature", 1.0, "--samples", sizes["samples"]],
+    }
+    for name, command in commands.items():
+        command += ["--out", os.path.join(out, name), "--seed", seed]
+    return commands
 
 
 def finished(out, name):
@@ -96,47 +120,56 @@ def run_stage(out, name, command, processes, resume):
     launch = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
     began = time.time()
-    module = [sys.executable, "-m", "torch.distributed.run", *launch[1:]]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch[1:], *command]
     os.makedirs(out, exist_ok=True)
     log = os.path.join(out, f"{name}.log")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with open(log, "w") as file:
-        process = subprocess.Popen(module + command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=HERE, **pipes)
         for line in process.stdout:
             file.write(line)
             if worth_printing(line):
                 print(line, end="", flush=True)
     if process.wait():
-        raise SystemExit(f"toy: {name} failed with status {process.returncode}; its output is in {log}")
+        status = f"failed with status {process.returncode}"
+        raise SystemExit(f"toy: {name} {status}; its output is in {log}")
     print(f"[{name}] {time.time() - began:.0f} s", flush=True)
 
 
 def worth_printing(line):
     """Every 20th step; all that is not a step."""
     words = line.split()
-    return not (len(words) > 2 and words[0] == "step" and words[1].isdigit() and int(words[1]) % 20)
+    is_step = len(words) > 2 and words[0] == "step" and words[1].isdigit()
+    return not is_step or int(words[1]) % 20 == 0
 
 
 def write_pictures(out):
-    """OUT/pictures.jsonl: greedy responses to the first test items before and after alignment, for the experts to score."""
-    test, rows = read_rows(out, "data", "test.jsonl"), []
+    """OUT/pictures.jsonl: greedy responses to the first test items, for the experts to score.
+
+    One by the policy before and one by the policy after alignment; those with broken format, which
+    the experts never see, are left out.
+    """
+    test, examples = read_jsonl(out, "data", "test.jsonl"), []
     for arm in ("sft", "align"):
-        for generation in read_rows(out, "eval_greedy", arm, "test.jsonl")[:40]:
-            problem = test[generation["item"]]
-            images = [os.path.join("data", path) for path in problem["images"]]
-            row = {"id": f"{arm}/{generation['item']}", "prompt": problem["prompt"], "images": images}
-            if parse_response(generation["response"]):
-                rows.append({**row, "response": generation["response"]})
-    with open(os.path.join(out, "pictures.jsonl"), "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        for generation in read_jsonl(out, "eval_greedy", arm, "test.jsonl")[:40]:
+            item, response = generation["item"], generation["response"]
+            images = [os.path.join("data", path) for path in test[item]["images"]]
+            example = {"id": f"{arm}/{item}", "prompt": test[item]["prompt"], "images": images}
+            if parse_response(response):
+                examples.append({**example, "response": response})
+    write_jsonl(os.path.join(out, "pictures.jsonl"), examples)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="toy_out", help="folder for everything that is written")
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the weights, the order and the sampling")
-    parser.add_argument("--processes", type=int, default=1, help="processes per stage, as torchrun's --nproc_per_node")
-    parser.add_argument("--quick", action="store_true", help="every stage in 2 minutes; the numbers mean nothing")
-    parser.add_argument("--resume", action="store_true", help="continue a broken run; finished stages are not repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", default="toy_out", help="folder for everything that is written")
+    add("--seed", type=int, default=0, help="of the data, the weights, the order and the sampling")
+    add("--processes", type=int, default=1, help="per stage, as torchrun's --nproc_per_node")
+    add("--quick", action="store_true", help="all stages in 2 minutes; the numbers mean nothing")
+    add("--resume", action="store_true", help="continue a broken run; repeats no finished stage")
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.resume:
         parser.error(f"--out {args.out} exists; pass --resume to continue it, or another folder")
@@ -144,17 +177,20 @@ def main():
     if not os.path.exists(os.path.join(out, "base", "preprocessor_config.json")):
         print(f"writing data and the base checkpoint to {out}", flush=True)
         write_data(out, args.seed, sizes)
-    for name, command in stages(out, args.seed, sizes):
+    for name, command in stages(out, args.seed, sizes).items():
         run_stage(out, name, command, args.processes, args.resume)
     write_pictures(out)
-    score = ["discriminator.py", "--score", os.path.join(out, "pictures.jsonl"), "--out", os.path.join(out, "scores")]
-    run_stage(out, "scores", [*score, "--ckpt", os.path.join(out, "align", "discriminator")], args.processes, args.resume)
+    score = ["discriminator.py", "--score", os.path.join(out, "pictures.jsonl")]
+    score += ["--ckpt", os.path.join(out, "align", "discriminator")]
+    score += ["--out", os.path.join(out, "scores")]
+    run_stage(out, "scores", score, args.processes, args.resume)
     write_report(out, sizes)
     print()
     if args.quick:
-        print("--quick: every stage ran, but so little that these numbers show nothing about the method")
+        print("--quick: every stage ran, but too little to show anything about the method")
     print_table(table(out), out)
-    print(f"\n{out}/report.png and {out}/table.md written; {(time.time() - began) / 60:.1f} minutes")
+    minutes = (time.time() - began) / 60
+    print(f"\n{out}/report.png and {out}/table.md written; {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":
