@@ -25,8 +25,8 @@ import time
 import torch
 
 from data import Feed, data_flags, encode_prompt, encode_response, load_data, system_prompt
-from discriminator import VARIANTS, Discriminator, compare_tokenizers, expert_metrics, learn_pairs, load_discriminator
-from discriminator import reader, save_discriminator
+from discriminator import VARIANTS, Discriminator, Pairs, compare_tokenizers, expert_metrics, load_discriminator
+from discriminator import save_discriminator, score_and_backward, visible_prompt
 from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_metrics, sample_records
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
@@ -78,14 +78,14 @@ def score_and_learn(disc, records, pairs, teachers, tokenizer, args, world):
     for i, record in enumerate(records):
         if pairs[i] is not None:
             groups.setdefault(record.group, []).append(i)
-    row = lambda record, members: (
-        reader(record.prompt, tokenizer, disc.variant), teachers[record.group], [pairs[i] for i in members]
+    row = lambda record, members: Pairs(
+        visible_prompt(record.prompt, tokenizer, disc.variant), teachers[record.group], [pairs[i] for i in members]
     )
     rows = [row(records[members[0]], members) for members in groups.values()]
     valid = [i for members in groups.values() for i in members]
     count = max(1, world.sum(len(valid))[0])
     scores = torch.full((len(records), 4), torch.nan)
-    scores[valid] = learn_pairs(disc, rows, row(records[0], []), count, args, world)
+    scores[valid] = score_and_backward(disc, rows, count, args, world)
     return scores
 
 

@@ -13,7 +13,7 @@ from data import encode_response
 import align
 import rl
 import rollout
-from discriminator import VARIANTS, load_discriminator, without_images
+from discriminator import VARIANTS, load_discriminator, visible_prompt
 
 # -------------------------------------------------------------------------------------------------------------- advantages
 
@@ -118,7 +118,7 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     disc, game = with_heads(tiny, variant), make_game(tiny)
     records, pairs, teachers = game
     prompts = [
-        without_images(r.prompt, tiny.tokenizer) if variant == "text-only" else r.prompt for r in records
+        visible_prompt(r.prompt, tiny.tokenizer, variant) for r in records
     ]  # fmt: skip
     expected, loss, count = torch.full((9, 4), torch.nan), 0.0, 5
     for i, pair in enumerate(pairs):

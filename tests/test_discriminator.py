@@ -15,7 +15,7 @@ import runtime
 from rows import Prompt, set_attention
 from data import encode_prompt, encode_response, load_examples
 import rollout
-from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator, without_images
+from discriminator import VARIANTS, bradley_terry, load_discriminator, save_discriminator, visible_prompt
 
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
 
@@ -127,9 +127,9 @@ def test_the_loss_of_one_expert_never_touches_the_other(tiny, expert):
 def test_only_the_text_only_variant_is_blind(tiny, variant):
     disc, prompt, segments = trained(tiny, variant), tiny.prompts[1], pairs_of(tiny, [0, 0])
     other = Prompt(prompt.input_ids, prompt.position_ids, -prompt.pixel_values, prompt.image_grid_thw)
-    here, there = (torch.stack(disc.scores([reader(p, tiny.tokenizer, variant)], *segments)) for p in (prompt, other))
+    here, there = (torch.stack(disc.scores([visible_prompt(p, tiny.tokenizer, variant)], *segments)) for p in (prompt, other))
     assert torch.equal(here, there) == (variant == "text-only")
-    seen = without_images(prompt, tiny.tokenizer)
+    seen = visible_prompt(prompt, tiny.tokenizer, "text-only")
     assert tiny.tokenizer.decode(seen.input_ids).count("<|") == tiny.tokenizer.decode(prompt.input_ids).count("<|") - 11
     assert seen.pixel_values is None and seen.position_ids.tolist() == [list(range(len(seen.input_ids)))] * 3
 
@@ -167,7 +167,7 @@ def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant):
     disc, segments = trained(tiny, variant), pairs_of(tiny, [0, 1, 1])
     save_discriminator(disc, str(tmp_path / "disc"), ONE, tiny.base)
     again = load_discriminator(str(tmp_path / "disc"), variant)
-    prompts = [reader(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
+    prompts = [visible_prompt(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
     assert torch.equal(torch.stack(disc.scores(prompts, *segments)), torch.stack(again.scores(prompts, *segments)))
     for other in set(VARIANTS) - {variant} - ({"moe"} if variant == "learned" else set()):  # moe is only the default there
         with pytest.raises(runtime.InputError, match=f"trained as {variant}"):
