@@ -13,7 +13,8 @@ Deviations from the paper and the authors' code: (1) hard routing by segment ins
 top-2 router over four experts; (2) two heads instead of one; (3) all segments are read at one and
 the same token (EOS), are cut by one function and use the policy's M-RoPE positions and image scale,
 so that no artefact tells teacher from student; (4) heads start at zero: before it has learned
-anything the discriminator rewards nothing.
+anything the discriminator rewards nothing; (5) a pair of the warm-up is one of whole responses,
+where the paper counts captions and traces apart.
 
 Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`, and diagnosis: D_v and
 D_r of every response of a data set (of warm-up pairs the teacher's), to filter or label it.
@@ -80,9 +81,8 @@ class SegmentMLP(nn.Module):
 
     def forward(self, hidden):  # [1, T, D] -> [1, T, D]
         prompt, caption, trace = hidden.split(self.sizes, dim=1)
-        return torch.cat(
-            [self.shared(prompt), self.perception(caption), self.reasoning(trace)], dim=1
-        )
+        parts = [self.shared(prompt), self.perception(caption), self.reasoning(trace)]
+        return torch.cat(parts, dim=1)
 
 
 class Discriminator(nn.Module):
