@@ -30,8 +30,9 @@ import time
 import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
-from discriminator import VARIANTS, Discriminator, Pairs, compare_tokenizers, expert_metrics
-from discriminator import load_discriminator, reader, save_discriminator, score_and_backward
+from discriminator import SCORES, VARIANTS, Discriminator, Pairs, compare_tokenizers, expert_metrics
+from discriminator import load_discriminator, save_discriminator, score_and_backward
+from discriminator import visible_prompt
 from rl import accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
 from rl import rollout_flags, rollout_metrics, sample_records
 from rollout import parse_response, split_segments
@@ -39,8 +40,6 @@ from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
 from runtime import integer, load_policy, load_tokenizer, log, make_optimizer, make_sampler
 from runtime import real, refresh, run, save, setup, shard
-
-SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a rollout and of its teacher
 
 
 # ------------------------------------------------------------------------------- pure functions
@@ -74,6 +73,7 @@ def alignment_advantages(d_v, d_r, valid, alpha=0.5, normalize="per-expert", flo
         z = masked_zscore(alpha * d_v + (1 - alpha) * d_r, valid, floor)
     return torch.where(valid, z, -penalty * valid.any(1, keepdim=True))
 
+
 # ------------------------------------------------------------------------------------- the game
 def cut_segments(records, tokenizer):
     """Caption and trace of each rollout (None: cut at the length limit or format broken, it takes
@@ -97,13 +97,13 @@ def score_records(disc, records, tokenizer, args, world):
     for r in records:
         if r.segments is not None:
             groups.setdefault(r.group, []).append(r)
-    pairs = []
+    rows = []
     for members in groups.values():  # in the order of the records, whose groups are consecutive
-        prompt = reader(members[0].prompt, tokenizer, disc.variant)
-        pairs.append(Pairs(prompt, members[0].teacher, [r.segments for r in members]))
+        prompt = visible_prompt(members[0].prompt, tokenizer, disc.variant)
+        rows.append(Pairs(prompt, members[0].teacher, [r.segments for r in members]))
     count = max(1, world.sum(int(valid.sum()))[0])
     scores = torch.full((len(records), 4), math.nan)
-    scores[valid] = score_and_backward(disc, pairs, count, args, world)
+    scores[valid] = score_and_backward(disc, rows, count, args, world)
     return scores
 
 

@@ -202,8 +202,9 @@ def ratio_row(name, what, ours, theirs, tokens, target, work=None):
 def segment_scores(disc, prompt, segments, k):
     """Scores [n] by expert k of segments as separate sequences in one padded batch."""
     start, width, head = len(prompt.input_ids), max(map(len, segments)), list(disc.heads.values())[k]
-    disc.sizes[:] = (start, 0, width) if k else (start, width, 0)
-    hidden = disc.backbone(**padded(prompt, segments, head.weight.device), use_cache=False).last_hidden_state
+    inputs = padded(prompt, segments, head.weight.device)
+    inputs["segment_sizes"] = [start, 0, width] if k else [start, width, 0]
+    hidden = disc.backbone(**inputs, use_cache=False).last_hidden_state
     ends = hidden[range(len(segments)), [start + len(segment) - 1 for segment in segments]]
     return head(ends.float())[:, 0]
 

@@ -13,7 +13,7 @@ from data import Example, encode_response
 import align
 import rl
 import rollout
-from discriminator import VARIANTS, load_discriminator, reader
+from discriminator import VARIANTS, load_discriminator, visible_prompt
 
 # --------------------------------------------------------------------------------------- advantages
 
@@ -114,7 +114,7 @@ def with_heads(tiny, variant="moe"):
 
 
 def learn(tiny, disc, records, max_tokens=10**6):
-    """-> scores [9, 4] of the records, NaN where invalid, and the gradient that scoring has left."""
+    """-> scores [9, 4] of the records, NaN where invalid, and the gradient that scoring leaves."""
     args = argparse.Namespace(max_tokens=max_tokens, score_l2=0.01)
     disc.zero_grad()
     return align.score_records(disc, records, tiny.tokenizer, args, ONE), grads(disc)
@@ -130,7 +130,7 @@ def test_cut_and_broken_rollouts_are_invalid(tiny):
 def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     """Whatever --max-tokens, which splits groups and then repeats prompt and teacher."""
     disc, records = with_heads(tiny, variant), make_game(tiny)
-    prompts = [reader(r.prompt, tiny.tokenizer, variant) for r in records]
+    prompts = [visible_prompt(r.prompt, tiny.tokenizer, variant) for r in records]
     expected, loss, count = torch.full((9, 4), torch.nan), 0.0, 5
     for i, record in enumerate(records):
         if record.segments is not None:

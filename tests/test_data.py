@@ -192,9 +192,14 @@ def test_published_formats_run_through_the_command_line(make, kind, files, tiny,
 def test_warmed_up_discriminator_starts_the_game(tiny, policy, tmp_path, files):
     """--pairs writes what align.py takes with --disc, and --resume continues it bitwise."""
     flags = ["--ckpt", tiny.base, "--pairs", files[make_pairs], "--batch", 8, "--lr", 1e-3, *FLAGS]
-    assert stage("discriminator", *flags, "--steps", 12, "--out", tmp_path / "whole") == 0
-    assert stage("discriminator", *flags, "--steps", 5, "--out", tmp_path / "broken") == 0
-    assert stage("discriminator", *flags, "--steps", 12, "--out", tmp_path / "broken", "--resume") == 0
+    flags += ["--steps", 12, "--save-every", 5, "--keep", 3]  # the learning rate depends on the steps of the whole run
+    assert stage("discriminator", *flags, "--out", tmp_path / "whole") == 0
+    assert stage("discriminator", *flags, "--out", tmp_path / "broken") == 0
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    for state in (tmp_path / "broken").glob("state*"):
+        if state.name != "state.5":
+            shutil.rmtree(state)
+    assert stage("discriminator", *flags, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken"))
     assert whole == broken
     log = read_jsonl(tmp_path / "whole" / "metrics.jsonl")

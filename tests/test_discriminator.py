@@ -1,21 +1,47 @@
-"""Run: pytest tests/test_discriminator.py          (experts, rows, Bradley-Terry loss, variants, scoring; CPU only)"""
+"""Run: pytest tests/test_discriminator.py
 
+Experts, rows, Bradley-Terry loss, variants, checkpoints, warm-up, scoring, the copy; CPU only."""
+
+import argparse
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, assert_same_grads, grads, ids_of, read_jsonl, stage, stock_inputs, write_jsonl
+from conftest import (
+    ONE,
+    ROOT,
+    assert_same_grads,
+    grads,
+    ids_of,
+    read_jsonl,
+    stage,
+    stock_inputs,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-import runtime
-from rows import Prompt, set_attention
-from data import encode_prompt, encode_response, load_examples
 import rollout
-from discriminator import VARIANTS, bradley_terry, load_discriminator, reader, save_discriminator, without_images
+import runtime
+from data import encode_prompt, encode_response, load_examples
+from discriminator import (
+    VARIANTS,
+    Discriminator,
+    bradley_terry,
+    load_discriminator,
+    save_discriminator,
+    score_and_backward,
+    visible_prompt,
+)
+from rows import Prompt, set_attention
 
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
 
@@ -32,25 +58,28 @@ def trained(tiny, variant="moe", seed=0):
 
 
 class Routed(torch.nn.Module):
-    """What an MLP of the discriminator means for a single segment: the prompt goes through the shared copy, the rest
-    through one expert."""
+    """What an MLP of the discriminator means for a single segment: the prompt goes through the
+    shared copy, the rest through one expert."""
 
     def __init__(self, mlp, expert, cut):
         super().__init__()
         self.shared, self.expert, self.cut = mlp.shared, getattr(mlp, expert), cut
 
     def forward(self, hidden):
-        return torch.cat([self.shared(hidden[:, : self.cut]), self.expert(hidden[:, self.cut :])], dim=1)
+        prompt, segment = hidden[:, : self.cut], hidden[:, self.cut :]
+        return torch.cat([self.shared(prompt), self.expert(segment)], dim=1)
 
 
 def alone(disc, prompt, ids, expert):
-    """Score of one segment as a sequence of its own: plain causal attention, positions worked out by transformers."""
+    """Score of one segment as a sequence of its own: plain causal attention, positions worked out
+    by transformers."""
     layers, backbone = disc.backbone.language_model.layers, disc.backbone
     before = [layer.mlp for layer in layers]
     for layer, mlp in zip(layers, before):
         layer.mlp = Routed(mlp, expert, len(prompt.input_ids))
     backbone.set_attn_implementation("sdpa")
-    hidden = backbone(**stock_inputs(prompt, ids, backbone.config), use_cache=False).last_hidden_state[0, -1]
+    inputs = stock_inputs(prompt, ids, backbone.config)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0, -1]
     set_attention(backbone, "sdpa")
     for layer, mlp in zip(layers, before):
         layer.mlp = mlp
@@ -60,23 +89,28 @@ def alone(disc, prompt, ids, expert):
 def pairs_of(tiny, places, seed=0):
     """Captions and traces [(index into prompts, ids)] of random lengths."""
     rng = np.random.default_rng(seed)
-    return [list(zip(places, ids_of(rng, tiny, *rng.integers(2, 9, len(places))))) for _ in range(2)]
+    return [list(zip(places, ids_of(rng, tiny, *rng.integers(2, 9, len(places))))) for _ in "vr"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
-@pytest.mark.parametrize("counts, places", [([0], [0, 0, 0]), ([1], [0, 0]), ([3], [0, 0]), ([1, 0, 3, 0], [0, 2, 1, 0, 3, 2])])
+# ------------------------------------------------------------------------------------------- rows
+PLACES = [([0], [0, 0, 0]), ([1], [0, 0]), ([3], [0, 0]), ([1, 0, 3, 0], [0, 2, 1, 0, 3, 2])]
+
+
+@pytest.mark.parametrize("counts, places", PLACES)
 def test_a_row_equals_separate_sequences(tiny, counts, places):
     disc, prompts = trained(tiny), [tiny.prompts[c] for c in counts]
     segments = pairs_of(tiny, places)
-    weights = torch.randn(2, len(places), generator=torch.Generator().manual_seed(1)) / len(places)
+    weights = torch.randn(2, len(places), generator=torch.Generator().manual_seed(1))
+    weights /= len(places)
     scores = torch.stack(disc.scores(prompts, *segments))
     assert scores.dtype == torch.float32 and scores.std() > 0.1
     (weights * scores).sum().backward()
     row = grads(disc)
     disc.zero_grad()
-    expected = torch.stack([
-        torch.stack([alone(disc, prompts[p], ids, expert) for p, ids in part]) for part, expert in zip(segments, EXPERT)
-    ])  # fmt: skip
+    expected = []
+    for part, expert in zip(segments, EXPERT):
+        expected.append(torch.stack([alone(disc, prompts[p], ids, expert) for p, ids in part]))
+    expected = torch.stack(expected)
     assert (scores - expected).abs().max() <= 1e-5
     (weights * expected).sum().backward()
     assert_same_grads(row, grads(disc))
@@ -85,19 +119,23 @@ def test_a_row_equals_separate_sequences(tiny, counts, places):
 def test_at_the_start_both_experts_equal_the_dense_model(tiny):
     prompt, (captions, traces) = tiny.prompts[3], pairs_of(tiny, [0, 0, 0])
     backbone = tiny.stock.model
-    head = torch.randn(1, backbone.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    size = backbone.config.text_config.hidden_size
+    head = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
 
     def dense(ids):
         with torch.no_grad():
-            return (backbone(**stock_inputs(prompt, ids, tiny.stock.config)).last_hidden_state[0, -1] @ head[0]).item()
+            inputs = stock_inputs(prompt, ids, tiny.stock.config)
+            return (backbone(**inputs).last_hidden_state[0, -1] @ head[0]).item()
 
+    whole = [dense(c[:-1] + t) for (_, c), (_, t) in zip(captions, traces)]
     expected = {
-        "moe": [[dense(ids) for _, ids in part] for part in (captions, traces)],
-        "dense": [[dense(c[:-1] + t) for (_, c), (_, t) in zip(captions, traces)]] * 2,  # one score for the whole response
+        "moe": [[dense(ids) for _, ids in captions], [dense(ids) for _, ids in traces]],
+        "dense": [whole, whole],  # one score for the whole response
     }
     for variant, numbers in expected.items():
         disc = load_discriminator(tiny.base, variant)
-        assert all(score.abs().max() == 0 for score in disc.scores([prompt], captions, traces))  # heads start at zero
+        scores = disc.scores([prompt], captions, traces)
+        assert all(score.abs().max() == 0 for score in scores)  # heads start at zero
         with torch.no_grad():
             for linear in disc.heads.values():
                 linear.weight.copy_(head)
@@ -109,32 +147,59 @@ def test_at_the_start_both_experts_equal_the_dense_model(tiny):
 @pytest.mark.parametrize("expert", EXPERT)
 def test_the_loss_of_one_expert_never_touches_the_other(tiny, expert):
     disc = trained(tiny)
-    scores = dict(zip(EXPERT, disc.scores([tiny.prompts[1], tiny.prompts[0]], *pairs_of(tiny, [0, 0, 1, 1]))))[expert]
+    both = disc.scores([tiny.prompts[1], tiny.prompts[0]], *pairs_of(tiny, [0, 0, 1, 1]))
+    scores = dict(zip(EXPERT, both))[expert]
     bradley_terry(scores[::2], scores[1::2], torch.ones(2, dtype=torch.bool)).backward()
     own, others = [], []
     for name, p in disc.named_parameters():
         part = name.split(".")
         if EXPERT[expert] in part:
             others.append(p.grad is None or not p.grad.any())
-        elif expert in part or "shared" in part and "0" in part:  # prompt tokens that leave the last layer are not read
+        elif expert in part or "shared" in part and "0" in part:  # the last layer's is not read
             own.append(p.grad is not None and bool(p.grad.any()))
-    assert len(others) == 3 * 2 + 1 and all(others)  # three matrices in each of two layers, and the head
+    assert len(others) == 3 * 2 + 1 and all(others)  # three matrices in each layer, and the head
     assert len(own) == 3 * 2 + 1 + 3 and all(own)
 
 
-# --------------------------------------------------------------------------------------------------------------- variants
+@pytest.mark.parametrize("variant", ["moe", "learned"])
+def test_another_forward_before_the_backward_does_no_harm(tiny, variant):
+    """Backward recomputes activations. The sizes of a pack's slices were once one list that every
+    forward overwrote, so it recomputed with those of the last forward: here as many tokens, cut
+    otherwise, which nothing would have noticed; and a router's logits were kept twice."""
+    rng, prompts = np.random.default_rng(0), [tiny.prompts[1]]
+    one, other = ([[(0, ids)] for ids in ids_of(rng, tiny, *n)] for n in ((3, 9), (9, 3)))
+    gradients = {}
+    for checkpointing in (False, True):
+        disc = runtime.shard(
+            trained(tiny, variant), [], ONE, Discriminator.scores, checkpointing=checkpointing
+        )
+        d_v, d_r = disc.scores(prompts, *one)
+        balance = disc.balance()
+        if checkpointing:
+            disc.scores(prompts, *other)
+        (d_v.sum() + 2 * d_r.sum() + balance).backward()
+        assert len(disc.routed) == (2 if variant == "learned" else 0)
+        gradients[checkpointing] = grads(disc)
+    assert_same_grads(gradients[True], gradients[False], 1e-6)
+
+
+# --------------------------------------------------------------------------------------- variants
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_the_text_only_variant_is_blind(tiny, variant):
     disc, prompt, segments = trained(tiny, variant), tiny.prompts[1], pairs_of(tiny, [0, 0])
-    other = Prompt(prompt.input_ids, prompt.position_ids, -prompt.pixel_values, prompt.image_grid_thw)
-    here, there = (torch.stack(disc.scores([reader(p, tiny.tokenizer, variant)], *segments)) for p in (prompt, other))
+    grid = prompt.image_grid_thw
+    other = Prompt(prompt.input_ids, prompt.position_ids, -prompt.pixel_values, grid)
+    visible = [visible_prompt(p, tiny.tokenizer, variant) for p in (prompt, other)]
+    here, there = (torch.stack(disc.scores([p], *segments)) for p in visible)
     assert torch.equal(here, there) == (variant == "text-only")
-    seen = without_images(prompt, tiny.tokenizer)
-    assert tiny.tokenizer.decode(seen.input_ids).count("<|") == tiny.tokenizer.decode(prompt.input_ids).count("<|") - 11
-    assert seen.pixel_values is None and seen.position_ids.tolist() == [list(range(len(seen.input_ids)))] * 3
+    seen = visible_prompt(prompt, tiny.tokenizer, "text-only")
+    before, after = (tiny.tokenizer.decode(p.input_ids).count("<|") for p in (prompt, seen))
+    assert after == before - 11
+    assert seen.pixel_values is None
+    assert seen.position_ids.tolist() == [list(range(len(seen.input_ids)))] * 3
 
 
-# ------------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------- loss
 def test_bradley_terry_equals_float64():
     rng = np.random.default_rng(0)
     teacher, student = rng.normal(0, 8, (2, 40))
@@ -150,90 +215,236 @@ def test_bradley_terry_equals_float64():
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert np.abs(t.grad.numpy() - gradient).max() < 1e-6 and torch.equal(s.grad, -t.grad)
-    parts = [bradley_terry(t[p], s[p], torch.tensor(valid[p]), valid.sum()) for p in (slice(0, 9), slice(9, 30), slice(30, 40))]
-    assert sum(parts).item() == pytest.approx(expected, rel=1e-5)  # parts with the global count add up
+    cuts, whole = (slice(0, 9), slice(9, 30), slice(30, 40)), valid.sum()
+    parts = [bradley_terry(t[cut], s[cut], torch.tensor(valid[cut]), whole) for cut in cuts]
+    assert sum(parts).item() == pytest.approx(expected, rel=1e-5)  # they add up
 
 
 def test_without_a_valid_pair_the_loss_is_zero():
-    t, s = torch.tensor([3.0, 1e9], requires_grad=True), torch.tensor([-3.0, -torch.inf], requires_grad=True)
+    t = torch.tensor([3.0, 1e9], requires_grad=True)
+    s = torch.tensor([-3.0, -torch.inf], requires_grad=True)
     loss = bradley_terry(t, s, torch.zeros(2, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and not t.grad.any() and not s.grad.any()
 
 
-# -------------------------------------------------------------------------------------------------------- save and score
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_rank_without_pairs_takes_part_and_learns_nothing(tiny, variant):
+    """The other rank has two packs: so many forwards, each with a backward that is exactly zero in
+    every weight that a rank with pairs reaches."""
+    disc, args = trained(tiny, variant), argparse.Namespace(max_tokens=100, score_l2=0.1)
+    forwards = []
+    disc.backbone.register_forward_hook(lambda *_: forwards.append(1))
+    torch.stack(disc.scores([tiny.prompts[1]], *pairs_of(tiny, [0, 0]))).sum().backward()
+    reached = set(grads(disc))
+    disc.zero_grad()
+    forwards.clear()
+    two_ranks = SimpleNamespace(size=2, gather=lambda packs: [packs, 2])
+    scores = score_and_backward(disc, [], 3, args, two_ranks)
+    assert scores.shape == (0, 4) and len(forwards) == 2
+    assert set(grads(disc)) == reached and not any(g.any() for g in grads(disc).values())
+
+
+# ----------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant):
     disc, segments = trained(tiny, variant), pairs_of(tiny, [0, 1, 1])
     save_discriminator(disc, str(tmp_path / "disc"), ONE, tiny.base)
     again = load_discriminator(str(tmp_path / "disc"), variant)
-    prompts = [reader(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
-    assert torch.equal(torch.stack(disc.scores(prompts, *segments)), torch.stack(again.scores(prompts, *segments)))
-    for other in set(VARIANTS) - {variant} - ({"moe"} if variant == "learned" else set()):  # moe is only the default there
+    prompts = [visible_prompt(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
+    before, after = (torch.stack(d.scores(prompts, *segments)) for d in (disc, again))
+    assert torch.equal(before, after)
+    assert load_discriminator(str(tmp_path / "disc"), None).variant == variant
+    fits = {variant, "moe"} if variant == "learned" else {variant}  # moe is only the default there
+    for other in set(VARIANTS) - fits:
         with pytest.raises(runtime.InputError, match=f"trained as {variant}"):
             load_discriminator(str(tmp_path / "disc"), other)
 
 
 def test_the_released_layout_is_read_as_it_is(tiny, tmp_path):
-    """Shards with the experts as (E, hidden, 2 inter) and the head among them; without the head it is an error."""
-    disk = {key: t for file in Path(tiny.released).glob("*.safetensors") for key, t in load_file(file).items()}
+    """Shards with the experts as (E, hidden, 2 inter) and the head among them; without the head, or
+    with one of another size, which would be spread over all hidden units, it is an error."""
+    disk = {}
+    for file in Path(tiny.released).glob("*.safetensors"):
+        disk |= load_file(file)
     disc = load_discriminator(tiny.released)
     assert disc.variant == "learned" and list(disc.heads) == ["perception"]
     assert torch.equal(disc.heads["perception"].weight, disk["v_head.1.weight"])
     experts = disc.backbone.language_model.layers[1].mlp.experts
     for name in ("gate_up_proj", "down_proj"):
         stored = disk[f"model.language_model.layers.1.mlp.experts.{name}"]
-        assert stored.shape[1:] == getattr(experts, name).shape[:0:-1] and torch.equal(getattr(experts, name), stored.mT)
+        loaded = getattr(experts, name)
+        assert stored.shape[1:] == loaded.shape[:0:-1] and torch.equal(loaded, stored.mT)
     shutil.copytree(tiny.released, tmp_path / "headless")
     last = sorted((tmp_path / "headless").glob("*.safetensors"))[-1]
-    save_file({key: t for key, t in load_file(last).items() if not key.startswith("v_head")}, last, metadata={"format": "pt"})
-    with pytest.raises(runtime.InputError, match="headless.*v_head.1.weight"):
-        load_discriminator(str(tmp_path / "headless"))
+    weights = load_file(last)
+    for head in ({}, {"v_head.1.weight": torch.ones(1, 1)}):
+        rest = {key: t for key, t in weights.items() if not key.startswith("v_head")}
+        save_file(rest | head, last, metadata={"format": "pt"})
+        with pytest.raises(runtime.InputError, match="headless.*v_head.1.weight"):
+            load_discriminator(str(tmp_path / "headless"))
     with pytest.raises(runtime.InputError, match="Qwen3-VL-MoE"):
         load_discriminator(tiny.base, "learned")
+    with pytest.raises(runtime.InputError, match="trained as learned"):
+        load_discriminator(tiny.released, "dense")
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+HEAD = "heads.reasoning.weight"
+MATRIX = "backbone.language_model.layers.1.mlp.shared.up_proj.weight"
+BROKEN = {  # what is done to a stored discriminator: words of the line
+    "settings are no JSON": (lambda f: (f / "discriminator.json").write_text("{"), "Expecting"),
+    "settings are a list": (lambda f: (f / "discriminator.json").write_text("[]"), "variant"),
+    "no variant": (lambda f: (f / "discriminator.json").write_text("{}"), "variant .*moe"),
+    "unknown variant": (
+        lambda f: (f / "discriminator.json").write_text('{"variant": ["x"]}'),
+        "variant .*moe",
+    ),
+    "another variant's weights": (
+        lambda f: (f / "discriminator.json").write_text('{"variant": "dense"}'),
+        "backbone.language_model.layers.0.mlp",
+    ),
+    "a variant without its backbone": (
+        lambda f: (f / "discriminator.json").write_text('{"variant": "learned"}'),
+        "Qwen3-VL-MoE",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "another model": (lambda f: change_config(f, model_type="qwen2_vl"), "qwen2_vl"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+    "weights in another file": (
+        lambda f: (f / "model.safetensors").rename(f / "other.safetensors"),
+        "model.safetensors",
+    ),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "disc: "),
+    "no head": (lambda f: change_weights(f, lambda w: w.pop(HEAD)), HEAD),
+    "no matrix": (lambda f: change_weights(f, lambda w: w.pop(MATRIX)), MATRIX),
+    "a weight too many": (
+        lambda f: change_weights(f, lambda w: w.update({"heads.style.weight": w[HEAD].clone()})),
+        "heads.style.weight",
+    ),
+    "a head of another size": (
+        lambda f: change_weights(f, lambda w: w.update({HEAD: torch.ones(1, 1)})),
+        HEAD,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_line(tiny, tmp_path, capsys, name):
+    breaks, words = BROKEN[name]
+    save_discriminator(load_discriminator(tiny.base), str(tmp_path / "disc"), ONE, tiny.base)
+    breaks(tmp_path / "disc")
+    with pytest.raises(runtime.InputError, match=f"(?s)disc.*{words}") as error:
+        load_discriminator(str(tmp_path / "disc"), None)
+    assert "\n" not in str(error.value)
+    flags = ["--ckpt", tmp_path / "disc", "--out", tmp_path / "out"]
+    assert stage("discriminator", "--score", tiny.align, *flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in line and str(tmp_path / "disc") in line and not (tmp_path / "out").exists()
 
 
 def test_one_head_reads_both_segments_of_the_learned_variant(tiny):
-    """Scores equal those of the stock Qwen3-VL-MoE on whole sequences: prompt + segment, the head on the last token."""
-    disc, (captions, traces) = load_discriminator(tiny.released), pairs_of(tiny, [0, 0])
-    stock = Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny.released, dtype=torch.float32).model
-    for found, segments in zip(disc.scores([tiny.prompts[1]], captions, traces), (captions, traces)):
-        for score, (_, ids) in zip(found, segments):
-            last = stock(**stock_inputs(tiny.prompts[1], ids, stock.config)).last_hidden_state[0, -1]
-            assert abs(score - disc.heads["perception"].weight[0] @ last) <= 1e-5
+    """Scores equal those of the stock Qwen3-VL-MoE on whole sequences: prompt + segment, the head
+    on the last token."""
+    disc, segments = load_discriminator(tiny.released), pairs_of(tiny, [0, 0])
+    load = Qwen3VLMoeForConditionalGeneration.from_pretrained
+    stock, head = load(tiny.released, dtype=torch.float32).model, disc.heads["perception"].weight[0]
+    for found, part in zip(disc.scores([tiny.prompts[1]], *segments), segments):
+        for score, (_, ids) in zip(found, part):
+            inputs = stock_inputs(tiny.prompts[1], ids, stock.config)
+            last = stock(**inputs).last_hidden_state[0, -1]
+            assert abs(score - head @ last) <= 1e-5
 
 
 def test_the_load_balancing_loss(tiny):
-    """E * sum_e (share of choices of e) * (mean probability of e), over the tokens of all layers together, in float64."""
+    """E * sum_e (share of choices of e) * (mean probability of e), over the tokens of all layers
+    together, in float64."""
     disc = load_discriminator(tiny.released)
     gates, logits = [layer.mlp.gate for layer in disc.backbone.language_model.layers], []
-    hooks = [gate.register_forward_hook(lambda module, inputs, output: logits.append(output[0])) for gate in gates]
+    keep = lambda module, inputs, output: logits.append(output[0])  # noqa: E731
+    hooks = [gate.register_forward_hook(keep) for gate in gates]
     disc.scores([tiny.prompts[1]], *pairs_of(tiny, [0, 0]))
     p = torch.cat(logits).double().softmax(-1)
     chosen = torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0)
     expected = 4 * sum(chosen[:, e].mean() * p[:, e].mean() for e in range(4))
     assert len(hooks) == 2 and len(logits) == 2
     found, weight = disc.balance(), disc.backbone.config.text_config.router_aux_loss_coef
-    assert found.item() == pytest.approx(weight * expected.item(), rel=1e-5) and weight > 0
+    assert weight > 0 and found.item() == pytest.approx(weight * expected.item(), rel=1e-5)
     found.backward()
     assert all(gate.weight.grad.any() for gate in gates)
 
 
-def rows_with_broken_ones(tiny):
-    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.rows["align"]]
-    rows[2]["response"] = "no blocks"
-    rows[5]["prompt"] = [{"role": "user", "content": "far " * 200 + "<image>" * len(rows[5]["images"])}]
-    return rows
+# ---------------------------------------------------------------------------- warm-up and scoring
+def write_pairs(path, count):
+    """Warm-up pairs whose teacher always says another word than the student."""
+    examples = []
+    for i in range(count):
+        example = {"question": f"How many in row {i % 3 + 1}?"}
+        for who, word in (("teacher", "red"), ("student", "blue")):
+            cot = "<think>\neven\n</think>\n<answer>\neven\n</answer>"
+            example |= {f"{who}_caption": f"2 {word} square", f"{who}_cot": cot}
+        examples.append(example)
+    return write_jsonl(path, examples)
+
+
+def test_warm_up_has_the_papers_settings(tiny, tmp_path):
+    """One epoch of 128 pairs a step; the learning rate rises to 1e-5 in 10 % of the steps, then
+    half a cosine."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 20 * 4)
+    flags = ["--pairs", pairs, "--ckpt", tiny.base]
+    assert stage("discriminator", *flags, "--batch", 4, "--out", tmp_path / "out") == 0
+    log = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    expected = [5e-6, 1e-5] + [5e-6 * (1 + math.cos(math.pi * i / 18)) for i in range(18)]
+    assert [metrics["lr"] for metrics in log] == pytest.approx(expected)
+    assert log[0]["loss_v"] == pytest.approx(math.log(2)) and log[-1]["loss_v"] < math.log(2)
+    assert stage("discriminator", *flags, "--steps", 0, "--out", tmp_path / "none") == 0
+    assert json.loads((tmp_path / "none" / "meta.json").read_text())["args"]["batch"] == 128
+
+
+WRONG = [("--alpha", -0.1), ("--alpha", 1.1), ("--alpha", "nan"), ("--batch", 0), ("--batch", 1.5)]
+WRONG += [("--steps", -1), ("--lr", -1e-9), ("--lr", "inf"), ("--warmup", 1.1), ("--score-l2", -1)]
+
+
+@pytest.mark.parametrize("flag, value", WRONG)
+def test_flags_out_of_range(tiny, tmp_path, capsys, flag, value):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 4)
+    flags = ["--pairs", pairs, "--ckpt", tiny.base, "--out", tmp_path / "out", f"{flag}={value}"]
+    assert stage("discriminator", *flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert flag in line and str(value) in line and not (tmp_path / "out").exists()
+
+
+def examples_with_broken_ones(tiny):
+    examples = []
+    for example in tiny.rows["align"]:
+        images = [str(tiny.folder / path) for path in example["images"]]
+        examples.append(dict(example, images=images))
+    examples[2]["response"] = "no blocks"
+    text = "far " * 200 + "<image>" * len(examples[5]["images"])
+    examples[5]["prompt"] = [{"role": "user", "content": text}]
+    return examples
 
 
 def test_scoring_a_data_set(tiny, tmp_path, capsys):
-    disc, rows = trained(tiny), rows_with_broken_ones(tiny)
+    disc, rows = trained(tiny), examples_with_broken_ones(tiny)
     save_discriminator(disc, str(tmp_path / "disc"), ONE, tiny.base)
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     found = []
     for i, max_tokens in enumerate((10**6, 200)):
-        flags = ["--max-tokens", max_tokens, "--max-prompt", 150, "--alpha", 0.3, "--out", tmp_path / str(i)]
-        assert stage("discriminator", "--score", data, "--ckpt", tmp_path / "disc", *flags) == 0
+        flags = ["--max-tokens", max_tokens, "--max-prompt", 150, "--alpha", 0.3]
+        flags += ["--score", data, "--ckpt", tmp_path / "disc", "--out", tmp_path / str(i)]
+        assert stage("discriminator", *flags) == 0
         found.append(read_jsonl(tmp_path / str(i) / "scores.jsonl"))
     assert f"{len(rows) - 2} of {len(rows)} responses scored" in capsys.readouterr().out
     examples = load_examples(data)
@@ -243,16 +454,71 @@ def test_scoring_a_data_set(tiny, tmp_path, capsys):
             assert [whole[key] for key in ("perception", "reasoning", "combined")] == [None] * 3
             continue
         prompt = encode_prompt(example, tiny.tokenizer, tiny.image_processor)
-        segments = rollout.split_segments(encode_response(example.response, tiny.tokenizer), tiny.tokenizer)
-        d_v, d_r = (score.item() for score in disc.scores([prompt], *([(0, part)] for part in segments)))
+        ids = encode_response(example.response, tiny.tokenizer)
+        segments = rollout.split_segments(ids, tiny.tokenizer)
+        captions, traces = ([(0, segment)] for segment in segments)
+        d_v, d_r = (score.item() for score in disc.scores([prompt], captions, traces))
         expected = {"perception": d_v, "reasoning": d_r, "combined": 0.3 * d_v + 0.7 * d_r}
         for key, value in expected.items():
-            assert whole[key] == pytest.approx(value, abs=1e-5) and split[key] == pytest.approx(value, abs=1e-5)
+            assert whole[key] == pytest.approx(value, abs=1e-5)
+            assert split[key] == pytest.approx(value, abs=1e-5)
 
 
 def test_nothing_to_score_is_an_error(tiny, tmp_path, capsys):
     save_discriminator(trained(tiny), str(tmp_path / "disc"), ONE, tiny.base)
-    rows = [{"prompt": [{"role": "user", "content": "x"}], "response": "no blocks"}]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
-    assert stage("discriminator", "--score", data, "--ckpt", tmp_path / "disc", "--out", tmp_path / "out") == 2
-    assert "no response can be scored" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    examples = [{"prompt": [{"role": "user", "content": "x"}], "response": "no blocks"}]
+    data = write_jsonl(tmp_path / "data.jsonl", examples)
+    flags = ["--ckpt", tmp_path / "disc", "--out", tmp_path / "out"]
+    assert stage("discriminator", "--score", data, *flags) == 2
+    assert "no response can be scored" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------- the copy
+COPY = """
+import math
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLModel
+from discriminator import Discriminator, Pairs, bradley_terry, pair_loss
+from rows import Prompt, set_attention
+
+rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+text |= {"rope_parameters": rope}
+vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+vision |= {"out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+backbone = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=63))
+disc = Discriminator(set_attention(backbone, "sdpa"))
+for head in disc.heads.values():
+    torch.nn.init.normal_(head.weight)
+ids = torch.tensor([1, 2, 63, 3])  # one picture of one token
+positions = torch.arange(4).expand(3, -1)
+size = 3 * backbone.config.vision_config.temporal_patch_size * 16 * 16
+picture = Prompt(ids, positions, torch.randn(4, size), torch.tensor([[1, 2, 2]]))
+words = Prompt(ids[:2], positions[:, :2], None, None)
+teacher, students = ([5, 6], [7, 6]), [([8, 9, 6], [10, 6]), ([11, 6], [12, 13, 6])]
+rows = [Pairs(picture, teacher, students), Pairs(words, teacher, students[:1])]
+loss, scores = pair_loss(disc, rows, 3, 0.0)
+loss.backward()
+expected = sum(math.log1p(math.exp(s[k] - s[k + 2])) / 3 for s in scores.tolist() for k in (0, 1))
+assert abs(loss.item() - expected) < 1e-4, (loss, expected)
+valid = torch.ones(3, dtype=torch.bool)
+assert abs(sum(bradley_terry(scores[:, k + 2], scores[:, k], valid) for k in (0, 1)) - loss) < 1e-6
+assert all(p.grad is not None for head in disc.heads.values() for p in head.parameters())
+"""
+
+
+def test_the_model_can_be_copied_with_rows_alone(tmp_path):
+    """As a script the copy says what is missing."""
+    for name in ("discriminator.py", "rows.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "copy_of_the_model.py").write_text(COPY)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = {}
+    for script in ("copy_of_the_model.py", "discriminator.py"):
+        found[script] = subprocess.run(
+            [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert found["copy_of_the_model.py"].returncode == 0, found["copy_of_the_model.py"].stderr
+    assert "No module named 'data'" in found["discriminator.py"].stderr
