@@ -100,7 +100,7 @@ def common_flags(parser, stage):
     group.add_argument("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
     group = parser.add_argument_group("memory")
     group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
-    group.add_argument("--attn", choices=("auto", "sdpa", "flash", "flex"), default="auto", help="auto: flash on CUDA, else sdpa")
+    group.add_argument("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash on CUDA, else sdpa")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                        help="recompute activations in backward (default: on CUDA)")  # fmt: skip
     group = parser.add_argument_group("optimizer")
@@ -301,9 +301,9 @@ def check_loaded(path, info):
 
 
 def choose_attention(name, world):
-    """--attn -> sdpa, flash or flex, said once at the start."""
+    """--attn -> sdpa or flash, said once at the start."""
     on_cuda = world.device.type == "cuda"
-    if name in ("flash", "flex") and not on_cuda:
+    if name == "flash" and not on_cuda:
         raise InputError(f"--attn {name} needs a CUDA device; use --attn sdpa")
     name = ("flash" if on_cuda else "sdpa") if name == "auto" else name
     if world.rank == 0:

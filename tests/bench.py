@@ -46,7 +46,7 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 import runtime  # noqa: E402
 from data import mrope_positions  # noqa: E402
-from rows import Prompt, banned_ids, set_attention, target_logprobs  # noqa: E402
+from rows import ATTENTION, Prompt, banned_ids, set_attention, target_logprobs  # noqa: E402
 from discriminator import Discriminator, bradley_terry  # noqa: E402
 from toy import checkpoint, world  # noqa: E402
 
@@ -266,7 +266,7 @@ def padded_logprobs(policy, prompt, branches):
     targets = torch.tensor(branches, device=policy.device)
     inputs = padded(prompt, branches, policy.device)
     logits = policy(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits[:, :-1].float()
-    logits = logits.index_fill(-1, torch.tensor(banned_ids(policy.config), device=policy.device), LOWEST)
+    logits = logits.index_fill(-1, torch.tensor(banned_ids(policy), device=policy.device), LOWEST)
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
@@ -295,7 +295,7 @@ def bench_sampling(setting):
     policy, sizes = setting.policy.eval(), setting.sizes
     prompt = make_prompt(policy.config, sizes.P, np.random.default_rng(0))
     inputs = {**padded(prompt, [[]], policy.device), "num_return_sequences": sizes.N, "max_new_tokens": sizes.R, "top_k": 0,
-              "do_sample": True, "pad_token_id": 0, "suppress_tokens": banned_ids(policy.config)}  # fmt: skip
+              "do_sample": True, "pad_token_id": 0, "suppress_tokens": banned_ids(policy)}  # fmt: skip
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.config.image_token_id).int()
     del inputs["position_ids"]  # generate works them out
     ours = lambda: rollout.sample(policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
@@ -311,6 +311,18 @@ def bench_sampling(setting):
 
 
 # ---------------------------------------------------------------------------------------------------------- d: head memory
+class GivenStates:
+    """A backbone that has computed its hidden states [T, D] already."""
+
+    language_model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=ATTENTION["sdpa"]))
+
+    def __init__(self, states):
+        self.states = states
+
+    def __call__(self, **inputs):
+        return SimpleNamespace(last_hidden_state=self.states[None])
+
+
 def head_memory(whole, tokens, hidden, device):
     """(peak growth in bytes, log-probs, gradient of the hidden states) of log-probs + gradient of `tokens` targets."""
     torch.manual_seed(0)
@@ -318,8 +330,9 @@ def head_memory(whole, tokens, hidden, device):
     head = torch.nn.Linear(hidden, VOCABULARY, bias=False, device=device, dtype=dtype)
     states = torch.randn(tokens, hidden, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(10, VOCABULARY - 100, (tokens,), device=device)
-    config = SimpleNamespace(image_token_id=0, video_token_id=1, vision_start_token_id=2)
-    model = SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=states[None]), lm_head=head, config=config)
+    text = SimpleNamespace(vocab_size=VOCABULARY)
+    config = SimpleNamespace(image_token_id=0, video_token_id=1, vision_start_token_id=2, text_config=text)
+    model = SimpleNamespace(model=GivenStates(states), lm_head=head, config=config)
     pack = SimpleNamespace(inputs={"pixel_values": 0}, source=torch.arange(tokens, device=device), targets=targets)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -328,7 +341,7 @@ def head_memory(whole, tokens, hidden, device):
         status = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
         before, peak = status("VmRSS:"), partial(status, "VmHWM:")
     if whole:
-        logits = head(states).float().index_fill_(-1, torch.tensor(banned_ids(config), device=device), LOWEST)
+        logits = head(states).float().index_fill_(-1, torch.tensor(banned_ids(model), device=device), LOWEST)
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         del logits
     else:

@@ -27,7 +27,7 @@ import rollout  # noqa: E402
 import runtime  # noqa: E402
 import sft  # noqa: E402
 from data import Example, encode_prompt, load_examples  # noqa: E402
-from rows import banned_ids, set_attention  # noqa: E402
+from rows import banned_ids, pack_logprobs, pack_rows, set_attention  # noqa: E402
 from toy import checkpoint  # noqa: E402
 
 logging.disable(logging.INFO)  # every save of a state would fill a page under a failed test
@@ -149,7 +149,7 @@ def tiny(tmp_path_factory):
         prompts=prompts,
         model=set_attention(runtime.load_policy(base), "sdpa"),
         stock=stock,
-        banned=banned_ids(stock.config),
+        banned=banned_ids(stock),
         eos=tokenizer.eos_token_id,
         released=write_released(folder / "released", base),
         **{name: str(folder / f"{name}.jsonl") for name in rows},
@@ -201,6 +201,12 @@ def stock_logprobs(tiny, prompt, ids, model=None):
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
 
 
+def branch_logprobs(model, prompt, branches):
+    """Log-probs of every token of every branch of one prompt, as one row: list of [L_i]."""
+    pack = pack_rows([prompt], [(0, branch) for branch in branches], model.device)
+    return list(pack_logprobs(model, pack)[0].split(pack.lengths))
+
+
 def grads(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -225,6 +231,19 @@ def launch(script, *flags, processes=0, background=False):
     if background:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def run_alone(folder, names, script, *arguments):
+    """Run a script in a folder that holds nothing but copies of these files of ours, and cannot
+    import any other of them -> what it printed."""
+    for name in names:
+        shutil.copy(ROOT / name, folder)
+    (folder / "script.py").write_text(script)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "script.py", *map(str, arguments)]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
 
 
 def stage(name, *flags):

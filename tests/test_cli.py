@@ -133,7 +133,6 @@ BAD = {
         "data.jsonl:.* 2 <image>.* 3 images",
     ),
     "flash attention on a CPU": (ALL, "attn", lambda t, p: "flash", "--attn flash .*CUDA"),
-    "flex attention on a CPU": (ALL, "attn", lambda t, p: "flex", "--attn flex .*CUDA"),
     "a batch of nothing": (["sft"], "batch", lambda t, p: 0, "--batch"),
     "no prompts": (["align", "rl"], "prompts", lambda t, p: 0, "--prompts"),
     "unknown --algo": (["rl"], "algo", lambda t, p: "ppo", "--algo.*ppo.*grpo.*dapo.*gspo"),

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, launch, noise, read_jsonl, short, stage, untimed, write_jsonl
+import torch
+from conftest import ROOT, launch, noise, read_jsonl, short, stage, stock_inputs, untimed, write_jsonl
 from PIL import Image
 
 import runtime
-from data import Example, Feed, array_lines, data_flags, encode_prompt, load_examples, load_image, look, to_example
+from data import Example, Feed, array_lines, data_flags, encode_prompt, encode_response, load_examples
+from data import load_image, look, mrope_positions, to_example
 import rollout
 from runtime import InputError
 
@@ -598,3 +600,49 @@ def test_text_only_and_many_pictures_mix_in_one_batch(tiny, tmp_path):
         tokens.append(row["tokens"])
     assert tokens[0] == sum(tokens[1:])
     assert losses[0] == pytest.approx(np.dot(losses[1:], tokens[1:]) / tokens[0], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_positions_equal_those_of_transformers(tiny, count):
+    prompt = tiny.prompts[count]
+    inputs = stock_inputs(prompt, [], tiny.stock.config)
+    ids, kinds, mask = (inputs[k] for k in ("input_ids", "mm_token_type_ids", "attention_mask"))
+    grid = prompt.image_grid_thw
+    expected, _ = tiny.stock.model.get_rope_index(ids, kinds, grid, attention_mask=mask)
+    assert torch.equal(prompt.position_ids, expected[:, 0])
+    assert kinds.sum() == (0, 9, None, 9 + 2 + 3)[count]
+
+
+def test_positions_of_a_hand_made_picture():
+    ids = torch.tensor([5, 9, 9, 9, 9, 9, 9, 7])  # 9: an image of 2 x 3 merged tokens
+    got = mrope_positions(ids, torch.tensor([[1, 4, 6]]), 9, 2)
+    temporal, height, width = got.tolist()
+    assert temporal == [0, 1, 1, 1, 1, 1, 1, 4]
+    assert height == [0, 1, 1, 1, 2, 2, 2, 4]
+    assert width == [0, 1, 2, 3, 1, 2, 3, 4]
+
+
+def test_long_prompts_are_dropped_and_never_cut(tiny):
+    example = Example("x", [{"role": "user", "content": "one two three"}])
+    length = len(encode_prompt(example, tiny.tokenizer, tiny.image_processor).input_ids)
+    assert encode_prompt(example, tiny.tokenizer, tiny.image_processor, length) is not None
+    assert encode_prompt(example, tiny.tokenizer, tiny.image_processor, length - 1) is None
+
+
+def test_placeholders_and_pictures_must_agree(tiny):
+    picture = tiny.folder / tiny.rows["rl"][0]["images"][0]
+    turn = {"role": "user", "content": "<image><image> same?"}
+    example = Example("row 7", [turn], [str(picture)])
+    with pytest.raises(InputError, match="row 7: 2 <image> in the text but 1 images"):
+        encode_prompt(example, tiny.tokenizer, tiny.image_processor)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+def test_a_literal_vision_token_in_a_text_is_refused(tiny, token):
+    """It would be taken for a picture that is not there."""
+    with pytest.raises(runtime.InputError, match="the text contains"):
+        encode_response(f"a {token} b", tiny.tokenizer)
+    example = Example("row 7", [{"role": "user", "content": f"what is {token}?"}])
+    with pytest.raises(runtime.InputError, match="row 7: the text contains"):
+        encode_prompt(example, tiny.tokenizer, tiny.image_processor)

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_inputs, stock_logprobs, untimed, write_jsonl
+from conftest import ONE, assert_same_grads, branch_logprobs, grads, launch, read_jsonl, stage
+from conftest import stock_inputs, stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import runtime
-from rows import branch_logprobs, set_attention, target_logprobs
+from rows import set_attention, target_logprobs
 from data import Feed, load_examples, look, mixed_order, order
 import rollout
 import sft
