@@ -31,7 +31,7 @@ from rl import accumulate_policy_gradient, log_rollouts, rollout_flags, rollout_
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step, load_policy, load_tokenizer
-from runtime import log, make_optimizer, make_sampler, refresh, run, save, setup, shard
+from runtime import integer, log, real, make_optimizer, make_sampler, refresh, run, save, setup, shard
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -110,20 +110,20 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
                         help="prompts and teacher responses: SOURCE[:WEIGHT] ...")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=500, help="steps of the game")
-    parser.add_argument("--warmup-steps", type=int, default=0, help="discriminator-only steps on fresh rollouts first")
-    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the policy")
+    parser.add_argument("--steps", type=integer(0), default=500, help="steps of the game")
+    parser.add_argument("--warmup-steps", type=integer(0), default=0, help="discriminator-only steps on fresh rollouts first")
+    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
-    group.add_argument("--disc-lr", type=float, default=1e-6, help="learning rate of the discriminator")
-    group.add_argument("--disc-updates", type=int, default=1, help="discriminator steps per policy step, on the same rollouts")
-    group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in its loss")
+    group.add_argument("--disc-lr", type=real(0), default=1e-6, help="learning rate of the discriminator")
+    group.add_argument("--disc-updates", type=integer(1), default=1, help="discriminator steps per policy step, on the same rollouts")
+    group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
     group = parser.add_argument_group("advantage")
-    group.add_argument("--alpha", type=float, default=0.5, help="weight of perception; 1 - alpha is that of reasoning")
+    group.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of perception; 1 - alpha is that of reasoning")
     group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert", help="before (1) or after")
-    group.add_argument("--std-floor", type=float, default=0.1, help="smallest group std, in score units")
-    group.add_argument("--invalid-penalty", type=float, default=1.5, help="advantage of a broken format is minus this")
+    group.add_argument("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
+    group.add_argument("--invalid-penalty", type=real(0), default=1.5, help="advantage of a broken format is minus this")
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
     common_flags(parser, "align")
     data_flags(parser)

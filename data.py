@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll
+from runtime import InputError, InputErrorOfAll, integer, real
 
 
 SYSTEM_PROMPT = (
@@ -461,15 +461,15 @@ def data_flags(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--split", default=None, help="split of a Hub data set")
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
-    group.add_argument("--max-prompt", type=int, default=2048, help="longer prompts are dropped and counted, never cut")
+    group.add_argument("--max-prompt", type=integer(1), default=2048, help="longer prompts are dropped and counted, never cut")
     pixel_flags(group)
     group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip", help="rows that cannot be used")
-    group.add_argument("--max-bad", type=float, default=0.05, help="share of unusable rows that ends the run")
+    group.add_argument("--max-bad", type=real(0, 1), default=0.05, help="share of unusable rows that ends the run")
 
 
 def pixel_flags(group):
-    group.add_argument("--min-pixels", type=int, default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=int, default=None, help="larger pictures are reduced (default: the checkpoint's)")
+    group.add_argument("--min-pixels", type=integer(1), default=None, help="smaller pictures are enlarged (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=integer(1), default=None, help="larger pictures are reduced (default: the checkpoint's)")
 
 
 def system_prompt(args):

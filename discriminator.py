@@ -41,7 +41,7 @@ from rollout import parse_response, split_segments
 from rows import Prompt, hidden_states, pack_rows, set_attention, split_rows
 from runtime import InputError, Parser, Skips, begin, check_checkpoint, check_loaded, choose_attention, common_flags
 from runtime import copy_processor, end_step, full_weights, load_tokenizer, log, make_optimizer, most, run, setup, shard
-from runtime import write_json, write_meta, write_rows, writing
+from runtime import integer, real, write_json, write_meta, write_rows, writing
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # the one head of a released discriminator, in its shards
@@ -319,13 +319,13 @@ def parse_args():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on, any format of load_examples")
     what.add_argument("--score", nargs="+", metavar="SOURCE", help="responses to score, any format of load_examples")
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of perception in the combined score")
+    parser.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of perception in the combined score")
     group = parser.add_argument_group("warm-up")
-    group.add_argument("--batch", type=int, default=64, help="pairs per step, over all processes")
-    group.add_argument("--steps", type=int, default=None, help="steps (default: one pass over the pairs)")
-    group.add_argument("--lr", type=float, default=1e-6, help="learning rate")
+    group.add_argument("--batch", type=integer(1), default=64, help="pairs per step, over all processes")
+    group.add_argument("--steps", type=integer(0), default=None, help="steps (default: one pass over the pairs)")
+    group.add_argument("--lr", type=real(0), default=1e-6, help="learning rate")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="what to build on --ckpt")
-    group.add_argument("--score-l2", type=float, default=1e-3, help="weight of the squared scores in the loss")
+    group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in the loss")
     common_flags(parser, "disc")
     data_flags(parser)
     return parser.parse_args()

@@ -28,7 +28,7 @@ from data import Example, Feed, data_flags, encode_prompt, load_data, system_pro
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags, end_step, load_policy
-from runtime import load_tokenizer, log, make_optimizer, make_sampler, most, refresh, run, save, setup, shard
+from runtime import integer, load_tokenizer, log, real, make_optimizer, make_sampler, most, refresh, run, save, setup, shard
 from verify import verify
 
 ALGOS = {
@@ -222,15 +222,15 @@ def log_rollouts(world, out, step, records, scores, every):
 
 def rollout_flags(parser, prompts, max_new_tokens):
     group = parser.add_argument_group("rollouts")
-    group.add_argument("--prompts", type=int, default=prompts, help="prompts per step, over all processes")
-    group.add_argument("--rollouts", dest="n", type=int, default=16, help="rollouts per prompt")
-    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs trained on")
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="length limit of a response")
+    group.add_argument("--prompts", type=integer(1), default=prompts, help="prompts per step, over all processes")
+    group.add_argument("--rollouts", dest="n", type=integer(1), default=16, help="rollouts per prompt")
+    group.add_argument("--temperature", type=real(1e-3), default=1.0, help="of sampling and of the log-probs trained on")
+    group.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens, help="length limit of a response")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile the decode step (default: on CUDA)")  # fmt: skip
-    group.add_argument("--slots", type=int, default=256, help="rows decoded at a time on each process; fewer where they "
+    group.add_argument("--slots", type=integer(1), default=256, help="rows decoded at a time on each process; fewer where they "
                        f"would cache more than {SLOT_TOKENS} x --max-tokens tokens")  # fmt: skip
-    group.add_argument("--log-rollouts", type=int, default=10, help="steps between entries in rollouts.jsonl; 0: never")
+    group.add_argument("--log-rollouts", type=integer(0), default=10, help="steps between entries in rollouts.jsonl; 0: never")
 
 
 # --------------------------------------------------------------------------------------------------------------------- RL
@@ -239,13 +239,13 @@ def parse_args():
     parser.add_argument("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
                         help="prompts and answers: SOURCE[:WEIGHT] ...")  # fmt: skip
     parser.add_argument("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
-    parser.add_argument("--steps", type=int, default=1500, help="rollout batches")
-    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate")
-    parser.add_argument("--lr-warmup", type=int, default=0, help="steps with rising learning rate")
-    parser.add_argument("--updates-per-rollout", type=int, default=1, metavar="K", help="optimizer steps per rollout batch")
-    parser.add_argument("--max-gen-batches", type=int, default=10, help="rounds of dynamic sampling per step (dapo)")
-    parser.add_argument("--overlong-buffer", type=int, default=4096, help="tokens before the limit that are penalised (dapo)")
-    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: none")
+    parser.add_argument("--steps", type=integer(0), default=1500, help="rollout batches")
+    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate")
+    parser.add_argument("--lr-warmup", type=integer(0), default=0, help="steps with rising learning rate")
+    parser.add_argument("--updates-per-rollout", type=integer(1), default=1, metavar="K", help="optimizer steps per rollout batch")
+    parser.add_argument("--max-gen-batches", type=integer(1), default=10, help="rounds of dynamic sampling per step (dapo)")
+    parser.add_argument("--overlong-buffer", type=integer(0), default=4096, help="tokens before the limit that are penalised (dapo)")
+    parser.add_argument("--kl", type=real(0), default=0.0, help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
     common_flags(parser, "rl")
     data_flags(parser)

@@ -21,18 +21,18 @@ import time
 from data import Feed, data_flags, encode_prompt, encode_response, load_data, system_prompt
 from rows import pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine, end_step, load_policy
-from runtime import load_tokenizer, log, make_optimizer, most, run, save, setup, shard
+from runtime import integer, load_tokenizer, log, real, make_optimizer, most, run, save, setup, shard
 
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_distill"], help="demonstrations: SOURCE[:WEIGHT] ...")
-    parser.add_argument("--batch", type=int, default=128, help="examples per step, over all processes")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
-    parser.add_argument("--steps", type=int, default=None, help="steps instead of --epochs")
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate")
-    parser.add_argument("--max-length", type=int, default=8192, help="longer demonstrations are dropped and counted")
+    parser.add_argument("--batch", type=integer(1), default=128, help="examples per step, over all processes")
+    parser.add_argument("--epochs", type=real(above=0), default=1.0, help="passes over the data")
+    parser.add_argument("--steps", type=integer(0), default=None, help="steps instead of --epochs")
+    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate")
+    parser.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of the steps with rising learning rate")
+    parser.add_argument("--max-length", type=integer(1), default=8192, help="longer demonstrations are dropped and counted")
     parser.add_argument("--truncate", action="store_true", help="cut them instead (a prompt is never cut)")
     common_flags(parser, "sft")
     data_flags(parser)
