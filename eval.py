@@ -38,7 +38,7 @@ from data import Example, encode_prompt, load_examples, pixel_flags, read_file, 
 from rollout import parse_response, sample
 from rows import ATTENTION, set_attention
 from runtime import InputError, Parser, check_checkpoint, choose_attention, load_policy, load_tokenizer, run, setup, write_json
-from runtime import write_rows
+from runtime import integer, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, verify
 
 
@@ -614,7 +614,7 @@ def parse_args():
     group.add_argument("--system-prompt", default=None, metavar="FILE", help="system message for rows that carry none")
     pixel_flags(group)
     group.add_argument("--slots", type=int, default=64, help="rows decoded at a time on each process")
-    group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument("--seed", type=integer(0), default=0, help="of sampling")
     group.add_argument("--attn", choices=("auto", *ATTENTION), default="auto", help="auto: flash on CUDA, else sdpa")
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", default=None, metavar="URL",

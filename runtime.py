@@ -1,8 +1,15 @@
-"""What a run stands on: processes, FSDP, checkpoints, states, flags, errors and logs."""
+"""What a run stands on: processes, FSDP, checkpoints, states, flags, errors and logs.
+
+A stage writes one folder, OUT:
+
+    state.STEP/                            all that --resume needs; the newest counts
+    metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
+    config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
+    meta.json                              last of all: the stage is finished
+"""
 
 import argparse
 import copy
-import glob
 import importlib
 import json
 import math
@@ -25,20 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Qwen3VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 class InputError(ValueError):
     """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
 
@@ -47,8 +50,8 @@ class InputErrorOfAll(InputError):
     """Raised by every rank alike, so that one of them says it."""
 
 
-# --------------------------------------------------------------------------------------------------- flags and processes
-LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --logger -> module, imported only when asked for
+# ------------------------------------------------------------------------------------------- flags
+LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,8 +76,9 @@ def number(kind, low=None, high=None, above=None):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is no {'integer' if kind is int else 'number'}") from None
-        if not math.isfinite(value):
+            what = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} is no {what}") from None
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if low is not None and value < low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
@@ -89,67 +93,42 @@ def number(kind, low=None, high=None, above=None):
 
 def common_flags(parser, stage):
     """The flags that every training stage has, with that stage's default for --out."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
-    group.add_argument("--out", default=f"{stage}_out", help="folder to write: checkpoint, meta.json, metrics.jsonl, state/")
-    group.add_argument("--seed", type=int, default=0, help="of data order, sampling and initialisation")
-    group.add_argument("--resume", action="store_true", help="continue from OUT/state")
-    group.add_argument("--save-every", type=int, default=100, help="steps between saves of OUT/state; 0: at the end only")
-    group.add_argument("--keep", type=int, default=1, help="states to keep: OUT/state and, before it, OUT/state.STEP")
+    add = parser.add_argument_group("run").add_argument
+    add("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
+    add("--out", default=f"{stage}_out", help="folder to write: states, logs, then the checkpoint")
+    add("--seed", type=integer(0), default=0, help="of data order, sampling and initialisation")
+    add("--resume", action="store_true", help="continue from the newest OUT/state.STEP")
+    add("--save-every", type=integer(0), default=100, help="steps between states; 0: the last only")
+    add("--keep", type=integer(1), default=1, help="states to keep, the newest ones")
     # not --log: torchrun takes that for an abbreviation of its own --log-dir, wherever it stands
-    group.add_argument("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
-    group = parser.add_argument_group("memory")
-    group.add_argument("--max-tokens", type=int, default=16384, help="tokens per forward; results do not depend on it")
-    group.add_argument("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash on CUDA, else sdpa")
-    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-                       help="recompute activations in backward (default: on CUDA)")  # fmt: skip
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
-    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
+    add = parser.add_argument_group("memory").add_argument
+    add("--max-tokens", type=integer(1), default=16384,
+        help="tokens per forward; results do not depend on it")  # fmt: skip
+    add("--attn", choices=("auto", "sdpa", "flash"), default="auto",
+        help="auto: flash on CUDA, else sdpa")  # fmt: skip
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations in backward (default: on CUDA)")  # fmt: skip
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--weight-decay", type=real(0), default=0.01, help="of AdamW")
+    add("--clip", type=real(above=0), default=1.0, help="largest gradient norm")
 
 
-def run(main):
-    """Run a stage; a mistake of the user ends it with one line and exit status 2 instead of a traceback."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    status = 0
-    try:
-        main()
-    except InputError as error:
-        status = 2
-        if int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized() and not isinstance(error, InputErrorOfAll):
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-    except SystemExit as end:
-        status = end.code or 0
-    except (Exception, dcp.CheckpointException):  # the latter is no Exception
-        status = 1
-        traceback.print_exc()
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=status)  # os._exit below would leave its last rows behind
-    # Not sys.exit: FSDP's caches keep gloo's worker threads alive, and one of them that frees its last tensor while the
-    # interpreter shuts down aborts the process (pytorch/pytorch#179291). After an error the other ranks may hang in a
-    # collective, and so would an orderly end; torchrun stops them once this process is gone.
-    if dist.is_initialized():
-        if status == 0:
-            dist.destroy_process_group()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.exit(status)
-
-
+# --------------------------------------------------------------------------------------- processes
 @dataclass
 class World:
+    """The processes of this run, seen from one of them."""
+
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: replicated across nodes, sharded inside
+    mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: see setup
     stop: bool = False  # SIGTERM has come
-    write: Callable | None = None  # sends a row of metrics to --logger (rank 0)
+    write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
 
     def share(self, lengths):
-        """The consecutive pieces of work, of these lengths, that this rank does: sums about equal, at least one piece each
-        where there are as many pieces as ranks."""
+        """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
+        at least one piece each where there are as many as ranks."""
         middles, cuts = np.cumsum(lengths) - np.array(lengths) / 2, [0]
         least = int(len(lengths) >= self.size)
         for rank in range(1, self.size):
@@ -172,17 +151,24 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def wait(self):
+        """For all ranks to arrive here."""
+        if self.size > 1:
+            dist.barrier()
+
 
 def setup(args, global_sizes=()):
-    """Start torch.distributed when torchrun started us; check the flags given as global sizes against the ranks."""
+    """Check what can be checked before anything is loaded, and start torch.distributed when
+    torchrun started us -> World. global_sizes: {flag: number that the processes must divide}."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
-        raise InputError(f"{size} processes, {local} of them on this node: start the same number on every node")
+        raise InputError(
+            f"{size} processes, {local} of them on this node: start the same number on every node"
+        )
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
-    check_ranges(args)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a file; give a folder")
     if hasattr(args, "save_every"):
@@ -193,60 +179,134 @@ def setup(args, global_sizes=()):
         torch.cuda.set_device(device)
     else:
         torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
-    mesh, rank = None, int(os.environ.get("RANK", 0))
+    world = World(int(os.environ.get("RANK", 0)), size, device)
     if size > 1 or device.type == "cuda":
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ.setdefault(name, value)
-        # an hour: the others wait while one rank has far longer rollouts or writes a checkpoint; a rank that dies ends
-        # the others at once, by torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-        shape = (size // local, local) if 1 < local < size else (size,)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        if rank == 0 and size > 1:
-            shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
-            print("; ".join([f"{size} processes, mesh {list(shape)}", *shares]), flush=True)
-    return World(rank, size, device, mesh)
+        world.mesh = connect(size, local, device)
+    if world.rank == 0 and size > 1:
+        shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
+        shape = list(world.mesh.mesh.shape)
+        print("; ".join([f"{size} processes, mesh {shape}", *shares]), flush=True)
+    return world
 
 
-RANGES = {  # flag: smallest, largest value
-    "seed": (0, None), "steps": (0, None), "batch": (1, None), "prompts": (1, None), "n": (1, None), "warmup_steps": (0, None),
-    "epochs": (1e-9, None), "max_tokens": (1, None), "max_prompt": (1, None), "max_length": (1, None), "slots": (1, None),
-    "max_new_tokens": (1, None), "lr": (0, None), "disc_lr": (0, None), "temperature": (1e-3, None), "alpha": (0, 1),
-    "max_bad": (0, 1), "warmup": (0, 1), "clip": (1e-9, None), "min_pixels": (1, None), "max_pixels": (1, None),
-    "disc_updates": (1, None), "updates_per_rollout": (1, None), "max_gen_batches": (1, None), "save_every": (0, None),
-}  # fmt: skip
+def connect(size, local, device):
+    """Start torch.distributed -> mesh [ranks], or on several nodes [nodes, ranks of a node]:
+    replicated across nodes, sharded inside."""
+    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    # an hour: the others wait while one rank has far longer rollouts or writes a checkpoint; a rank
+    # that dies ends the others at once, by torchrun
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    shape = (size // local, local) if 1 < local < size else (size,)
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
-def check_ranges(args):
-    """Raise InputError for a flag that is out of its range; NaN and infinity always are."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
-            flag = "--rollouts" if name == "n" else "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value:g}: must be at least {low:g}" + (f" and at most {high:g}" if high else ""))
+def most(packs, world):
+    """How many forwards every rank must run so that all run the same number: the most packs that
+    any rank has."""
+    return max(world.gather(packs))
 
 
-def check_run(args):
-    """Raise InputError for what --resume, --keep and --logger cannot do, before anything is loaded."""
-    state = find_state(args.out)
-    if args.resume and state is None:
-        raise InputError(f"--resume: {args.out}/state does not exist; start without --resume")
-    if state and not args.resume and not os.path.exists(os.path.join(args.out, "meta.json")):
-        raise InputError(f"--out {args.out} holds an unfinished run: add --resume, give another folder, or delete {state}")
-    if args.keep < 1:
-        raise InputError(f"--keep {args.keep}: at least one state has to stay")
-    if args.logger:
-        try:
-            importlib.import_module(LOGGERS[args.logger])
-        except ImportError as error:
-            raise InputError(f"--logger {args.logger}: {error}; pip install {args.logger}") from error
+# -------------------------------------------------------------------------------------------- FSDP
+def shard(model, units, world, forward, float32=(), checkpointing=None):
+    """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the
+    rest with the root. bf16 compute, float32 master weights and reduction on CUDA; on several nodes
+    HSDP; one CPU process stays plain.
+
+    float32: units that also compute in float32. forward: the function of the model that the stage
+    calls in place of its forward; it becomes a method of the model, around which the root's
+    weights are gathered. checkpointing: recompute activations in backward (None: on CUDA)."""
+    if checkpointing if checkpointing is not None else world.device.type == "cuda":
+        backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # from_pretrained leaves eval mode, in which transformers does not recompute
+    if world.size == 1 and world.device.type == "cpu":
+        return model
+    mixed = MixedPrecisionPolicy()
+    if world.device.type == "cuda":
+        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for unit in units:
+        fully_shard(unit, mesh=world.mesh, mp_policy=mixed)
+    for unit in float32:
+        fully_shard(unit, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh, mp_policy=mixed)
+    setattr(model, forward.__name__, MethodType(forward, model))
+    register_fsdp_forward_method(model, forward.__name__)
+    return model
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+def make_sampler(model, world):
+    """The model to sample from, made before the policy is sharded: the policy itself where it stays
+    whole, else a replica in the compute dtype. Sampling never runs through sharded modules: it
+    would gather every layer for every token."""
+    if world.size == 1 and world.device.type == "cpu":
+        return model
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return copy.deepcopy(model).to(world.device, dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """Copy the policy's current weights into the replica, one parameter at a time."""
+    if sampler is not model:
+        for mine, theirs in zip(sampler.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs.full_tensor())
+
+
+def full_weights(model):
+    """{name: whole tensor on the CPU} on rank 0, {} on the others; all ranks must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+# --------------------------------------------------------------------------------------- optimizer
+def make_optimizer(model, lr, weight_decay):
+    """AdamW over all parameters."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay
+    )
+
+
+def cosine(step, total, peak, warmup):
+    """Learning rate of `step` (from 0): linear to `peak` over the first `warmup` share, then half a
+    cosine to 0."""
+    ramp = max(1, round(total * warmup))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+class Skips:
+    """Counts updates skipped for a loss or gradient that is not finite: in a row, in all, and those
+    that `end_step` has named."""
+
+    def __init__(self):
+        self.row = self.total = self.named = 0
+
+    def step(self, model, optimizer, lr, clip, world, loss):
+        """Clip, check on all ranks, step -> the gradient norm before clipping, or None when the
+        step was skipped."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        bad = world.sum(float(not (math.isfinite(norm) and math.isfinite(loss))))[0] > 0
+        if not bad:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.row, self.total = (self.row + 1, self.total + 1) if bad else (0, self.total)
+        return None if bad else norm
+
+
+# ------------------------------------------------------------------------------------- checkpoints
 def check_checkpoint(path):
-    """Raise InputError unless `path` is a folder with a config and weights (anything else is taken as a Hub id)."""
+    """Raise InputError unless `path` is a folder with a config and weights, or could be a Hub id
+    (owner/name; any other form of path has to exist)."""
     if not os.path.isdir(path):
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):  # owner/name; any other form of path has to exist
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
             raise InputError(f"--ckpt {path}: no such folder")
         return
     if not os.path.exists(os.path.join(path, "config.json")):
@@ -255,33 +315,38 @@ def check_checkpoint(path):
         raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        with open(index) as file:
-            try:
+        try:
+            with open(index) as file:
                 names = set(json.load(file)["weight_map"].values())
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InputError(f"--ckpt {path}: model.safetensors.index.json cannot be read ({error})") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"--ckpt {path}: {os.path.basename(index)}: {error}") from error
         if not all(str(name).endswith(".safetensors") for name in names):
-            raise InputError(f"--ckpt {path}: the index names weights that are no .safetensors files")
+            raise InputError(f"--ckpt {path}: the index names weights that are no .safetensors")
 
 
 def load_tokenizer(path, args=None):
-    """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and --max-pixels."""
+    """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and
+    --max-pixels."""
     check_checkpoint(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(
+            path, backend="pil", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
-    for edge, pixels in (("shortest_edge", args and args.min_pixels), ("longest_edge", args and args.max_pixels)):
-        if pixels is not None:  # the processor's names; it means pixels of the whole picture
-            image_processor.size[edge] = pixels
-    if image_processor.size["shortest_edge"] > image_processor.size["longest_edge"]:
-        raise InputError(f"--min-pixels is above --max-pixels: {dict(image_processor.size)}")
-    return tokenizer, image_processor
+    # the processor's names; it means pixels of the whole picture
+    for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if args and getattr(args, flag) is not None:
+            processor.size[edge] = getattr(args, flag)
+    if processor.size["shortest_edge"] > processor.size["longest_edge"]:
+        raise InputError(f"--min-pixels is above --max-pixels: {dict(processor.size)}")
+    return tokenizer, processor
 
 
 def load_policy(path, dtype=torch.float32):
-    """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights are an error."""
+    """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
+    are an error."""
     check_checkpoint(path)
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
@@ -297,218 +362,68 @@ def check_loaded(path, info):
     """Weights that were missing would have been drawn at random."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}")
+            names = ", ".join(map(str, sorted(info[kind])[:5]))
+            raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {names}")
 
 
 def choose_attention(name, world):
     """--attn -> sdpa or flash, said once at the start."""
     on_cuda = world.device.type == "cuda"
     if name == "flash" and not on_cuda:
-        raise InputError(f"--attn {name} needs a CUDA device; use --attn sdpa")
+        raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
     name = ("flash" if on_cuda else "sdpa") if name == "auto" else name
     if world.rank == 0:
         print(f"attention: {name}", flush=True)
     return name
 
 
-# -------------------------------------------------------------------------------------------------------------- training
-def shard(model, units, world, forward, float32=(), checkpointing=None):
-    """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the rest with the root. bf16 compute,
-    float32 master weights and reduction on CUDA; on several nodes HSDP; one CPU process stays plain. `float32`: units that
-    also compute in float32. `forward`: the function of the model that the stage calls in place of its forward; it becomes a
-    method of the model, around which the root's weights are gathered."""
-    if checkpointing if checkpointing is not None else world.device.type == "cuda":
-        backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers recomputes in train mode only, and from_pretrained leaves eval mode
-    if world.size == 1 and world.device.type == "cpu":
-        return model
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if world.device.type == "cuda" else MixedPrecisionPolicy()
-    for unit in units:
-        fully_shard(unit, mesh=world.mesh, mp_policy=mixed)
-    for unit in float32:
-        fully_shard(unit, mesh=world.mesh)
-    fully_shard(model, mesh=world.mesh, mp_policy=mixed)
-    setattr(model, forward.__name__, MethodType(forward, model))
-    register_fsdp_forward_method(model, forward.__name__)
-    return model
-
-
-def make_sampler(model, world):
-    """The model to sample from, made before the policy is sharded: the policy itself where it stays whole, else a replica in
-    the compute dtype. Sampling never runs through sharded modules: it would gather every layer for every token."""
-    if world.size == 1 and world.device.type == "cpu":
-        return model
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return copy.deepcopy(model).to(world.device, dtype).requires_grad_(False)
-
-
-@torch.no_grad()
-def refresh(sampler, model):
-    """Copy the policy's current weights into the replica, one parameter at a time."""
-    if sampler is not model:
-        for mine, theirs in zip(sampler.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs.full_tensor())
-
-
-def make_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
-
-
-class Skips:
-    """Counts updates skipped for a loss or gradient that is not finite: in a row, in all, and those `end_step` has named."""
-
-    def __init__(self):
-        self.row = self.total = self.named = 0
-
-    def step(self, model, optimizer, lr, clip, world, loss):
-        """Clip, check on all ranks, step. Returns the gradient norm before clipping, or None when the step was skipped."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        bad = world.sum(float(not (math.isfinite(norm) and math.isfinite(loss))))[0] > 0
-        if not bad:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.row, self.total = (self.row + 1, self.total + 1) if bad else (0, self.total)
-        return None if bad else norm
-
-
-def cosine(step, total, peak, warmup):
-    """Learning rate of `step` (from 0): linear to `peak` over the first `warmup` share, then half a cosine to 0."""
-    ramp = max(1, round(total * warmup))
-    if step < ramp:
-        return peak * (step + 1) / ramp
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
-
-
-def most(packs, world):
-    """How many forwards every rank must run so that all run the same number: the most packs that any rank has."""
-    return max(world.gather(packs))
-
-
-# ------------------------------------------------------------------------------------------------------------------ logs
-def log(world, out, row):
-    """One line on rank 0 and the same keys in OUT/metrics.jsonl; a metric without a value in this step is left out."""
-    if world.rank:
-        return
-    row = {k: v for k, v in row.items() if v is not None}
-    append_rows(os.path.join(out, "metrics.jsonl"), [row])
-    if world.write:
-        world.write(row)
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-
-
-def append_rows(path, rows):
-    os.makedirs(os.path.dirname(path), exist_ok=True)  # only now: a run that fails before its first step leaves nothing behind
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())  # not later than the state of this step
-
-
-def start_log(world, out, step):
-    """Begin metrics.jsonl, or after --resume drop the rows of steps that will be repeated -> the last row that stays."""
-    rows = []
-    if world.rank == 0:
-        names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
-        for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
-            with open(path) as file:
-                rows = [json.loads(line) for line in file if line.endswith("\n")]  # a killed run may leave half a line
-            rows = [row for row in rows if row["step"] <= step]
-            write_rows(path, rows)
-    if world.size > 1:
-        dist.barrier()
-    return rows[-1] if rows else {}
-
-
-# ---------------------------------------------------------------------------------------------------------------- saving
-def full_weights(model):
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def git_commit():
-    here = os.path.dirname(os.path.abspath(__file__))
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip() or None
-
-
 def save(model, out, world, stage, args, step, metrics):
-    """Write OUT as an ordinary checkpoint that from_pretrained loads: weights in the compute dtype, the tokenizer and
-    processor files of the parent, and, last of all, meta.json, whose presence says that the stage is finished."""
+    """Write OUT as an ordinary checkpoint that from_pretrained loads: weights in the compute dtype,
+    the tokenizer and processor files of the parent, and, last of all, meta.json, whose presence
+    says that the stage is finished."""
     weights = full_weights(model)
     if world.rank == 0:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        if model.config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)  # the embedding; sharded or converted copies no longer share its memory
+        if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
+            weights.pop("lm_head.weight", None)
         model.config.dtype = dtype
         with writing(out):
             model.save_pretrained(out, state_dict=weights)
             copy_processor(args.ckpt, out)
             write_meta(out, stage, args, step, metrics)
         print(f"saved {out}", flush=True)
-    if world.size > 1:
-        dist.barrier()
-
-
-def write_meta(out, stage, args, step, metrics):
-    meta = {"stage": stage, "args": vars(args), "step": step, "git_commit": git_commit(), "parent": args.ckpt}
-    write_json(os.path.join(out, "meta.json"), {**meta, "metrics": metrics})
+    world.wait()
 
 
 def copy_processor(ckpt, out):
-    """Copy tokenizer, chat template and preprocessor files as they are; from a Hub id they are saved anew."""
+    """Copy tokenizer, chat template and preprocessor files as they are; from a Hub id they are
+    saved anew."""
     if not os.path.isdir(ckpt):
         for part in load_tokenizer(ckpt):
             part.save_pretrained(out)
         return
-    weights = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics")
+    others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics")
     for name in os.listdir(ckpt):
-        if name.endswith((".json", ".txt", ".jinja", ".model")) and name.split(".")[0] not in weights:
+        stem, kind = name.split(".")[0], os.path.splitext(name)[1]
+        if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
             shutil.copy(os.path.join(ckpt, name), out)
 
 
+def write_meta(out, stage, args, step, metrics):
+    """meta.json: where the checkpoint comes from."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    meta = {"stage": stage, "args": vars(args), "step": step, "parent": args.ckpt}
+    meta |= {"git_commit": git.stdout.strip() or None, "metrics": metrics}
+    write_json(os.path.join(out, "meta.json"), meta)
+
+
 def write_json(path, value):
+    """Under a temporary name, then renamed: a file that exists is complete."""
     with open(path + ".tmp", "w") as file:
         json.dump(value, file, indent=1)
     os.replace(path + ".tmp", path)
-
-
-def write_rows(path, rows):
-    """JSONL under a temporary name, then renamed: a file that exists is complete."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
-
-
-def save_state(out, world, parts, progress, keep=1):
-    """Everything that a run needs to continue. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling
-    needs no generator state: its random numbers depend on (seed, step, prompt, sample). Written aside, then renamed; of
-    earlier states the newest `keep` - 1 stay as OUT/state.STEP. Raises InputError when the disk is full."""
-    new, path = os.path.join(out, "state.new"), os.path.join(out, "state")
-    if world.rank == 0:
-        remove_state(new)
-    if world.size > 1:
-        dist.barrier()
-    states = state_dicts(parts)
-    with writing(new):
-        dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
-        if world.rank == 0:
-            write_json(os.path.join(new, "progress.json"), progress)
-    if world.rank == 0:
-        if os.path.exists(os.path.join(path, "progress.json")):
-            earlier = f"{path}.{read_progress(path)['step']}"
-            remove_state(earlier)
-            os.replace(path, earlier)
-        remove_state(path)
-        os.replace(new, path)
-        for name in earlier_states(out)[keep - 1 :]:
-            remove_state(os.path.join(out, name))
-    if world.size > 1:
-        dist.barrier()
 
 
 @contextmanager
@@ -517,100 +432,230 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        cause = error
+        if isinstance(error, dcp.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
-        raise InputError(f"{path} cannot be written, {free:.1f} GB are free: {str(cause).splitlines()[0]}") from error
+        raise InputError(
+            f"{path} cannot be written, {free:.1f} GB are free: {str(cause).splitlines()[0]}"
+        ) from error
 
 
-def remove_state(path):
-    """If there is one. First its progress.json: half a state does not count as one."""
-    if os.path.exists(os.path.join(path, "progress.json")):
-        os.remove(os.path.join(path, "progress.json"))
-    shutil.rmtree(path, ignore_errors=True)
+# -------------------------------------------------------------------------------------------- logs
+def log(world, out, metrics):
+    """One line on rank 0 and the same keys in OUT/metrics.jsonl; a metric without a value in this
+    step is left out."""
+    if world.rank:
+        return
+    metrics = {key: value for key, value in metrics.items() if value is not None}
+    append_rows(os.path.join(out, "metrics.jsonl"), [metrics])
+    if world.write:
+        world.write(metrics)
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+    print("  ".join(shown), flush=True)
 
 
-def earlier_states(out):
-    """Their names, state.STEP, newest first."""
-    return sorted(glob.glob("state.[0-9]*", root_dir=out), key=lambda name: -int(name[6:]))
+def append_rows(path, rows):
+    """Lines of JSON at the end of a log, on the disk before the state of their step is."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # a run that fails earlier leaves no folder
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def find_state(out):
-    """The newest complete state: progress.json is written last, and a run killed between save_state's two renames leaves
-    its state under one of the other names. None when there is none."""
-    paths = [os.path.join(out, name) for name in ("state", "state.new", *earlier_states(out))]
-    return next((path for path in paths if os.path.exists(os.path.join(path, "progress.json"))), None)
+def write_rows(path, rows):
+    """Lines of JSON under a temporary name, then renamed: a file that exists is complete."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
 
 
-def read_progress(path):
-    with open(os.path.join(path, "progress.json")) as file:
+def start_log(world, out, step):
+    """Begin metrics.jsonl, or after --resume drop the lines of steps that will be repeated -> the
+    last metrics that stay, or {}."""
+    rows = []
+    if world.rank == 0:
+        names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
+        for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
+            with open(path, encoding="utf-8") as file:  # a killed run may leave half a line
+                rows = [json.loads(line) for line in file if line.endswith("\n")]
+            rows = [row for row in rows if row["step"] <= step]
+            write_rows(path, rows)
+    world.wait()
+    return rows[-1] if rows else {}
+
+
+def open_logger(args, step):
+    """-> a function that sends metrics to --logger; steps after `step` are written anew."""
+    os.makedirs(args.out, exist_ok=True)
+    module = importlib.import_module(LOGGERS[args.logger])
+    if args.logger == "tensorboard":
+        folder = os.path.join(args.out, "tensorboard")
+        writer = module.SummaryWriter(folder, purge_step=step + 1)
+
+        def write(metrics):
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, metrics["step"])
+            writer.flush()
+
+        return write
+    path = os.path.join(args.out, "wandb_id")
+    if step == 0 or not os.path.exists(path):
+        with open(path, "w") as file:
+            file.write(uuid.uuid4().hex)
+    with open(path) as file:
+        name = file.read()
+    run = module.init(project="prism", id=name, resume="allow", dir=args.out, config=vars(args))
+    return lambda metrics: run.log(metrics, step=metrics["step"])
+
+
+# ------------------------------------------------------------------------------------------ states
+def find_states(out):
+    """The states OUT/state.STEP, newest first."""
+    names = os.listdir(out) if os.path.isdir(out) else []
+    steps = [int(name[6:]) for name in names if re.fullmatch(r"state\.\d+", name)]
+    return [os.path.join(out, f"state.{step}") for step in sorted(steps, reverse=True)]
+
+
+def save_state(out, world, parts, progress, keep=1):
+    """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
+    then renamed; the newest `keep` states stay. parts: {name: (model, optimizer)}; progress:
+    JSON-able counters. Sampling needs no generator state: its random numbers depend on (seed, step,
+    prompt, sample). Raises InputError when the disk is full."""
+    new, path = os.path.join(out, "state.new"), os.path.join(out, f"state.{progress['step']}")
+    if world.rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+    world.wait()
+    states = state_dicts(parts)
+    with writing(new):
+        dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
+        if world.rank == 0:
+            write_json(os.path.join(new, "progress.json"), progress)
+    if world.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(new, path)
+        for old in find_states(out)[keep:]:
+            shutil.rmtree(old)
+    world.wait()
+
+
+def read_progress(state):
+    """The counters of a state."""
+    with open(os.path.join(state, "progress.json")) as file:
         return json.load(file)
 
 
 def state_dicts(parts):
-    return {
-        name: {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        for name, (model, optimizer) in parts.items()
-    }
+    """What is saved of {name: (model, optimizer)}."""
+    pairs = {name: get_state_dict(*pair) for name, pair in parts.items()}
+    return {name: {"model": pair[0], "optimizer": pair[1]} for name, pair in pairs.items()}
 
 
-def resume(out, world, parts):
-    """Load what save_state wrote into models and optimizers (any number of processes) -> progress. The index of a
-    torch.distributed.checkpoint is a pickle: a state is for the run that wrote it; what is passed on is the checkpoint."""
-    path = find_state(out)
+def load_state(state, world, parts):
+    """Load what save_state wrote into models and optimizers, with any number of processes. The
+    index of a torch.distributed.checkpoint is a pickle: a state is for the run that wrote it; what
+    is passed on is the checkpoint."""
     states = state_dicts(parts)
-    dcp.load(states, checkpoint_id=path, no_dist=world.size == 1)
+    dcp.load(states, checkpoint_id=state, no_dist=world.size == 1)
     for name, (model, optimizer) in parts.items():
-        set_model_state_dict(model, states[name]["model"])
-        set_optimizer_state_dict(model, optimizer, states[name]["optimizer"])
-    return read_progress(path)
+        weights, moments = states[name]["model"], states[name]["optimizer"]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-# ----------------------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------- a run
+def run(main):
+    """Run a stage; a mistake of the user ends it with one line and exit status 2 instead of a
+    traceback."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    status = 0
+    try:
+        main()
+    except InputError as error:
+        status = 2
+        alone = dist.is_initialized() and not isinstance(error, InputErrorOfAll)
+        if alone or int(os.environ.get("RANK", 0)) == 0:
+            script = os.path.basename(sys.argv[0])
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+    except SystemExit as end:
+        status = end.code or 0
+    except (Exception, dcp.CheckpointException):  # the latter is no Exception
+        status = 1
+        traceback.print_exc()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=status)  # os._exit below would leave its last rows
+    # Not sys.exit: FSDP's caches keep gloo's worker threads alive, and one of them that frees its
+    # last tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291).
+    # After an error the other ranks may hang in a collective, and so would an orderly end; torchrun
+    # stops them once this process is gone.
+    if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def check_run(args):
+    """Raise InputError for what --resume and --logger cannot do, before anything is loaded."""
+    states = find_states(args.out)
+    if args.resume and not states:
+        raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
+    if states and not args.resume and not os.path.exists(os.path.join(args.out, "meta.json")):
+        raise InputError(
+            f"--out {args.out} holds an unfinished run: add --resume, give another folder, or "
+            f"delete {states[0]}"
+        )
+    if args.logger:
+        try:
+            importlib.import_module(LOGGERS[args.logger])
+        except ImportError as error:
+            raise InputError(
+                f"--logger {args.logger}: {error}; pip install {args.logger}"
+            ) from error
+
+
 def begin(args, world, parts, steps, *skips):
-    """With --resume load the newest state, else clear OUT of a finished run; open the logs; from now on SIGTERM ends the run
-    after the step. -> (progress: counters of the run, the last row of metrics.jsonl or {})."""
+    """With --resume load the newest state, else clear OUT of a finished run; open the logs; from
+    now on SIGTERM ends the run after the step -> (progress: counters of the run, the last line of
+    metrics.jsonl or {})."""
     progress = {"step": 0, "position": 0, "dropped": 0}
     if args.resume:
-        progress = resume(args.out, world, parts)
-        processes = progress.pop("processes")
+        state = find_states(args.out)[0]
+        progress = read_progress(state)
         if progress["step"] > steps:
-            raise InputErrorOfAll(f"--resume: the run has done {progress['step']} steps already, --steps makes it {steps}")
+            done = progress["step"]
+            raise InputErrorOfAll(f"--resume: {done} steps are done, --steps makes it {steps}")
+        load_state(state, world, parts)
+        processes = progress.pop("processes")
         for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
             mine.named = mine.total
         if world.rank == 0:
-            other = f", saved by {processes} processes: same data, same random numbers, other rounding of sums"
-            print(f"resumed after step {progress['step']}{other if processes != world.size else ''}", flush=True)
-    elif world.rank == 0:
-        for name in ("state", "state.new", *earlier_states(args.out), "bad"):
-            remove_state(os.path.join(args.out, name))
-    if world.rank == 0 and os.path.exists(os.path.join(args.out, "meta.json")):
-        os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
-    row = start_log(world, args.out, progress["step"])
+            other = f", saved by {processes} processes: same data, same random numbers, other "
+            other = f"{other}rounding of sums" if processes != world.size else ""
+            print(f"resumed after step {progress['step']}{other}", flush=True)
+    world.wait()  # no rank still reads
+    if world.rank == 0:
+        stale = [] if args.resume else [*find_states(args.out), os.path.join(args.out, "bad")]
+        for path in [*stale, os.path.join(args.out, "state.new")]:
+            shutil.rmtree(path, ignore_errors=True)
+        if os.path.exists(os.path.join(args.out, "meta.json")):
+            os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
+    metrics = start_log(world, args.out, progress["step"])
     if args.logger and world.rank == 0:
         world.write = open_logger(args, progress["step"])
     signal.signal(signal.SIGTERM, lambda *_: setattr(world, "stop", True))
-    return progress, row
-
-
-def open_logger(args, step):
-    """-> a function that sends a row of metrics to --logger; steps after `step` are written anew."""
-    os.makedirs(args.out, exist_ok=True)
-    module = importlib.import_module(LOGGERS[args.logger])
-    if args.logger == "tensorboard":
-        writer = module.SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=step + 1)
-        return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()] and writer.flush()
-    path = os.path.join(args.out, "wandb_id")
-    if step == 0:
-        with open(path, "w") as file:
-            file.write(uuid.uuid4().hex)
-    with open(path) as file:
-        run = module.init(project="prism", id=file.read(), resume="allow", dir=args.out, config=vars(args))
-    return lambda row: run.log(row, step=row["step"])
+    return progress, metrics
 
 
 def end_step(args, world, parts, progress, last, *skips):
-    """Save the state when it is due, and when the run has to end: after SIGTERM on any rank (status 143), and after three
-    updates in a row that were not finite, which leave OUT/bad/state to look at and OUT/state as it is."""
+    """Save the state when it is due, and when the run has to end: after SIGTERM on any rank (status
+    143), and after three updates in a row that were not finite, which leave OUT/bad/state.STEP to
+    look at and the states of OUT as they are."""
     step = progress["step"]
     for s in skips:
         if s.total > s.named and world.rank == 0:
@@ -620,8 +665,9 @@ def end_step(args, world, parts, progress, last, *skips):
     if max(s.row for s in skips) >= 3:
         save_state(os.path.join(args.out, "bad"), world, parts, progress)
         raise InputErrorOfAll(
-            f"loss or gradient was not finite in 3 updates in a row, the last in step {step}: lower --lr or look at the rows; "
-            f"weights and optimizers are in {args.out}/bad/state, {args.out}/state is untouched"
+            f"loss or gradient was not finite in 3 updates in a row, the last in step {step}: lower"
+            f" --lr or look at the rows; weights and optimizers are in {args.out}/bad/state.{step},"
+            f" the states in {args.out} are untouched"
         )
     stop = world.sum(world.stop)[0] > 0  # on any rank: all have to agree on the step
     if last or stop or args.save_every and step % args.save_every == 0:

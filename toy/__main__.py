@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from rollout import parse_response
-from runtime import find_state
+from runtime import find_states
 from toy import checkpoint, world
 from toy.report import ARMS, print_table, read_jsonl, table, write_report
 
@@ -115,7 +115,7 @@ def run_stage(out, name, command, processes, resume):
         print(f"[{name}] finished before", flush=True)
         return
     command = [str(part) for part in command]
-    if resume and find_state(os.path.join(out, name)):
+    if resume and find_states(os.path.join(out, name)):
         command.append("--resume")
     launch = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)

@@ -1,0 +1,352 @@
+"""Run: pytest tests/test_runtime.py          (processes, optimizer, checkpoints, logs, states, what a run refuses; CPU only)"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE, branch_logprobs, launch, read_jsonl, stage, stock_inputs
+from conftest import stock_logprobs, untimed
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import rollout
+import runtime
+import sft
+from data import load_examples
+from discriminator import load_discriminator
+from rows import set_attention, target_logprobs
+from runtime import InputError
+
+
+# ---------------------------------------------------------------------------------------- processes
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_share_work_by_length(seed):
+    """Consecutive slices that cover all pieces, none empty, each off the mean by no more than the pieces at its ends."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 9))
+    lengths = rng.integers(1, 100, int(rng.integers(size, 40))).tolist() + [1000] * (seed % 2)
+    slices = [runtime.World(rank, size, None).share(lengths) for rank in range(size)]
+    assert [i for part in slices for i in part] == list(range(len(lengths))) and all(slices)
+    if seed % 2 == 0 and len(lengths) > 3 * size:
+        assert all(abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths) for part in slices)
+    equal = [runtime.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
+    assert equal == [range(3 * rank, 3 * rank + 3) for rank in range(size)]
+
+
+# --------------------------------------------------------------------------------------------- FSDP
+@pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
+def test_checkpointing_recomputes_activations(tiny, load):
+    """from_pretrained leaves a model in eval mode, in which transformers silently keeps all activations."""
+    runs = {}
+    for checkpointing in (False, True):
+        model = runtime.shard(load(tiny.base), [], ONE, target_logprobs, checkpointing=checkpointing)
+        backbone, calls = getattr(model, "backbone", None) or model.model, []
+        backbone.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        if hasattr(model, "heads"):
+            d_v, d_r = model.scores([tiny.prompts[1]], [(0, [20, tiny.eos])], [(0, [21, tiny.eos])])
+            (d_v.sum() + d_r.sum()).backward()
+        else:
+            set_attention(model, "sdpa")
+            branch_logprobs(model, tiny.prompts[1], [[20, tiny.eos]])[0].sum().backward()
+        runs[checkpointing] = len(calls)
+    assert runs == {False: 1, True: 2}
+
+
+def test_checkpointing_leaves_sampling_alone(tiny):
+    """Under checkpointing transformers drops the cache of a model in train mode; sampling needs it."""
+    model = runtime.shard(set_attention(runtime.load_policy(tiny.base), "sdpa"), [], ONE, target_logprobs, checkpointing=True)
+    draw = lambda model: [r.ids for r in rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)[0]]
+    assert draw(model.train()) == draw(tiny.model)
+    assert model.training  # and what follows is recomputed as before
+
+
+# ---------------------------------------------------------------------------------------- optimizer
+@pytest.mark.parametrize("total, warmup", [(10, 0.1), (100, 0.1), (7, 0.0), (1, 0.1), (20, 0.5), (3, 1.0)])
+def test_cosine(total, warmup):
+    ramp = max(1, round(total * warmup))
+    got = [runtime.cosine(step, total, 2.0, warmup) for step in range(total)]
+    rising = [2.0 * (step + 1) / ramp for step in range(min(ramp, total))]
+    falling = [1 + math.cos(math.pi * i / (total - ramp)) for i in range(total - ramp)]
+    assert got == pytest.approx(rising + falling)
+    assert max(got) == pytest.approx(2.0) and min(got) > 0
+
+
+def test_steps_that_are_not_finite_are_skipped():
+    model = torch.nn.Linear(2, 1)
+    optimizer, skips = runtime.make_optimizer(model, 0.1, 0.0), runtime.Skips()
+
+    def step(scale, loss=0.0):
+        before = model.weight.detach().clone()
+        (model(torch.ones(1, 2)) * scale).sum().backward()
+        norm = skips.step(model, optimizer, 0.1, 1.0, ONE, loss)
+        assert all(p.grad is None for p in model.parameters())
+        return norm, torch.equal(before, model.weight)
+
+    assert step(2.0) == (pytest.approx(math.sqrt(12)), False)  # the norm before clipping; a step was made
+    assert step(math.nan) == (None, True)
+    assert step(math.inf) == (None, True)
+    assert step(2.0)[1] is False  # two in a row, then a good one: the count starts again
+    assert step(2.0, loss=math.nan) == (None, True)
+    assert step(math.nan) == (None, True)
+    assert step(math.nan) == (None, True)
+    assert (skips.row, skips.total) == (3, 5) and all(p.isfinite().all() for p in model.parameters())
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize("name, message", [
+    ("Qwen/Qwen3-VL-4B-Instruct", None), ("prism-vlm/Qwen3-VL-2B.x_y", None), ("nowhere", "no such folder"),
+    ("nowhere/", "no such folder"), ("./a/b", "no such folder"), ("a/b/c", "no such folder"), ("/no/where", "no such folder"),
+    ("../nowhere", "no such folder"), ("a/", "no such folder"),
+])  # fmt: skip
+def test_folders_and_hub_ids(name, message):
+    """owner/name is a Hub id unless there is such a folder; anything else has to be a folder."""
+    if message is None:
+        runtime.check_checkpoint(name)
+    else:
+        with pytest.raises(InputError, match=f"--ckpt .*{message}"):
+            runtime.check_checkpoint(name)
+
+
+@pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
+def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
+    """Otherwise transformers initialises it at random and training goes on."""
+    broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    key = next(k for k in weights if k.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({k: w for k, w in weights.items() if k != key}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
+        load(str(broken))
+
+
+def changed_model(tiny):
+    model = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
+    model, args = changed_model(tiny), argparse.Namespace(ckpt=tiny.base, lr=1e-5)
+    runtime.save(model, str(tmp_path), ONE, "sft", args, 7, {"loss": 1.5})
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert again.dtype == torch.float32
+    inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], model.config)
+    before = changed_model(tiny)
+    before.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, before(**inputs).logits)
+        assert not torch.allclose(again(**inputs).logits, tiny.stock(**inputs).logits)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == ("sft", 7, tiny.base, {"loss": 1.5})
+    assert meta["args"]["lr"] == 1e-5
+    tokenizer, image_processor = runtime.load_tokenizer(str(tmp_path))
+    assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab() and tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert image_processor.to_dict() == tiny.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
+    """Read from several shards, written, read again in bfloat16 as other tools do, with the parent's processor files."""
+    stock = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.float32, attn_implementation="sdpa")
+    if not tied:
+        stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
+        stock.lm_head.weight = torch.nn.Parameter(torch.randn(stock.lm_head.weight.shape) * 0.1)
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    stock.save_pretrained(parent, max_shard_size="200KB")
+    assert len(list(parent.glob("*.safetensors"))) > 1
+    processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+    for name in processor:
+        shutil.copy(Path(tiny.base) / name, parent)
+    policy = set_attention(runtime.load_policy(str(parent)), "sdpa")
+    assert (policy.lm_head.weight is policy.model.get_input_embeddings().weight) == tied
+    prompt, ids = tiny.prompts[1], [20, 21, tiny.eos]
+    expected = stock_logprobs(tiny, prompt, ids, stock)
+    assert (branch_logprobs(policy, prompt, [ids])[0] - expected).abs().max() <= 1e-5
+    runtime.save(policy, str(out), ONE, "sft", argparse.Namespace(ckpt=str(parent)), 1, {})
+    assert all((out / name).read_bytes() == (parent / name).read_bytes() for name in processor)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == tiny.tokenizer.get_vocab()
+    half = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
+    again = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, attn_implementation="sdpa")
+    assert torch.equal(stock_logprobs(tiny, prompt, ids, again), expected)
+
+
+class Trap:
+    """Runs a command when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def poisoned(tiny, tmp_path, kind):
+    """-> (a checkpoint folder that tries to run code, the file that the code would write)."""
+    folder, sprung = Path(shutil.copytree(tiny.base, tmp_path / "stranger")), tmp_path / "sprung"
+    if kind in ("bin", "index"):
+        weights, name = folder / "model.safetensors", "pytorch_model.bin" if kind == "bin" else "weights.bin"
+        if kind == "index":  # an index may name any file
+            keys = load_file(weights)
+            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights.rename(folder / "other.safetensors")
+        (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+        return folder, sprung
+    (folder / "evil.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoImageProcessor")}
+    auto_map["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+        if kind == "unknown class":
+            settings |= {"model_type": "evil", "tokenizer_class": "Evil", "image_processor_type": "Evil"}
+        (folder / name).write_text(json.dumps(settings))
+    return folder, sprung
+
+
+@pytest.mark.parametrize("kind", ["bin", "index", "auto_map", "unknown class"])
+def test_a_checkpoint_from_a_stranger_executes_nothing(tiny, tmp_path, kind):
+    """Weights come from safetensors or not at all; code in the folder is not read."""
+    folder, sprung = poisoned(tiny, tmp_path, kind)
+    for load in (runtime.load_tokenizer, runtime.load_policy, load_discriminator):
+        try:
+            load(str(folder))
+        except runtime.InputError as error:
+            assert kind != "auto_map" and str(folder) in str(error)
+        else:
+            assert kind in ("auto_map", "unknown class") or load is runtime.load_tokenizer
+    assert not sprung.exists()
+
+
+# --------------------------------------------------------------------------------------------- logs
+def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
+    for step in range(1, 6):
+        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
+    runtime.start_log(ONE, str(tmp_path), 3)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    runtime.start_log(ONE, str(tmp_path), 0)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_half_a_line_in_the_log_is_dropped(tmp_path):
+    for step in (1, 2, 3):
+        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert runtime.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------- states
+def test_state_restores_model_and_optimizer(tiny, tmp_path):
+    model = changed_model(tiny)
+    optimizer = runtime.make_optimizer(model, 1e-3, 0.01)
+    flags = argparse.Namespace(max_prompt=512, max_length=1024)
+    tools, examples = (tiny.tokenizer, tiny.image_processor), load_examples(tiny.sft)
+    batch = [sft.encode_demonstration(examples[i], *tools, "", flags) for i in range(2)]
+
+    def step(model, optimizer):
+        sft.accumulate_gradient(model, batch, argparse.Namespace(max_tokens=10**6), ONE)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    runtime.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2})
+    fresh = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    fresh_optimizer = runtime.make_optimizer(fresh, 1e-3, 0.01)
+    (state,) = runtime.find_states(tmp_path)
+    assert runtime.read_progress(state) == {"step": 1, "position": 2}
+    runtime.load_state(state, ONE, {"policy": (fresh, fresh_optimizer)})
+    step(model, optimizer)
+    step(fresh, fresh_optimizer)
+    for left, right in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert os.listdir(tmp_path) == ["state.1"]  # nothing of the writing is left
+
+
+def flags_of(tiny, out, **more):
+    flags = {"ckpt": tiny.base, "data": tiny.sft, "out": out, "seed": 5, "batch": 4, "lr": 1e-3} | more
+    return [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def test_keep(tiny, tmp_path):
+    """--keep 2: the newest state and the one before it; one goes back by deleting the newer."""
+    flags = lambda steps: flags_of(tiny, tmp_path / "out", steps=steps, save_every=1, keep=2)
+    assert stage("sft", *flags(4)) == 0
+    states = {path.name: runtime.read_progress(path)["step"] for path in (tmp_path / "out").glob("state*")}
+    assert states == {"state.4": 4, "state.3": 3}
+    whole = untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
+    shutil.rmtree(tmp_path / "out" / "state.4")
+    assert stage("sft", *flags(4), "--resume") == 0
+    assert untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == whole
+    assert stage("sft", *flags(1)) == 0  # a new run in the folder of a finished one takes its states away
+    assert [path.name for path in (tmp_path / "out").glob("state*")] == ["state.1"]
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", keep=0)) == 2
+
+
+def test_only_whole_states_are_found(tmp_path):
+    """Newest first, by number and not by letters; what a killed save or a person left there is none."""
+    assert runtime.find_states(tmp_path / "nowhere") == []
+    for name in ("state.new", "state.9", "state.100", "state.12.old", "state.bak", "state", "metrics.jsonl", "state.x1"):
+        (tmp_path / name).mkdir()
+    assert [Path(path).name for path in runtime.find_states(tmp_path)] == ["state.100", "state.9"]
+
+
+def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 8, "--steps", 6, "--save-every", 2, "--lr", 1e-3]
+    assert stage("sft", *flags, "--out", tmp_path / "whole") == 0
+    process = launch("sft.py", *flags, "--out", tmp_path / "killed", background=True)
+    while not runtime.find_states(tmp_path / "killed") and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "meta.json").exists()  # it was killed before it had finished
+    assert stage("sft", *flags, "--out", tmp_path / "killed", "--resume") == 0
+    whole, killed = (untimed(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed"))
+    assert whole == killed and [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
+
+
+# -------------------------------------------------------------------------------------------- a run
+def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
+    flags = flags_of(tiny, tmp_path / "out", steps=2)
+    assert stage("sft", *flags) == 0
+    (tmp_path / "out" / "meta.json").unlink()  # as if killed just before
+    log = (tmp_path / "out" / "metrics.jsonl").read_text()
+    capfd.readouterr()
+    assert stage("sft", *flags) == 2
+    assert "holds an unfinished run: add --resume" in capfd.readouterr().err
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == log
+    assert stage("sft", *flags, "--resume") == 0  # nothing is left to do but to write the checkpoint
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["metrics"] == read_jsonl(tmp_path / "out" / "metrics.jsonl")[-1]
+
+
+def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd):
+    """NaN weights appear in a resumed run: three updates are tried on every rank, then one clear line; the good state stays."""
+    broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    key = next(k for k in weights if k.endswith("norm.weight"))
+    save_file(weights | {key: weights[key] * np.nan}, broken / "model.safetensors", {"format": "pt"})
+    flags = flags_of(tiny, tmp_path / "out", ckpt=broken, steps=5, save_every=2)
+    assert stage("sft", *flags) == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("not finite in 3 updates in a row, the last in step 3") == 1 and len(captured.err.splitlines()) == 1
+    assert [f"step {step}: update skipped" in captured.out for step in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+    good = runtime.read_progress(runtime.find_states(tmp_path / "out")[0])
+    assert good["step"] == 2 and good["skips"] == [[2, 2]]
+    assert runtime.read_progress(runtime.find_states(tmp_path / "out" / "bad")[0])["step"] == 3
+    assert stage("sft", *flags, "--resume") == 2  # the count goes on where it stood
+    assert "the last in step 3" in capfd.readouterr().err
