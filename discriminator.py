@@ -55,7 +55,7 @@ try:
 except ModuleNotFoundError as error:
     # The model and its loss stand on rows.py and can be copied with that alone; what follows them
     # (a step's gradient, checkpoints, the script) needs the rest.
-    if error.name not in ("data", "rollout", "runtime"):
+    if __name__ == "__main__" or error.name not in ("data", "rollout", "runtime"):
         raise
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
