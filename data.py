@@ -651,10 +651,14 @@ class Found:
         return np.flatnonzero(self.prompt >= 0)
 
 
-def reason_of(error, where):
-    """Why an example cannot be used, as one line that does not repeat where."""
-    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.removeprefix(f"{where}: ").split())
+def attempt(function, examples, i):
+    """function(example i) -> (result, None), or (None, why the example cannot be used)."""
+    try:
+        result = function(examples[i])
+    except Exception as error:  # whatever is wrong with a row, it must not end a run of days
+        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        return None, " ".join(text.removeprefix("{}:{}: ".format(*examples.where(i))).split())
+    return result, TOO_LONG if result is None else None
 
 
 def look(sources, measure, args, world):
@@ -679,24 +683,17 @@ def look(sources, measure, args, world):
     limit = 0 if stop else args.max_bad * len(examples)
     patience = 0 if stop else 1000  # a wrong file of a million rows: no need to see them all
     tokens, reasons, looked, bad = np.zeros((len(examples), 2), np.int32), {}, 0, 0
-
-    def measured(i):
-        try:
-            return measure(examples[i])
-        except Exception as error:  # whatever is wrong with a row, it must not end a run of days
-            return reason_of(error, "{}:{}".format(*examples.where(i)))
-
     mine = range(world.rank, len(examples), world.size)
     hidden = True if world.rank > 0 else None  # None: shown on a terminal only
     bar = tqdm(total=len(mine), desc="rows", leave=False, delay=2, disable=hidden)
     with ThreadPoolExecutor(4) as pool, bar:
         for start in range(0, len(mine), 1024):
             block = mine[start : start + 1024]
-            for i, result in zip(block, pool.map(measured, block)):
-                if isinstance(result, tuple):
-                    tokens[i] = result
-                else:
-                    tokens[i], reasons[i] = (LONG, TOO_LONG) if result is None else (BAD, result)
+            measured = pool.map(lambda i: attempt(measure, examples, i), block)
+            for i, (lengths, reason) in zip(block, measured):
+                if reason:
+                    lengths, reasons[i] = LONG if reason == TOO_LONG else BAD, reason
+                tokens[i] = lengths
             looked += len(block)
             bad = int((tokens[mine, 0] == BAD).sum())
             bar.update(len(block))
@@ -785,21 +782,21 @@ class Feed:
         self.need = need or (lambda indices: world.share(self.tokens(indices).tolist()))
         self.position = progress["position"]
         self.lost = set(progress.get("lost", []))  # indices of those that could not be decoded
-        self.dropped = int((found.prompt == LONG).sum())
+        self.dropped, self.unusable = (int((found.prompt == kind).sum()) for kind in (LONG, BAD))
         self.usable = found.usable
         self.stream, self.upcoming = self.indices(self.position), []
         self.pool, self.ahead = ThreadPoolExecutor(4), {}
         self.path = os.path.join(args.out, "skipped.jsonl")
-        if world.rank == 0 and not args.resume:
+        if world.rank == 0:
             os.makedirs(args.out, exist_ok=True)
             np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
                      response=found.response, fingerprint=self.examples.fingerprint())
-            if found.reasons:
+            if found.reasons and not progress["step"]:
                 write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
 
     @property
     def bad(self):
-        return int((self.found.prompt == BAD).sum()) + len(self.lost)
+        return self.unusable + len(self.lost)
 
     def progress(self):
         return {"position": self.position, "lost": sorted(self.lost)}
@@ -835,12 +832,12 @@ class Feed:
             encoded, failed = {}, {}
             for place in self.need(indices):
                 i = indices[place]
-                job = self.ahead.pop(i, None) or self.pool.submit(self.try_encode, i)
+                job = self.ahead.pop(i, None) or self.submit(i)
                 encoded[place], reason = job.result()
                 if reason:
                     failed[i] = reason
             soon = [self.upcoming[place] for place in self.need(self.upcoming)]
-            self.ahead = {i: self.pool.submit(self.try_encode, i) for i in soon}
+            self.ahead = {i: self.submit(i) for i in soon}
             for part in self.world.gather(failed):
                 failed |= part
             self.lose(failed, step)
@@ -853,13 +850,8 @@ class Feed:
         """This rank's share of the next `count` examples, encoded; it may be empty."""
         return [item.encoded for item in self.draw(count, step) if item.encoded is not None]
 
-    def try_encode(self, i):
-        """-> (encoded, None) or (None, why not)."""
-        try:
-            encoded = self.encode(self.examples[i])
-        except Exception as error:
-            return None, reason_of(error, "{}:{}".format(*self.examples.where(i)))
-        return encoded, None if encoded is not None else TOO_LONG
+    def submit(self, i):
+        return self.pool.submit(attempt, self.encode, self.examples, i)
 
     def lose(self, failed, step):
         """Count and write down what could not be decoded; InputError when that ends the run."""

@@ -46,7 +46,7 @@ from rows import IDLE, Prompt, hidden_states, pack_rows, set_attention, split_ro
 
 try:
     from data import Feed, data_flags, encode_prompt, encode_response, load_examples, look
-    from data import measure_prompt, reason_of, system_prompt
+    from data import measure_prompt, system_prompt
     from rollout import parse_response, split_segments
     from runtime import InputError, Parser, Skips, begin, check_checkpoint
     from runtime import choose_attention, common_flags, copy_processor, cosine, end_step
@@ -498,10 +498,11 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args):
             line["id"] = example.id
             prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
             response = split_segments(encode_response(example.response, tokenizer), tokenizer)
-        except Exception as error:  # as in data.Feed: no example ends a long run
+        except Exception as error:  # as in data.attempt: no example ends a long run
             if args.bad_rows == "stop":
                 raise
-            line["reason"] = reason_of(error, line["id"])
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            line["reason"] = f"{kind}{error}"
             continue
         if prompt is None:
             line["reason"] = "the prompt is too long"

@@ -623,7 +623,7 @@ def begin(args, world, parts, steps, *skips):
     """With --resume load the newest state, else clear OUT of a finished run; open the logs; from
     now on SIGTERM ends the run after the step -> (progress: counters of the run, the last line of
     metrics.jsonl or {})."""
-    progress = {"step": 0, "position": 0, "dropped": 0}
+    progress = {"step": 0, "position": 0}
     if args.resume:
         state = find_states(args.out)[0]
         progress = read_progress(state)

@@ -547,7 +547,7 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     args = parser.parse_args(["--ckpt", "x", "--max-bad", "0.2", "--out", str(tmp_path / "feed")])
     tools = tiny.tokenizer, tiny.image_processor, "", args
     found = look(str(path), lambda example: sft.measure_demonstration(example, *tools), args, ONE)
-    feed = Feed(found, lambda example: sft.encode_demonstration(example, *tools), args, ONE, {"position": 0})
+    feed = Feed(found, lambda example: sft.encode_demonstration(example, *tools), args, ONE, {"step": 0, "position": 0})
     used, seen = [], 0
     while seen < len(found.usable):  # one epoch, of pictures that are cut as well
         count = min(100, len(found.usable) - seen)

@@ -24,7 +24,7 @@ def take(n, count, steps, out, lost=(), position=0, seed=3, **more):
             raise ValueError("cut off")
         return f"row {example.id}"
 
-    feed = Feed(found, encode, args, ONE, {"position": position})
+    feed = Feed(found, encode, args, ONE, {"step": 0, "position": position})
     for step in range(steps):
         drawn = feed.draw(count, step)
         assert [item.encoded for item in drawn] == [f"row {item.index}" for item in drawn]
