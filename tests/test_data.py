@@ -340,6 +340,7 @@ def test_sources_that_make_no_sense(tmp_path, sources):
 
 MEMORY = """
 import resource, sys
+from data import load_examples
 examples = load_examples(sys.argv[1])
 words = sum(len(examples[i].prompt[-1]["content"]) for i in range(len(examples)))
 print(len(examples), words, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
