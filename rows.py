@@ -380,7 +380,8 @@ def target_logprobs(model, pack, temperature=1.0, chunk=256):
     """Log-probs [n] and entropies [n, no gradient] of all branch tokens of a pack, float32.
 
     They are of the distribution that `rollout.sample` draws from: softmax(logits / temperature)
-    over all ids but `banned_ids`, which a stock model's log_softmax includes.
+    without the three vision tokens and the ids beyond the tokenizer (`banned_ids`), which a stock
+    model's log_softmax includes.
 
     The head runs on target positions only, `chunk` at a time, and is recomputed in backward, so
     that memory never holds a (tokens x vocabulary) tensor."""

@@ -1,23 +1,31 @@
-"""Run: python tests/bench.py [--only a b c d e f] [--device cpu|cuda] [--size toy|2b|4b] [--rounds 3]
+"""Run: python tests/bench.py [--only a b c d e f] [--device cpu|cuda] [--size toy|2b|4b]
+     [--rounds 3]
 
-One Markdown table; every row is a ratio inside one process: same weights, prompts and responses, the results of both sides
-compared before the clock starts, then the sides in turn for several rounds, and the median of their ratios.
+One Markdown table; every row is a ratio inside one process: same weights, prompts and responses,
+the results of both sides compared before the clock starts, then the sides in turn for several
+rounds, and the median of their ratios.
 
-    a  discriminator, scores + gradient of one group: against the authors' schedule (per rollout two scoring forwards, then
-       four forwards with gradient, each alone with prompt and image) and against padded batches (a scoring pass, then a
-       pass with gradient; sorted by length, the teacher once) of the batch size that is fastest here
-    b  policy, log-probs + gradient of one group: against one padded batch that repeats prompt and image N times
+    a  discriminator, scores + gradient of one group: against the authors' schedule (per rollout two
+       scoring forwards, then four forwards with gradient, each alone with prompt and image) and
+       against padded batches (a scoring pass, then a pass with gradient; sorted by length, the
+       teacher once) of the batch size that is fastest here
+    b  policy, log-probs + gradient of one group: against one padded batch that repeats prompt and
+       image N times
     c  sampling of one group: against generate(num_return_sequences=N), the same number of tokens
-    d  peak memory of log-probs + gradient of 4 groups, vocabulary 151936: against the logits of all targets at once
-    e  a whole alignment step of 4 groups: share of each phase; its tokens are those of the responses
-    f  the same step without optimizers: growth over a small base when P, R, N or the number of prompts doubles
+    d  peak memory of log-probs + gradient of 4 groups, vocabulary 151936: against the logits of all
+       targets at once
+    e  a whole alignment step of 4 groups: share of each phase; the tokens of the responses count
+    f  the same step without optimizers: growth over a small base when P, R, N or the number of
+       prompts doubles
 
-P tokens of a prompt with its image, R of a response, N responses. toy: float32, P 256, R 64, N 16. 2b, 4b: shapes of Qwen3-VL,
-random weights, bfloat16, activations recomputed, P 1024, R 512, N 16 (e, both optimizers: 2b fits into 80 GB, 4b needs 141 GB).
+P tokens of a prompt with its image, R of a response, N responses. toy: float32, P 256, R 64, N 16.
+2b, 4b: shapes of Qwen3-VL, random weights, bfloat16, activations recomputed, P 1024, R 512, N 16
+(e, both optimizers: 2b fits into 80 GB, 4b needs 141 GB).
 
-MFU (CUDA) = FLOPs of the tokens that our side computes / time / peak of the card; FLOPs = 3 * (2 * (layer weights * tokens +
-vision weights * patches + head weights * targets) + 4 * layers * heads * dim * (query, key) pairs). Recomputation and the
-attention inside the vision tower do not count.
+MFU (CUDA) = FLOPs of the tokens that our side computes / time / peak of the card;
+FLOPs = 3 * (2 * (layer weights * tokens + vision weights * patches + head weights * targets)
+             + 4 * layers * heads * dim * (query, key) pairs).
+Recomputation and the attention inside the vision tower do not count.
 """
 
 import argparse
@@ -55,39 +63,68 @@ LOWEST = torch.finfo(torch.float32).min
 VOCABULARY = 151936
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s
 SHAPES = {
-    "2b": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
-    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
+    "2b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+    },
+    "4b": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+    },
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------- setting
-def build(size, device):
-    """(policy, discriminator): the same backbone weights, random heads."""
+# ------------------------------------------------------------------------------------------ setting
+def build_policy(size, device):
     torch.manual_seed(0)
     if size == "toy":
         texts = [world.respond(world.make_problem(np.random.default_rng(i))) for i in range(200)]
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.make_checkpoint(folder, texts)
-            policy = runtime.load_policy(folder).to(device)
-    else:
-        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-        text = {"vocab_size": VOCABULARY, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope, **SHAPES[size]}
-        vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "num_position_embeddings": 2304,
-                  "out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [5, 11, 17]}  # fmt: skip
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-        with torch.device(device):
-            policy = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="rows")
-    config = copy.deepcopy(policy.config)
-    backbone = Qwen3VLModel._from_config(config, dtype=policy.dtype, attn_implementation="rows").to(device)
-    backbone.load_state_dict(policy.model.state_dict())
+            return runtime.load_policy(folder).to(device)
+    text = {
+        **SHAPES[size],
+        "vocab_size": VOCABULARY,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": text["hidden_size"],
+        "deepstack_visual_indexes": [5, 11, 17],
+    }
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    with torch.device(device):
+        return Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+
+
+def build(size, device):
+    """(policy, discriminator): the same backbone weights, random heads."""
+    policy = build_policy(size, device)
+    backbone = Qwen3VLModel._from_config(copy.deepcopy(policy.config), dtype=policy.dtype)
+    backbone.to(device).load_state_dict(policy.model.state_dict())
     disc = Discriminator(backbone).to(device)
     for head in disc.heads.values():
         torch.nn.init.normal_(head.weight, std=0.1)
     if size != "toy":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    rows(policy)
-    rows(backbone)
+    for_rows(policy)
+    for_rows(backbone)
     policy.generation_config.eos_token_id = None  # every response has its full length
     return policy, disc
 
@@ -95,27 +132,39 @@ def build(size, device):
 def make_prompt(config, length, rng):
     """A prompt of `length` tokens, three quarters of them an image of noise."""
     side, vision = isqrt(int(0.77 * length)), config.vision_config
-    ids = [config.vision_start_token_id, *[config.image_token_id] * side**2, config.vision_end_token_id]
-    ids, merge = torch.tensor(ids + rng.integers(10, 300, length - len(ids)).tolist()), vision.spatial_merge_size
+    merge = vision.spatial_merge_size
+    image = [config.image_token_id] * side**2
+    ids = [config.vision_start_token_id, *image, config.vision_end_token_id]
+    ids = torch.tensor(ids + rng.integers(10, 300, length - len(ids)).tolist())
     grid = torch.tensor([[1, side * merge, side * merge]])
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.from_numpy(rng.standard_normal(((side * merge) ** 2, patch), dtype=np.float32))
-    return Prompt(ids, mrope_positions(ids, grid, config.image_token_id, merge), pixels, grid)
+    pixels = rng.standard_normal(((side * merge) ** 2, patch), dtype=np.float32)
+    positions = mrope_positions(ids, grid, config.image_token_id, merge)
+    return Prompt(ids, positions, torch.from_numpy(pixels), grid)
 
 
 def make_group(config, sizes, prompts=1):
-    """`prompts` groups: records with random responses, those cut into (caption, trace) anywhere, teachers, advantages."""
-    rng, records, teachers = np.random.default_rng(0), [], {}
-    ids = lambda: rng.integers(10, 300, sizes.R).tolist()
-    cut = lambda ids, at: (ids[:at], ids[at:])
-    place = lambda: int(rng.integers(sizes.R // 4, sizes.R - sizes.R // 4))
+    """`prompts` groups: records with random responses, cut into (caption, trace) anywhere, as their
+    teachers' are, and random advantages."""
+    rng, records = np.random.default_rng(0), []
+
+    def response():
+        return rng.integers(10, 300, sizes.R).tolist()
+
+    def cut(ids):
+        place = int(rng.integers(sizes.R // 4, sizes.R - sizes.R // 4))
+        return ids[:place], ids[place:]
+
     for group in range(prompts):
-        prompt, teachers[group] = make_prompt(config, sizes.P, rng), cut(ids(), place())
+        prompt = make_prompt(config, sizes.P, rng)
+        teacher = cut(response())
         for _ in range(sizes.N):
-            records.append(rl.Record(group, None, prompt, rollout.Rollout(ids(), [0.0] * sizes.R, True), ""))
-    pairs = [cut(record.rollout.ids, place()) for record in records]
-    advantages = torch.from_numpy(rng.standard_normal(len(records), dtype=np.float32))
-    return SimpleNamespace(prompt=prompt, records=records, pairs=pairs, teachers=teachers, advantages=advantages)
+            drawn = rollout.Rollout(response(), [0.0] * sizes.R, True)
+            record = rl.Record(group, len(records), None, prompt, drawn, "", cut(drawn.ids), teacher)
+            record.advantage = float(rng.standard_normal(dtype=np.float32))
+            records.append(record)
+    students = [record.segments for record in records]
+    return SimpleNamespace(prompt=prompt, records=records, students=students, teacher=teacher)
 
 
 def stocked(model, function, *args, **kwargs):
@@ -124,28 +173,33 @@ def stocked(model, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     finally:
-        rows(model)
+        for_rows(model)
 
 
-def rows(model):
+def for_rows(model):
     """The attention that the stages choose."""
-    model.set_attn_implementation("rows")
     set_attention(model, "flash" if model.device.type == "cuda" else "sdpa")
 
 
 def padded(prompt, segments, device):
     """Separate sequences [prompt | segment], padded on the right, prompt and image repeated."""
-    tails = [torch.cat([prompt.input_ids, torch.tensor(segment, dtype=torch.long)]) for segment in segments]
-    ids = pad_sequence(tails, batch_first=True)
-    mask = pad_sequence([torch.ones_like(tail) for tail in tails], batch_first=True)
+    tails = [torch.tensor(segment, dtype=torch.long) for segment in segments]
+    sequences = [torch.cat([prompt.input_ids, tail]) for tail in tails]
+    ids = pad_sequence(sequences, batch_first=True)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
     after = prompt.next_position + torch.arange(ids.shape[1] - len(prompt.input_ids))
-    positions = torch.cat([prompt.position_ids, after.expand(3, -1)], dim=1)[:, None].expand(-1, len(ids), -1)
-    pixels, grid = prompt.pixel_values.repeat(len(ids), 1), prompt.image_grid_thw.repeat(len(ids), 1)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "pixel_values": pixels, "image_grid_thw": grid}
+    positions = torch.cat([prompt.position_ids, after.expand(3, -1)], dim=1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions[:, None].expand(-1, len(ids), -1),
+        "pixel_values": prompt.pixel_values.repeat(len(ids), 1),
+        "image_grid_thw": prompt.image_grid_thw.repeat(len(ids), 1),
+    }
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 def take_gradient(model):
     """The first elements of every gradient, all of which are then dropped."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -156,7 +210,9 @@ def take_gradient(model):
 def same(ours, theirs, tolerance):
     """Assert that two tensors agree; the absolute tolerance is a share of the largest value."""
     scale = float(theirs.abs().max())
-    assert scale > 0 and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale), (ours - theirs).abs().max() / scale
+    assert scale > 0
+    close = torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+    assert close, (ours - theirs).abs().max() / scale
 
 
 def clock(device, *sides, rounds=3, warm=True):
@@ -181,27 +237,37 @@ def flops(policy, prompt, branches, head=True):
     """Of one row, forward and backward, by the formula at the top."""
     text, visual = policy.config.text_config, policy.model.visual
     targets, start = sum(map(len, branches)), len(prompt.input_ids)
-    pairs = start * (start + 1) // 2 + sum(start * len(b) + len(b) * (len(b) + 1) // 2 for b in branches)
-    linear = sum(p.numel() for p in policy.model.language_model.layers.parameters()) * (start + targets)
+    pairs = start * (start + 1) // 2
+    for branch in branches:
+        pairs += start * len(branch) + len(branch) * (len(branch) + 1) // 2
+    layers = policy.model.language_model.layers
+    linear = sum(p.numel() for p in layers.parameters()) * (start + targets)
     linear += sum(p.numel() for p in visual.parameters()) * len(prompt.pixel_values)
     linear += head * text.vocab_size * text.hidden_size * targets
-    return 3 * (2 * linear + 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs)
+    width = text.num_attention_heads * text.head_dim
+    return 3 * (2 * linear + 4 * text.num_hidden_layers * width * pairs)
 
 
 def ratio_row(name, what, ours, theirs, tokens, target, work=None):
-    """Cells of one line; ours and theirs as `clock` gives them, tokens and FLOPs (`work`) of a round of our side."""
+    """Cells of one line; ours and theirs as `clock` gives them, tokens and FLOPs (`work`) of one
+    round of our side."""
     (seconds, peak), (other, other_peak) = ours, theirs
     ratio, middle = median(b / a for a, b in zip(seconds, other)), median(seconds)
-    memory = f"{peak / 2**30:.1f} / {other_peak / 2**30:.1f}" if peak else ""
-    card = next((speed for gpu, speed in PEAK.items() if gpu in torch.cuda.get_device_name()), None) if peak else None
-    mfu = f"{work / middle / card:.0%}" if card and work else ""
-    return [name, what, f"{ratio:.2f}", target, f"{middle:.3f}", f"{median(other):.3f}", f"{tokens / middle:.0f}", memory, mfu]
+    speed, memory, mfu = f"{tokens / middle:.0f}", "", ""
+    if peak:  # on CUDA
+        memory = f"{peak / 2**30:.1f} / {other_peak / 2**30:.1f}"
+        name_of_card = torch.cuda.get_device_name()
+        card = next((flop_s for gpu, flop_s in PEAK.items() if gpu in name_of_card), None)
+        mfu = f"{work / middle / card:.0%}" if card and work else ""
+    times = f"{middle:.3f}", f"{median(other):.3f}"
+    return [name, what, f"{ratio:.2f}", target, *times, speed, memory, mfu]
 
 
-# -------------------------------------------------------------------------------------------------------- a: discriminator
+# --------------------------------------------------------------------------------- a: discriminator
 def segment_scores(disc, prompt, segments, k):
     """Scores [n] by expert k of segments as separate sequences in one padded batch."""
-    start, width, head = len(prompt.input_ids), max(map(len, segments)), list(disc.heads.values())[k]
+    start, width = len(prompt.input_ids), max(map(len, segments))
+    head = list(disc.heads.values())[k]
     inputs = padded(prompt, segments, head.weight.device)
     inputs["segment_sizes"] = [start, 0, width] if k else [start, width, 0]
     hidden = disc.backbone(**inputs, use_cache=False).last_hidden_state
@@ -215,72 +281,100 @@ def pair_loss(teacher, student, count):
 
 
 def authors_schedule(disc, group):
-    score, teacher = partial(segment_scores, disc, group.prompt), group.teachers[0]
+    score, teacher = partial(segment_scores, disc, group.prompt), group.teacher
     with torch.no_grad():
-        scores = [torch.cat([score([pair[k]], k) for k in (0, 1)]) for pair in group.pairs]
-    for pair in group.pairs:
-        sum(pair_loss(score([teacher[k]], k), score([pair[k]], k), len(group.pairs)) for k in (0, 1)).backward()
+        scores = [torch.cat([score([pair[k]], k) for k in (0, 1)]) for pair in group.students]
+    for pair in group.students:
+        loss = 0.0
+        for k in (0, 1):
+            loss += pair_loss(score([teacher[k]], k), score([pair[k]], k), len(group.students))
+        loss.backward()
     return torch.stack(scores)
 
 
 def padded_batches(disc, group, batch):
-    scores, count = [], len(group.pairs)
+    scores, count = [], len(group.students)
 
     def score_all(segments, k):
-        order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
-        parts = [[segments[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)]
-        return torch.cat([segment_scores(disc, group.prompt, part, k) for part in parts])[np.argsort(order)]
+        order, parts = sorted(range(len(segments)), key=lambda i: len(segments[i])), []
+        for start in range(0, len(order), batch):
+            part = [segments[i] for i in order[start : start + batch]]
+            parts.append(segment_scores(disc, group.prompt, part, k))
+        return torch.cat(parts)[np.argsort(order)]
 
     for k in (0, 1):
-        students = [pair[k] for pair in group.pairs]
+        students = [pair[k] for pair in group.students]
         with torch.no_grad():
             scores.append(score_all(students, k))
-        d = score_all([group.teachers[0][k], *students], k)
+        d = score_all([group.teacher[k], *students], k)
         pair_loss(d[:1].expand(count), d[1:], count).backward()
     return torch.stack(scores, dim=1)
 
 
 def bench_discriminator(setting):
-    disc, sizes = setting.disc.train(), setting.sizes
+    disc, sizes, one = setting.disc.train(), setting.sizes, setting.one
     group = make_group(setting.policy.config, sizes)
-    ours = lambda: align.score_and_learn(disc, group.records, group.pairs, group.teachers, None, ARGS, setting.one)
-    authors = lambda: stocked(disc.backbone, authors_schedule, disc, group)
-    pad = lambda batch: stocked(disc.backbone, padded_batches, disc, group, batch)
+
+    def ours():
+        return align.score_records(disc, group.records, None, ARGS, one)
+
+    def authors():
+        return stocked(disc.backbone, authors_schedule, disc, group)
+
+    def batches(size):
+        return stocked(disc.backbone, padded_batches, disc, group, size)
+
     scores, gradient = ours()[:, :2], take_gradient(disc)
-    for side in (authors, partial(pad, 8)):
+    for side in (authors, partial(batches, 8)):
         same(scores, side().cpu(), setting.tolerance)
         same(gradient, take_gradient(disc), setting.tolerance)
-    trial = {batch: min(clock(setting.device, partial(pad, batch), rounds=1)[0][0]) for batch in (2, 4, 8, sizes.N + 1)}
-    batch = min(trial, key=trial.get)
-    row, per_pair, per_batch = clock(setting.device, ours, authors, partial(pad, batch), rounds=setting.rounds)
+    trial = {}
+    for size in (2, 4, 8, sizes.N + 1):
+        [(seconds, _)] = clock(setting.device, partial(batches, size), rounds=1)
+        trial[size] = min(seconds)
+    size = min(trial, key=trial.get)
+    sides = ours, authors, partial(batches, size)
+    row, per_pair, per_batch = clock(setting.device, *sides, rounds=setting.rounds)
     disc.zero_grad(set_to_none=True)
-    branches = [segments[k] for k in (0, 1) for segments in (group.teachers[0], *group.pairs)]
-    work, tokens = flops(setting.policy, group.prompt, branches, head=False), sizes.P + sum(map(len, branches))
-    yield ratio_row("a", "discriminator / authors' schedule", row, per_pair, tokens, ">= 8", work)
-    yield ratio_row("a", f"discriminator / padded batches of {batch}", row, per_batch, tokens, ">= 2", work)
+    responses = [group.teacher, *group.students]
+    branches = [segments[k] for k in (0, 1) for segments in responses]
+    work = flops(setting.policy, group.prompt, branches, head=False)
+    tokens = sizes.P + sum(map(len, branches))
+    what = "discriminator / authors' schedule"
+    yield ratio_row("a", what, row, per_pair, tokens, ">= 8", work)
+    what = f"discriminator / padded batches of {size}"
+    yield ratio_row("a", what, row, per_batch, tokens, ">= 2", work)
 
 
-# ------------------------------------------------------------------------------------------------ b, c: policy and sampling
+# ------------------------------------------------------------------------ b, c: policy and sampling
 def padded_logprobs(policy, prompt, branches):
-    """Log-probs [n, R] of branches of one length as separate sequences in one batch; logits of the responses only."""
+    """Log-probs [n, R] of branches of one length as separate sequences in one batch; logits of the
+    responses only."""
     targets = torch.tensor(branches, device=policy.device)
     inputs = padded(prompt, branches, policy.device)
-    logits = policy(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits[:, :-1].float()
-    logits = logits.index_fill(-1, torch.tensor(banned_ids(policy), device=policy.device), LOWEST)
+    keep = targets.shape[1] + 1
+    logits = policy(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    banned = torch.tensor(banned_ids(policy), device=policy.device)
+    logits = logits.index_fill(-1, banned, LOWEST)
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
 def padded_update(policy, group):
     logp = padded_logprobs(policy, group.prompt, [record.rollout.ids for record in group.records])
     mask = torch.ones_like(logp, dtype=torch.bool)
-    rl.policy_loss(logp, logp.detach(), group.advantages.to(logp), mask, "grpo")[0].backward()
+    advantages = torch.tensor([record.advantage for record in group.records]).to(logp)
+    loss, _ = rl.policy_loss(logp, logp.detach(), advantages, mask, "grpo")
+    loss.backward()
 
 
 def bench_policy(setting):
-    policy, sizes = setting.policy.train(), setting.sizes
+    policy, sizes, one = setting.policy.train(), setting.sizes, setting.one
     group = make_group(policy.config, sizes)
-    ours = lambda: rl.accumulate_policy_gradient(policy, group.records, group.advantages, "grpo", ARGS, setting.one)
-    theirs = lambda: stocked(policy, padded_update, policy, group)
+
+    def ours():
+        rl.accumulate_policy_gradient(policy, group.records, "grpo", ARGS, one)
+
+    theirs = partial(stocked, policy, padded_update, policy, group)
     ours()
     gradient = take_gradient(policy)
     theirs()
@@ -288,29 +382,41 @@ def bench_policy(setting):
     row, batch = clock(setting.device, ours, theirs, rounds=setting.rounds)
     policy.zero_grad(set_to_none=True)
     work = flops(policy, group.prompt, [record.rollout.ids for record in group.records])
-    yield ratio_row("b", "policy update / padded batch", row, batch, sizes.P + sizes.N * sizes.R, ">= 1.8", work)
+    tokens = sizes.P + sizes.N * sizes.R
+    yield ratio_row("b", "policy update / padded batch", row, batch, tokens, ">= 1.8", work)
 
 
 def bench_sampling(setting):
     policy, sizes = setting.policy.eval(), setting.sizes
     prompt = make_prompt(policy.config, sizes.P, np.random.default_rng(0))
-    inputs = {**padded(prompt, [[]], policy.device), "num_return_sequences": sizes.N, "max_new_tokens": sizes.R, "top_k": 0,
-              "do_sample": True, "pad_token_id": 0, "suppress_tokens": banned_ids(policy)}  # fmt: skip
+    inputs = padded(prompt, [[]], policy.device)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.config.image_token_id).int()
     del inputs["position_ids"]  # generate works them out
-    ours = lambda: rollout.sample(policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
-    theirs = lambda **more: stocked(policy, policy.generate, **inputs, **more)
+    settings = {
+        "num_return_sequences": sizes.N,
+        "max_new_tokens": sizes.R,
+        "do_sample": True,
+        "top_k": 0,
+        "pad_token_id": 0,
+        "suppress_tokens": banned_ids(policy),
+    }
+    ours = partial(rollout.sample, policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+    theirs = partial(stocked, policy, policy.generate, **inputs, **settings)
     drawn, out = ours()[0], theirs(return_dict_in_generate=True, output_scores=True)
-    recorded = policy.compute_transition_scores(out.sequences, out.scores, normalize_logits=True).cpu()
-    with torch.no_grad():
-        again = lambda branches: stocked(policy, padded_logprobs, policy, prompt, branches).cpu()
-        same(torch.tensor([r.logprobs for r in drawn]), again([r.ids for r in drawn]), setting.tolerance)
-        same(recorded, again(out.sequences[:, sizes.P :].tolist()), setting.tolerance)
+    recorded = policy.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+
+    def again(branches):
+        with torch.no_grad():
+            return stocked(policy, padded_logprobs, policy, prompt, branches).cpu()
+
+    mine = torch.tensor([r.logprobs for r in drawn])
+    same(mine, again([r.ids for r in drawn]), setting.tolerance)
+    same(recorded.cpu(), again(out.sequences[:, sizes.P :].tolist()), setting.tolerance)
     slots, generate = clock(setting.device, ours, theirs, rounds=setting.rounds)
     yield ratio_row("c", "sample / generate", slots, generate, sizes.N * sizes.R, ">= 1.5")
 
 
-# ---------------------------------------------------------------------------------------------------------- d: head memory
+# ----------------------------------------------------------------------------------- d: head memory
 class GivenStates:
     """A backbone that has computed its hidden states [T, D] already."""
 
@@ -323,25 +429,37 @@ class GivenStates:
         return SimpleNamespace(last_hidden_state=self.states[None])
 
 
+def memory_meters(device):
+    """(bytes in use now, function that gives their peak from now on)"""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+
+    def status(key):  # Linux; ru_maxrss would start at the peak of the parent process
+        return 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+
+    return status("VmRSS:"), partial(status, "VmHWM:")
+
+
 def head_memory(whole, tokens, hidden, device):
-    """(peak growth in bytes, log-probs, gradient of the hidden states) of log-probs + gradient of `tokens` targets."""
+    """(peak growth in bytes, log-probs, gradient of the hidden states) of log-probs + gradient of
+    `tokens` targets."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     head = torch.nn.Linear(hidden, VOCABULARY, bias=False, device=device, dtype=dtype)
     states = torch.randn(tokens, hidden, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(10, VOCABULARY - 100, (tokens,), device=device)
-    text = SimpleNamespace(vocab_size=VOCABULARY)
-    config = SimpleNamespace(image_token_id=0, video_token_id=1, vision_start_token_id=2, text_config=text)
+    config = SimpleNamespace(
+        image_token_id=0, video_token_id=1, vision_start_token_id=2,
+        text_config=SimpleNamespace(vocab_size=VOCABULARY),
+    )  # fmt: skip
     model = SimpleNamespace(model=GivenStates(states), lm_head=head, config=config)
-    pack = SimpleNamespace(inputs={"pixel_values": 0}, source=torch.arange(tokens, device=device), targets=targets)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:  # Linux; ru_maxrss would start at the peak of the parent process
-        status = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
-        before, peak = status("VmRSS:"), partial(status, "VmHWM:")
+    source = torch.arange(tokens, device=device)
+    pack = SimpleNamespace(inputs={"pixel_values": 0}, source=source, targets=targets)
+    before, peak = memory_meters(device)
     if whole:
-        logits = head(states).float().index_fill_(-1, torch.tensor(banned_ids(model), device=device), LOWEST)
+        banned = torch.tensor(banned_ids(model), device=device)
+        logits = head(states).float().index_fill_(-1, banned, LOWEST)
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         del logits
     else:
@@ -352,53 +470,77 @@ def head_memory(whole, tokens, hidden, device):
 
 def bench_memory(setting):
     results, tokens = [], min(16384, 4 * setting.sizes.N * setting.sizes.R)
+    hidden = setting.policy.config.text_config.hidden_size
     for whole in (False, True):
-        work = (whole, tokens, setting.policy.config.text_config.hidden_size, setting.device)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of a process never falls: one for each side
-            results.append(pool.apply(head_memory, work))
+        # the peak of a process never falls: one for each side
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results.append(pool.apply(head_memory, (whole, tokens, hidden, setting.device)))
     (ours, *values), (theirs, *others) = results
     for left, right in zip(values, others):
         same(torch.from_numpy(left), torch.from_numpy(right), setting.tolerance)
+    what, ratio = f"peak of log-probs / full logits, {tokens} targets", f"{theirs / ours:.1f}"
     memory = f"{ours / 2**30:.2f} / {theirs / 2**30:.2f}"
-    yield ["d", f"peak of log-probs / full logits, {tokens} targets", f"{theirs / ours:.1f}", ">= 8", "", "", "", memory, ""]
+    yield ["d", what, ratio, ">= 8", "", "", "", memory, ""]
 
 
-# ---------------------------------------------------------------------------------------------------- e, f: the whole step
+# ----------------------------------------------------------------------------- e, f: the whole step
 def step_phases(setting, sizes, prompts, learn):
     """{name: function} of an alignment step; they hand their results on in `group`."""
-    policy, disc, group = setting.policy, setting.disc, make_group(setting.policy.config, sizes, prompts)
+    policy, disc, one = setting.policy, setting.disc, setting.one
+    group = make_group(policy.config, sizes, prompts)
     distinct = [group.records[g * sizes.N].prompt for g in range(prompts)]
-    optimizers = {model: runtime.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc) if learn}
-    step = lambda m: runtime.Skips().step(m, optimizers[m], 1e-6, 1.0, setting.one, 0.0) if learn else m.zero_grad()
+    optimizers = {}
+    if learn:
+        optimizers = {model: runtime.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc)}
+
+    def step(model):
+        if learn:
+            runtime.Skips().step(model, optimizers[model], 1e-6, 1.0, one, 0.0)
+        else:
+            model.zero_grad()
 
     def sampling():
-        drawn = rollout.sample(policy.eval(), distinct, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
-        for record, one in zip(group.records, sum(drawn, [])):
-            record.rollout = one
+        settings = {"max_new_tokens": sizes.R, "eos_id": -1}
+        drawn = rollout.sample(policy.eval(), distinct, sizes.N, **settings)
+        for record, one_drawn in zip(group.records, sum(drawn, [])):
+            record.rollout = one_drawn
 
     def discriminator():
-        pairs = [(r.rollout.ids[: sizes.R // 2], r.rollout.ids[sizes.R // 2 :]) for r in group.records]
-        group.scores = align.score_and_learn(disc.train(), group.records, pairs, group.teachers, None, ARGS, setting.one)
+        half = sizes.R // 2
+        for r in group.records:
+            r.segments = r.rollout.ids[:half], r.rollout.ids[half:]
+        group.scores = align.score_records(disc.train(), group.records, None, ARGS, one)
         step(disc)
 
     def update():
         d_v, d_r = group.scores[:, :2].T.reshape(2, prompts, sizes.N)
-        advantages = align.alignment_advantages(d_v, d_r, torch.ones_like(d_v, dtype=torch.bool)).flatten()
-        metrics = rl.accumulate_policy_gradient(policy.train(), group.records, advantages, "grpo", ARGS, setting.one)
-        assert metrics["drift"] <= setting.tolerance, metrics  # sampling and update agree on the log-probs
+        valid = torch.ones_like(d_v, dtype=torch.bool)
+        advantages = align.alignment_advantages(d_v, d_r, valid).flatten().tolist()
+        for r in group.records:
+            r.advantage = advantages[r.index]
+        metrics = rl.accumulate_policy_gradient(policy.train(), group.records, "grpo", ARGS, one)
+        # sampling and update agree on the log-probs
+        assert metrics["drift"] <= setting.tolerance, metrics
         step(policy)
 
-    return {"rollout": sampling, "reward + discriminator update": discriminator, "policy update": update}
+    return {
+        "rollout": sampling,
+        "reward + discriminator update": discriminator,
+        "policy update": update,
+    }
 
 
 def bench_step(setting):
-    phases = step_phases(setting, setting.sizes, 4, True)
-    results, tokens = clock(setting.device, *phases.values(), rounds=setting.rounds), 4 * setting.sizes.N * setting.sizes.R
+    sizes = setting.sizes
+    phases, tokens = step_phases(setting, sizes, 4, True), 4 * sizes.N * sizes.R
+    results = clock(setting.device, *phases.values(), rounds=setting.rounds)
     whole = [sum(seconds) for seconds in zip(*(seconds for seconds, _ in results))]
-    for name, (seconds, peak) in zip([*phases, "all"], [*results, (whole, max(peak for _, peak in results))]):
-        share, middle, memory = median(a / b for a, b in zip(seconds, whole)), median(seconds), peak and f"{peak / 2**30:.1f}"
+    results.append((whole, max(peak for _, peak in results)))
+    for name, (seconds, peak) in zip([*phases, "all"], results):
+        share, middle = median(a / b for a, b in zip(seconds, whole)), median(seconds)
         times = f"{middle:.3f}", f"{median(whole):.3f}", f"{tokens / middle:.0f}"
-        yield ["e", f"{name} / whole alignment step", f"{share:.2f}", "", *times, memory or "", ""]
+        memory = f"{peak / 2**30:.1f}" if peak else ""
+        yield ["e", f"{name} / whole alignment step", f"{share:.2f}", "", *times, memory, ""]
 
 
 def bench_growth(setting):
@@ -411,35 +553,59 @@ def bench_growth(setting):
             steps.append(lambda phases=phases: [phase() for phase in phases])
             tokens.append(sizes.prompts * (sizes.P + sizes.N * sizes.R))
         times = [seconds for seconds, _ in clock(setting.device, *steps, rounds=setting.rounds)]
-        ratios = " ".join(f"{median(b / a for a, b in zip(times[0], more)):.1f}" for more in times[1:])
-        what = f"step, {name} = {base[name]} x 2, 4, 8 / base (tokens: {' '.join(f'{t / tokens[0]:.1f}' for t in tokens[1:])})"
-        speed = f"{tokens[-1] / median(times[-1]):.0f}"
-        yield ["f", what, ratios, "", f"{median(times[-1]):.3f}", f"{median(times[0]):.3f}", speed, "", ""]
+        ratios = [median(b / a for a, b in zip(times[0], more)) for more in times[1:]]
+        growth = " ".join(f"{t / tokens[0]:.1f}" for t in tokens[1:])
+        what = f"step, {name} = {base[name]} x 2, 4, 8 / base (tokens: {growth})"
+        last = median(times[-1])
+        seconds = f"{last:.3f}", f"{median(times[0]):.3f}", f"{tokens[-1] / last:.0f}"
+        yield ["f", what, " ".join(f"{ratio:.1f}" for ratio in ratios), "", *seconds, "", ""]
 
 
-ROWS = {"a": bench_discriminator, "b": bench_policy, "c": bench_sampling, "d": bench_memory, "e": bench_step, "f": bench_growth}
+BENCHES = {
+    "a": bench_discriminator,
+    "b": bench_policy,
+    "c": bench_sampling,
+    "d": bench_memory,
+    "e": bench_step,
+    "f": bench_growth,
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="what to measure"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    parser.add_argument("--size", choices=("toy", *SHAPES), default="toy", help="of the model")
+    parser.add_argument("--rounds", type=int, default=3, help="of each bench; the median counts")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows to measure")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-    parser.add_argument("--size", choices=("toy", *SHAPES), default="toy", help="shape of the model")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each row; the median counts")
-    args = parser.parse_args()
-    began, (P, R) = time.perf_counter(), (256, 64) if args.size == "toy" else (1024, 512)
+    args, began = parse_args(), time.perf_counter()
+    toy = args.size == "toy"
     runtime.hf_logging.disable_progress_bar()
     policy, disc = build(args.size, args.device)
-    one, sizes = runtime.World(0, 1, torch.device(args.device)), SimpleNamespace(P=P, R=R, N=16)
-    setting = SimpleNamespace(policy=policy, disc=disc, device=args.device, rounds=args.rounds, sizes=sizes, one=one)
-    setting.tolerance = 1e-4 if args.size == "toy" else 0.1
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.size} on {args.device}, {where}; P {P}, R {R}, N 16; medians of {args.rounds} rounds\n")
-    print("| | ours / baseline | ratio | target | ours, s | baseline, s | ours, tokens/s | peak GiB, ours / baseline | MFU |")
+    P, R, N = (256, 64, 16) if toy else (1024, 512, 16)
+    setting = SimpleNamespace(
+        policy=policy, disc=disc, device=args.device, rounds=args.rounds,
+        sizes=SimpleNamespace(P=P, R=R, N=N), one=runtime.World(0, 1, torch.device(args.device)),
+        tolerance=1e-4 if toy else 0.1,
+    )  # fmt: skip
+    where = f"{torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"{args.size} on {args.device}, {where}; P {P}, R {R}, N {N}; ", end="")
+    print(f"medians of {args.rounds} rounds\n")
+    print("| | ours / baseline | ratio | target | ours, s | baseline, s | ours, tokens/s ", end="")
+    print("| peak GiB, ours / baseline | MFU |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.only:
-        for row in ROWS[name](setting):
-            print(f"| {' | '.join(row)} |", flush=True)
+        for line in BENCHES[name](setting):
+            print(f"| {' | '.join(line)} |", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s")
 
 
