@@ -15,12 +15,12 @@ from toy import checkpoint, report, world
 N = world.ROWS * world.COLUMNS
 
 
-def problem_with(parity):
+def problem_with(form):
     """A problem in which the answer is not 0, so that every edit below changes something."""
     rng = np.random.default_rng(0)
     while True:
         problem = world.make_problem(rng)
-        if problem["parity"] == parity and recount(problem)[0] > 1:
+        if problem["form"] == form and recount(problem)[0] > 1:
             return problem
 
 
@@ -30,7 +30,7 @@ def recount(problem):
     grid = grid if problem["line"] == "row" else grid.swapaxes(0, 1)
     cells = grid[problem["number"] - 1]
     total = sum(int((cells == attribute).sum()) for attribute in problem["terms"])
-    return total, ("even", "odd")[total % 2] if problem["parity"] else str(total)
+    return total, ("even", "odd")[total % 2] if problem["form"] == "parity" else str(total)
 
 
 def blocks(text):
@@ -77,11 +77,11 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize("form", ["number", "parity"])
 @pytest.mark.parametrize("edit", EDITS, ids=[edit[0] for edit in EDITS])
-def test_scores_are_exact(edit, parity):
+def test_scores_are_exact(edit, form):
     _, block, change, cells, steps, accuracy = edit
-    problem, count = problem_with(parity), 5 if parity else 4
+    problem, count = problem_with(form), {"number": 4, "parity": 5}[form]
     parts = blocks(world.respond(problem))
     # a step begins at a line break, but not at one before a cell, which belongs to the step
     lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])
@@ -94,7 +94,7 @@ def test_scores_are_exact(edit, parity):
 
 GRID = [("red", "circle"), ("red", "square"), *[("lime", "cross")] * (N - 2)]
 HAND = {"cells": GRID, "line": "row", "number": 1, "terms": ["red", "circle"]}
-HAND |= {"parity": False, "question": "?", "answer": "3"}
+HAND |= {"form": "number", "question": "?", "answer": "3"}
 REST = range(3, world.COLUMNS + 1)
 RED = "row 1:\n1 red red yes\n2 red red yes"
 RED += "".join(f"\n{i} lime red no" for i in REST) + " = 2"
@@ -122,7 +122,7 @@ def test_broken_format_scores_nothing():
 def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
     rng = np.random.default_rng(0)
     problems = [world.make_problem(rng) for _ in range(300)]
-    assert {problem["parity"] for problem in problems} == {True, False}
+    assert {problem["form"] for problem in problems} == {"number", "parity"}
     for problem in problems:
         assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
         assert problem["answer"] == recount(problem)[1]

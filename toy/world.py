@@ -28,6 +28,11 @@ SHAPES = ["circle", "square", "diamond", "triangle", "cross"]
 WORDS = list(COLORS), SHAPES  # what can be said of a cell: its colour, its shape
 # how the public teacher sees
 COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square"}
+# what a question asks of its two terms and of one row or column
+FORMS = {
+    "number": "How many {} plus {} in {} {}?",
+    "parity": "How many {} plus {} in {} {}, even or odd?",
+}
 JITTER = 15  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
 # The public teacher's habits and how many of its responses have each. They are independent:
@@ -65,13 +70,18 @@ def draw(cells, seed=0):
     return image
 
 
+def make_cells(rng):
+    """The cells of a picture, independent and uniform over colours and shapes."""
+    return [(str(rng.choice(WORDS[0])), str(rng.choice(WORDS[1]))) for _ in range(ROWS * COLUMNS)]
+
+
 def make_problem(rng, attributes=(0, 1)):
     """A picture, a question about it and the true answer, as a dict that JSON can hold.
 
     rng: numpy Generator; attributes: what each of the two terms may be about, 0 colour, 1 shape ->
-    {"cells", "line", "number", "terms", "parity", "question", "seed" (of `draw`), "answer"}
+    {"cells", "line", "number", "terms", "form", "question", "seed" (of `draw`), "answer"}
     """
-    cells = [(str(rng.choice(WORDS[0])), str(rng.choice(WORDS[1]))) for _ in range(ROWS * COLUMNS)]
+    cells = make_cells(rng)
     line = str(rng.choice(["row", "column"]))
     number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
     terms = []
@@ -81,11 +91,9 @@ def make_problem(rng, attributes=(0, 1)):
         there = [word for word in there if word not in terms] or every
         # two times out of three a term asks about something that is there
         terms.append(str(rng.choice(there if rng.random() < 0.67 else every)))
-    parity = bool(rng.random() < 0.5)
-    question = f"How many {terms[0]} plus {terms[1]} in {line} {number}"
-    question += ", even or odd?" if parity else "?"
-    problem = {"cells": cells, "line": line, "number": number, "terms": terms, "parity": parity}
-    problem["question"] = question
+    form = "parity" if rng.random() < 0.5 else "number"
+    problem = {"cells": cells, "line": line, "number": number, "terms": terms, "form": form}
+    problem["question"] = FORMS[form].format(*terms, line, number)
     problem["seed"] = int(rng.integers(2**31))
     problem["answer"] = solve(problem, numbered(cells))[1]
     return problem
@@ -121,7 +129,7 @@ def solve(problem, seen):
         counts.append(count)
     total = sum(counts)
     steps.append(f"{counts[0]} + {counts[1]} = {total}")
-    if not problem["parity"]:
+    if problem["form"] == "number":
         return steps, str(total)
     answer = "odd" if total % 2 else "even"
     steps.append(f"{total} is {answer}")
@@ -140,7 +148,8 @@ def respond(problem, rng=None):
         seen = {i: cell for i, cell in seen.items() if rng.random() > 0.25}
     steps, answer = solve(problem, seen)
     if has["wrong"]:
-        answer = str(rng.choice(["even", "odd"]) if problem["parity"] else rng.integers(0, 5))
+        parity = problem["form"] == "parity"
+        answer = str(rng.choice(["even", "odd"]) if parity else rng.integers(0, 5))
     if has["skip"]:
         steps = [steps[2]]  # the sum without the counts it comes from
     return response(seen, steps, answer)
