@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import launch, noise, read_jsonl, stage, write_jsonl
+from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
-from data import load_examples, read_file
+from data import Examples, load_examples
 import eval as E
 from runtime import InputError
 
@@ -39,11 +39,24 @@ def generations(questions, say, k=1):
 
 
 def summary(questions, say, k=1):
-    return E.summarise([generations(questions, say, k)], questions.benchmark, "data", "name")[0]
+    return E.summarise([generations(questions, say, k)], questions.benchmark, "data", "name").cells
 
 
 def bench(tmp_path, name, rows):
-    return E.load_bench(f"{name}={write_jsonl(tmp_path / f'{name}.jsonl', rows)}")
+    path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return E.look(*E.load_bench(f"{name}={path}"), ONE)
+
+
+def own(tmp_path, rows):
+    """--data as eval.py reads it."""
+    files = load_examples(write_jsonl(tmp_path / "own.jsonl", rows)).files
+    return E.look(E.Benchmark(), Examples(files, [], False, E.own), ONE)
+
+
+def stored(name, rows, folder):
+    """Rows that hold pictures as bytes, as parquet does."""
+    benchmark = E.BENCHMARKS[name]
+    return benchmark, Examples([(rows, "file", str(folder))], [], False, benchmark.read)
 
 
 # ---------------------------------------------------------------------------------------------- rows as they are published
@@ -69,7 +82,7 @@ def test_wemath_goldens(tmp_path, right, strict, loose, accuracy):
 
 def test_wemath_options(tmp_path):
     item = bench(tmp_path, "wemath", wemath_rows(1, 0))[0]
-    assert item.options == ["3", "4 cm", "x"] and item.example.prompt[0]["content"].endswith("A. 3; B. 4 cm; C. x")
+    assert item.options == ["3", "4 cm", "x"] and item.prompt[0]["content"].endswith("A. 3; B. 4 cm; C. x")
     assert E.grade(SAY.format("4 cm"), item)["accuracy"] and not E.grade(SAY.format("3"), item)["accuracy"]
 
 
@@ -150,32 +163,31 @@ ROWS = {  # one row of each published schema: benchmark, row, images, options, r
 def test_published_rows(tmp_path, name):
     name, row, images, options, right, wrong = ROWS[name]
     (tmp_path / "a.png").write_bytes(png())
-    parts = [[row, row]]
-    questions = E.Questions(E.BENCHMARKS[name], parts, "file", str(tmp_path))
-    questions.check()
+    questions = E.look(*stored(name, [row, row], tmp_path), ONE)
     item = questions[0]
-    text = item.example.prompt[0]["content"]
-    assert text.count("<image>") == len(item.example.images) == images and item.options == options
+    text = item.prompt[0]["content"]
+    assert text.count("<image>") == len(item.images) == images and item.options == options
     for said in right:
         assert E.grade(SAY.format(said), item)["accuracy"] == 1, said
     for said in wrong:
         assert E.grade(SAY.format(said), item)["accuracy"] == 0, said
-    gold = item.example.answer
+    gold = item.answer
     assert summary(questions, lambda *_: gold if isinstance(gold, str) else gold[-1])["accuracy"]["mean"] == 1
-    missing = E.Questions(E.BENCHMARKS[name], [[row | {"answer": None}]], "file", str(tmp_path))
     with pytest.raises(InputError, match="file:1: .* no answer"):
-        missing.check()
+        E.look(*stored(name, [row | {"answer": None}], tmp_path), ONE)
 
 
 def test_pictures_in_the_order_of_the_text(tmp_path):
     """A picture may be meant before its number, twice, only in an option, or nowhere."""
     pictures = {f"image_{n}": f"{n}.png" for n in (1, 2, 3, 4)}
+    for path in pictures.values():
+        (tmp_path / path).write_bytes(png())
     text = "Turn <image 2> into <image 1>; is <image 2> right? <image 7>"
     row = mmmu_row(1, **pictures) | {"question": text, "options": "['<image 4>', 'none']"}
     item = bench(tmp_path, "mmmu", [json.loads(json.dumps(row))])[0]
-    assert [path.rpartition("/")[2] for path in item.example.images] == ["3.png", "2.png", "1.png", "4.png"]
+    assert [path.rpartition("/")[2] for path in item.images] == ["3.png", "2.png", "1.png", "4.png"]
     expected = "<image>Turn <image> into <image>; is (image 2) right? (image 7)\n(A) <image>\n(B) none"
-    assert item.example.prompt[0]["content"] == expected
+    assert item.prompt[0]["content"] == expected
 
 
 def test_mmmu_pro_is_the_mean_of_its_two_parts(tmp_path):
@@ -189,9 +201,8 @@ def test_mmmu_pro_is_the_mean_of_its_two_parts(tmp_path):
     rows = [{key: row[key] for key in ("id", "options", "answer", "subject")} | {"image": row["image_1"]} for row in rows[:2]]
     del text["question"]
     Dataset.from_list(rows, Features(text | {"image": Image()})).to_parquet(tmp_path / "vision.parquet")
-    questions = E.load_bench(f"mmmu_pro={tmp_path}")
-    questions.check()
-    assert len(questions) == 5 and isinstance(questions[0].example.images[0], bytes)
+    questions = E.look(*E.load_bench(f"mmmu_pro={tmp_path}"), ONE)
+    assert len(questions) == 5 and isinstance(questions[0].images[0], bytes)
     found = summary(questions, lambda item, n, s: "A" if n < 1 or n == 3 else "B")
     assert found["accuracy"]["mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert found["by"]["setting"] == {
@@ -207,7 +218,7 @@ def test_a_copy_of_a_hub_folder_with_configurations(tmp_path):
     Dataset.from_list([row] * 9).to_parquet(tmp_path / "data" / "other.parquet")
     card = "---\nconfigs:\n- config_name: testmini\n  data_files:\n  - split: testmini\n    path: data/testmini.parquet\n---\n"
     (tmp_path / "README.md").write_text(card)
-    assert len(E.load_bench(f"mathverse={tmp_path}")) == 3
+    assert len(E.look(*E.load_bench(f"mathverse={tmp_path}"), ONE)) == 3
 
 
 @pytest.mark.parametrize("change, words", [
@@ -220,7 +231,7 @@ def test_bad_rows(tmp_path, change, words):
     bad = {key: value for key, value in (good | change).items() if value is not ...}
     path = write_jsonl(tmp_path / "file.jsonl", [good, bad])
     with pytest.raises(InputError, match=words):
-        E.load_bench(f"mathvision={path}").check()
+        E.look(*E.load_bench(f"mathvision={path}"), ONE)
 
 
 # ----------------------------------------------------------------------------------------------------------------- k samples
@@ -234,8 +245,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 def test_metrics_of_samples(tmp_path):
     """Of 4 samples: 1/2 and 0.5 are the same vote; of equals the first wins; an item without any answer is lost."""
-    path = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "?", "answer": "1/2", "level": i % 2} for i in range(4)])
-    questions = E.Questions(E.Benchmark(), [read_file(path)], path, "")
+    rows = [{"prompt": "?", "answer": "1/2", "level": i % 2} for i in range(4)]
+    questions = own(tmp_path, rows)
     said = [["1/2", "3", "0.5", "4"], ["7", "0.5", "7.0", "1/2"], ["3", "3", "3", "0.5"], [""] * 4]
     found = summary(questions, lambda item, n, s: said[n][s], 4)
     values = {key: cell["mean"] for key, cell in found.items() if isinstance(cell, dict) and "mean" in cell}
@@ -334,20 +345,18 @@ def test_judge(tmp_path, server):
     """It is asked only about what is neither right nor plainly wrong, once; without a verdict a row stays wrong."""
     said = ["12", "13", "B", "no", "", "a dozen", "some eggs", "mumble mumble", "again and again", "broken record", "a dozen"]
     rows = [{"prompt": "How many eggs?", "answer": "12"} for _ in said]
-    path = write_jsonl(tmp_path / "own.jsonl", rows)
-    questions = E.Questions(E.Benchmark(), [read_file(path)], path, "")
+    questions = own(tmp_path, rows)
     args = SimpleNamespace(judge=server.url, judge_model="m", folder=str(tmp_path / "out"))
-    one = SimpleNamespace(rank=0, size=1, gather=lambda item: [item])
-    rows = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)
+    rows = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, ONE)
     assert [row["accuracy"] for row in rows] == [1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1]
     assert [row.get("judged", "closed") for row in rows] == ["closed"] * 5 + [True, False, None, True, None, True]
     assert {(one.path, one.key, one.model) for one in server.seen} == {("/v1/chat/completions", "Bearer secret", "m")}
     assert not any("\n13\n" in one.text for one in server.seen)
     before = len(server.seen)
-    again = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)  # from OUT/judge.jsonl
+    again = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, ONE)  # from OUT/judge.jsonl
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
     assert all("mumble" in one.text or "broken" in one.text for one in server.seen[before:])
-    found = E.summarise([rows], questions.benchmark, "own", "x")[0]
+    found = E.summarise([rows], questions.benchmark, "own", "x").cells
     assert found["judge"] == {"responses": 11, "open": 6, "decided": 4, "right": 3}
 
 
@@ -357,8 +366,10 @@ def test_judge_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "JUDGE_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     silent = socket.create_server(("127.0.0.1", 0))
-    for port in (silent.getsockname()[1], 9):
-        assert E.ask("?", SimpleNamespace(judge=f"http://127.0.0.1:{port}", judge_model="m")) is None
+    for port, cause in ((silent.getsockname()[1], "timed out"), (9, "Connection refused")):
+        args = SimpleNamespace(judge=f"http://127.0.0.1:{port}", judge_model="m")
+        with pytest.raises(InputError, match=f"--judge: .*127.0.0.1:{port}.*{cause}"):
+            E.ask("?", "2", "two", args)
     silent.close()
 
 
