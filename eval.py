@@ -286,8 +286,9 @@ def load_bench(spec):
     if path and not os.path.exists(path):
         raise InputError(f"--bench {spec}: {path} does not exist")
     benchmark = BENCHMARKS[name]
-    # a copy of the Hub's folder has a card, and configurations and splits of which one is meant
-    if path and not os.path.exists(os.path.join(path, "README.md")):
+    # a copy of the Hub's folder has its files further down, in configurations and splits
+    tops = glob("*.jsonl*", root_dir=path) + glob("*.parquet", root_dir=path)
+    if path and (tops or os.path.isfile(path)):
         return benchmark, Examples(open_source(path, None), [], False, benchmark.read)
     from datasets import load_dataset  # imported here: local files do not need it
 
@@ -295,7 +296,7 @@ def load_bench(spec):
     try:
         for config in benchmark.configs:
             rows = undecoded(load_dataset(source, config, split=benchmark.split))
-            files.append((rows, source, path))
+            files.append((rows, f"{source} {config or ''}".strip(), path))
     except Exception as error:
         why = f"cannot load {source} ({error}); give a copy with {name}=PATH"
         raise InputError(f"--bench {spec}: {why}") from error
@@ -338,8 +339,8 @@ def look_at(example, where):
     why = None
     if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
         why = "the row has no answer to verify against (column answer or reward_model)"
-    elif len(example.options) > 10 and not all(parse_choice(clean(gold)) for gold in golds):
-        why = f"of {len(example.options)} options the right one must be a letter from A to J"
+    elif len(example.options) > 10 and not is_choice(golds[0], example.options[:10]):
+        why = f"the answer {golds[0][:80]!r} of {len(example.options)} options is none of A to J"
     elif places not in (0, len(example.images)):
         why = f"{places} <image> in the text but {len(example.images)} images in the row"
     if why:
@@ -347,12 +348,16 @@ def look_at(example, where):
     name = "" if example.id == where else example.id  # a file may move
     parts = {"questions": [name, example.prompt, example.info], "options": example.options}
     parts["gold answers"] = [example.answer, example.digits]
-    check_text(json.dumps(parts, ensure_ascii=False), where)
+    check_text(example.id + json.dumps(parts, ensure_ascii=False), where)
     try:
         parts["pictures"] = [look_at_picture(image) for image in example.images]
     except Exception as error:  # Pillow's decoders raise many kinds
         raise InputError(f"{where}: image cannot be read ({error})") from error
     return {name: checksum(part) for name, part in parts.items()}
+
+
+def is_choice(gold, options):
+    return gold in options or parse_choice(clean(gold)) is not None
 
 
 def checksum(value):
@@ -461,7 +466,7 @@ def generate(model, test_set, tokenizer, image_processor, args, world):
             model, list(prompts.values()), args.samples, max_new_tokens=args.max_new_tokens,
             slots=args.slots, eos_id=tokenizer.eos_token_id, temperature=args.temperature,
             seeds=[(args.seed, n) for n in prompts],
-        )  # fmt: skip
+        )
         found = dict(zip(prompts, rollouts))
         for n, example in zip(items, examples):
             generations += graded(n, example, found.get(n), tokenizer, args.samples)
@@ -699,7 +704,8 @@ def wilson(share, n, rng):
     quantiles = (np.arange(DRAWS) + 0.5) / DRAWS
     z = rng.permutation([NormalDist().inv_cdf(q) for q in quantiles])
     variance = max(0.0, share * (1 - share)) / n + z**2 / (4 * n**2)
-    return (share + z**2 / (2 * n) + z * np.sqrt(variance)) / (1 + z**2 / n)
+    limits = (share + z**2 / (2 * n) + z * np.sqrt(variance)) / (1 + z**2 / n)
+    return limits.clip(0, 1)  # the rounding
 
 
 def interval(mean, draws):
@@ -772,10 +778,11 @@ def break_down(accuracy, infos, keys):
     """accuracy [items] -> {key: {value: number of items and their accuracy}}."""
     cells = {}
     for key in keys:
-        for value in sorted({info[key] for info in infos if info.get(key) is not None}, key=str):
-            picked = [i for i, info in enumerate(infos) if info.get(key) == value]
-            cell = {"items": len(picked), "accuracy": float(accuracy[picked].mean())}
-            cells.setdefault(key, {})[str(value)] = cell
+        values = [str(info[key]) if info.get(key) is not None else "" for info in infos]
+        for value in sorted(set(values) - {""}):
+            picked = accuracy[[one == value for one in values]]
+            cell = {"items": len(picked), "accuracy": float(picked.mean())}
+            cells.setdefault(key, {})[value] = cell
     return cells
 
 
