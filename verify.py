@@ -413,3 +413,7 @@ def verify(prediction, gold, options=None):
         return any(leaves.values()) and any(accepts(prediction, one, options or [], leaves) for one in golds)
     except (OSError, ValueError, RecursionError, ArithmeticError):  # out of time, depth or range: not shown to be right
         return False
+
+
+def timeouts():
+    return 0

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,9 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import launch, noise, read_jsonl, stage, write_jsonl
+from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
-from data import load_examples, read_file
+from data import Examples, load_examples
 import eval as E
 from runtime import InputError
 
@@ -39,11 +41,24 @@ def generations(questions, say, k=1):
 
 
 def summary(questions, say, k=1):
-    return E.summarise([generations(questions, say, k)], questions.benchmark, "data", "name")[0]
+    return E.summarise([generations(questions, say, k)], questions.benchmark, "data", "name").cells
 
 
 def bench(tmp_path, name, rows):
-    return E.load_bench(f"{name}={write_jsonl(tmp_path / f'{name}.jsonl', rows)}")
+    path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return E.look(*E.load_bench(f"{name}={path}"), ONE)
+
+
+def own(tmp_path, rows):
+    """--data as eval.py reads it."""
+    files = load_examples(write_jsonl(tmp_path / "own.jsonl", rows)).files
+    return E.look(E.Benchmark(), Examples(files, [], False, E.own), ONE)
+
+
+def stored(name, rows, folder):
+    """Rows that hold pictures as bytes, as parquet does."""
+    benchmark = E.BENCHMARKS[name]
+    return benchmark, Examples([(rows, "file", str(folder))], [], False, benchmark.read)
 
 
 # ---------------------------------------------------------------------------------------------- rows as they are published
@@ -69,8 +84,20 @@ def test_wemath_goldens(tmp_path, right, strict, loose, accuracy):
 
 def test_wemath_options(tmp_path):
     item = bench(tmp_path, "wemath", wemath_rows(1, 0))[0]
-    assert item.options == ["3", "4 cm", "x"] and item.example.prompt[0]["content"].endswith("A. 3; B. 4 cm; C. x")
+    assert item.options == ["3", "4 cm", "x"] and item.prompt[0]["content"].endswith("A. 3; B. 4 cm; C. x")
     assert E.grade(SAY.format("4 cm"), item)["accuracy"] and not E.grade(SAY.format("3"), item)["accuracy"]
+
+
+def test_wemath_letters_inside_an_option(tmp_path):
+    """Letters come in order: what looks like a letter before its turn belongs to the text."""
+    row = wemath_rows(1, 0)[0]
+    for text, options in (
+        ("A. D;C. E; B. F; C. G", ["D;C. E", "F", "G"]),
+        ("A. on AB;B. C; D. E; C. all; D. none", ["on AB", "C; D. E", "all", "none"]),
+        ("（见图）\nA．3；B．4", ["3", "4"]),
+        ("None of these", []),
+    ):
+        assert bench(tmp_path, "wemath", [row | {"option": text}])[0].options == options
 
 
 def hallusion_row(set_id, figure, question, yes, visual="1"):
@@ -150,32 +177,31 @@ ROWS = {  # one row of each published schema: benchmark, row, images, options, r
 def test_published_rows(tmp_path, name):
     name, row, images, options, right, wrong = ROWS[name]
     (tmp_path / "a.png").write_bytes(png())
-    parts = [[row, row]]
-    questions = E.Questions(E.BENCHMARKS[name], parts, "file", str(tmp_path))
-    questions.check()
+    questions = E.look(*stored(name, [row, row], tmp_path), ONE)
     item = questions[0]
-    text = item.example.prompt[0]["content"]
-    assert text.count("<image>") == len(item.example.images) == images and item.options == options
+    text = item.prompt[0]["content"]
+    assert text.count("<image>") == len(item.images) == images and item.options == options
     for said in right:
         assert E.grade(SAY.format(said), item)["accuracy"] == 1, said
     for said in wrong:
         assert E.grade(SAY.format(said), item)["accuracy"] == 0, said
-    gold = item.example.answer
+    gold = item.answer
     assert summary(questions, lambda *_: gold if isinstance(gold, str) else gold[-1])["accuracy"]["mean"] == 1
-    missing = E.Questions(E.BENCHMARKS[name], [[row | {"answer": None}]], "file", str(tmp_path))
     with pytest.raises(InputError, match="file:1: .* no answer"):
-        missing.check()
+        E.look(*stored(name, [row | {"answer": None}], tmp_path), ONE)
 
 
 def test_pictures_in_the_order_of_the_text(tmp_path):
     """A picture may be meant before its number, twice, only in an option, or nowhere."""
     pictures = {f"image_{n}": f"{n}.png" for n in (1, 2, 3, 4)}
+    for path in pictures.values():
+        (tmp_path / path).write_bytes(png())
     text = "Turn <image 2> into <image 1>; is <image 2> right? <image 7>"
     row = mmmu_row(1, **pictures) | {"question": text, "options": "['<image 4>', 'none']"}
     item = bench(tmp_path, "mmmu", [json.loads(json.dumps(row))])[0]
-    assert [path.rpartition("/")[2] for path in item.example.images] == ["3.png", "2.png", "1.png", "4.png"]
+    assert [path.rpartition("/")[2] for path in item.images] == ["3.png", "2.png", "1.png", "4.png"]
     expected = "<image>Turn <image> into <image>; is (image 2) right? (image 7)\n(A) <image>\n(B) none"
-    assert item.example.prompt[0]["content"] == expected
+    assert item.prompt[0]["content"] == expected
 
 
 def test_mmmu_pro_is_the_mean_of_its_two_parts(tmp_path):
@@ -189,13 +215,46 @@ def test_mmmu_pro_is_the_mean_of_its_two_parts(tmp_path):
     rows = [{key: row[key] for key in ("id", "options", "answer", "subject")} | {"image": row["image_1"]} for row in rows[:2]]
     del text["question"]
     Dataset.from_list(rows, Features(text | {"image": Image()})).to_parquet(tmp_path / "vision.parquet")
-    questions = E.load_bench(f"mmmu_pro={tmp_path}")
-    questions.check()
-    assert len(questions) == 5 and isinstance(questions[0].example.images[0], bytes)
+    questions = E.look(*E.load_bench(f"mmmu_pro={tmp_path}"), ONE)
+    assert len(questions) == 5 and isinstance(questions[0].images[0], bytes)
     found = summary(questions, lambda item, n, s: "A" if n < 1 or n == 3 else "B")
     assert found["accuracy"]["mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert found["by"]["setting"] == {
         "standard": {"items": 3, "accuracy": pytest.approx(1 / 3)}, "vision": {"items": 2, "accuracy": 0.5}}  # fmt: skip
+
+
+LETTERS = [f"text {letter}" for letter in "ABCDEFGHIJKL"]
+
+
+def test_nested_options(tmp_path):
+    """Some rows of MMMU-Pro hold the list of options inside another list, or as a text."""
+    for options in ([["one", "two"]], "[['one', 'two']]", ["one", "two"], {"A": "one", "B": "two"}):
+        row = mmmu_row(1, image_1=None, question="?", options=options)
+        assert bench(tmp_path, "mmmu_pro", [row])[0].options == ["one", "two"]
+    for options in ([["one"], ["two"]], [["one", ["two"]]], ["one", None], [str(i) for i in range(27)]):
+        row = mmmu_row(1, image_1=None, question="?", options=options)
+        with pytest.raises(InputError, match="mmmu_pro.jsonl:1: .*at most 26 texts"):
+            bench(tmp_path, "mmmu_pro", [row])
+
+
+def test_more_than_ten_options(tmp_path):
+    """The verifier knows the letters A to J: a right option beyond them is refused by name, as no
+    response could be counted right."""
+    row = mmmu_row(1, image_1=None, question="?", options=LETTERS)
+    item = bench(tmp_path, "mmmu", [row | {"answer": "J"}])[0]
+    assert item.prompt[0]["content"].endswith("\n(L) text L")
+    for said, right in (("J", 1), ("text J", 1), ("(J) text J", 1), ("K", 0), ("text K", 0)):
+        assert E.grade(SAY.format(said), item)["accuracy"] == right, said
+    with pytest.raises(InputError, match="mmmu.jsonl:1: the answer 'K' of 12 options"):
+        bench(tmp_path, "mmmu", [row | {"answer": "K"}])
+    choices = ROWS["mathvista choice"][1] | {"choices": LETTERS, "image": None}
+    assert bench(tmp_path, "mathvista", [choices | {"answer": "text J"}])[0].answer == "J"
+    with pytest.raises(InputError, match="mathvista.jsonl:1: the answer 'K' of 12 options"):
+        bench(tmp_path, "mathvista", [choices | {"answer": "text K"}])
+    mine = {"prompt": "?", "options": LETTERS}
+    assert own(tmp_path, [mine | {"answer": "text C"}])[0].answer == "text C"
+    with pytest.raises(InputError, match="own.jsonl:1: the answer 'text L' of 12 options"):
+        own(tmp_path, [mine | {"answer": "text L"}])
 
 
 def test_a_copy_of_a_hub_folder_with_configurations(tmp_path):
@@ -207,7 +266,7 @@ def test_a_copy_of_a_hub_folder_with_configurations(tmp_path):
     Dataset.from_list([row] * 9).to_parquet(tmp_path / "data" / "other.parquet")
     card = "---\nconfigs:\n- config_name: testmini\n  data_files:\n  - split: testmini\n    path: data/testmini.parquet\n---\n"
     (tmp_path / "README.md").write_text(card)
-    assert len(E.load_bench(f"mathverse={tmp_path}")) == 3
+    assert len(E.look(*E.load_bench(f"mathverse={tmp_path}"), ONE)) == 3
 
 
 @pytest.mark.parametrize("change, words", [
@@ -220,7 +279,85 @@ def test_bad_rows(tmp_path, change, words):
     bad = {key: value for key, value in (good | change).items() if value is not ...}
     path = write_jsonl(tmp_path / "file.jsonl", [good, bad])
     with pytest.raises(InputError, match=words):
-        E.load_bench(f"mathvision={path}").check()
+        E.look(*E.load_bench(f"mathvision={path}"), ONE)
+
+
+def encoded(kind, mode="RGB", size=(60, 40)):
+    file = io.BytesIO()
+    noise(np.random.default_rng(0), size).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("data, words", [
+    (encoded("png")[:-30], "truncated"), (encoded("jpeg")[:-300], "truncated"),
+    (encoded("bmp")[:-300], "truncated"), (encoded("gif")[:40], "image"), (b"", "cannot identify"),
+    (encoded("tiff", "F"), "32-bit pictures"), (encoded("png", size=(900, 3)), "200 times"),
+    (encoded("png", size=(200, 100)), "20000 pixels, more than 10000|200 x 100 pixels"),
+])  # fmt: skip
+def test_bad_pictures(tmp_path, monkeypatch, data, words):
+    monkeypatch.setattr(E.Image, "MAX_IMAGE_PIXELS", 10000)
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(data)
+    rows = [{"prompt": "?", "answer": "1", "images": [name]} for name in ("a.png", "b.png")]
+    with pytest.raises(InputError, match=f"own.jsonl:2: image cannot be read .*({words})"):
+        own(tmp_path, rows)
+
+
+def test_only_doubtful_pictures_are_decoded(tmp_path, monkeypatch):
+    """A whole PNG, JPEG or GIF is known by its header and its end; of others the cheapest proof is
+    to decode them, and what `load_image` takes is never refused."""
+    decoded = []
+    real = E.load_image
+    monkeypatch.setattr(E, "load_image", lambda image: decoded.append(image) or real(image))
+    kinds = {"png": 0, "jpeg": 0, "gif": 0, "webp": 1, "bmp": 1, "tiff": 1}
+    for n, (kind, count) in enumerate(kinds.items()):
+        decoded.clear()
+        data = encoded(kind)
+        for image in (data, str(tmp_path / f"{n}.{kind}")):
+            (tmp_path / f"{n}.{kind}").write_bytes(data)
+            E.look_at_picture(image)
+        assert len(decoded) == 2 * count, kind
+    E.look_at_picture(encoded("jpeg") + b"more")  # cameras append things
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "<image><image>?"}, "2 <image> in the text but 1 images"),
+    ({"prompt": "<|image_pad|>?"}, "contains <.image_pad.>"), ({"answer": " "}, "no answer"),
+    ({"answer": "\ud800"}, "no valid UTF-8"), ({"id": "\ud800"}, "no valid UTF-8"),
+    ({"subject": "\ud800"}, "no valid UTF-8"), ({"options": ["\ud800"]}, "no valid UTF-8"),
+])  # fmt: skip
+def test_bad_own_rows(tmp_path, row, words):
+    """What would end a run after the sampling, or in the middle of it."""
+    (tmp_path / "a.png").write_bytes(png())
+    good = {"prompt": "?", "answer": "1", "images": ["a.png"]}
+    assert len(own(tmp_path, [good, good])) == 2
+    with pytest.raises(InputError, match=f"own.jsonl:2: .*{words}"):
+        own(tmp_path, [good, good | row])
+
+
+def test_a_bad_row_is_said_before_a_model_is_loaded(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(E, "load_policy", None)
+    (tmp_path / "a.png").write_bytes(encoded("jpeg")[:-300])
+    rows = [{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": "1", "images": ["a.png"]}]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    assert stage("eval", "--ckpt", tiny.base, "--data", path, "--out", tmp_path / "out") == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"eval.py: error: {path}:2: image cannot be read" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_breaks_when_it_is_decoded_names_file_and_row(tiny, tmp_path, capfd):
+    """Header and end are right; the data between them are not."""
+    data = bytearray(encoded("png"))
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    (tmp_path / "a.png").write_bytes(data)
+    rows = [{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": "1", "images": ["a.png"]}]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    flags = ["--data", path, "--max-new-tokens", 4, "--out", tmp_path / "out"]
+    assert stage("eval", "--ckpt", tiny.base, *flags) == 2
+    error = capfd.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert error.startswith(f"eval.py: error: {path}:2: image cannot be read"), error
+    assert error.count(path) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- k samples
@@ -234,8 +371,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 def test_metrics_of_samples(tmp_path):
     """Of 4 samples: 1/2 and 0.5 are the same vote; of equals the first wins; an item without any answer is lost."""
-    path = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "?", "answer": "1/2", "level": i % 2} for i in range(4)])
-    questions = E.Questions(E.Benchmark(), [read_file(path)], path, "")
+    rows = [{"prompt": "?", "answer": "1/2", "level": i % 2} for i in range(4)]
+    questions = own(tmp_path, rows)
     said = [["1/2", "3", "0.5", "4"], ["7", "0.5", "7.0", "1/2"], ["3", "3", "3", "0.5"], [""] * 4]
     found = summary(questions, lambda item, n, s: said[n][s], 4)
     values = {key: cell["mean"] for key, cell in found.items() if isinstance(cell, dict) and "mean" in cell}
@@ -294,6 +431,44 @@ def test_unequal_families_keep_the_mean():
     assert width(values, families)[1] == 0.6
 
 
+@pytest.mark.parametrize("right, n", [(1, 100), (0, 100), (1, 3), (0.5, 40)])
+def test_wilson(right, n):
+    """Where all families agree a bootstrap has no width. The limits are those shares x from which
+    the observed one lies 1.96 standard errors away: |p - x| = 1.96 sqrt(x (1 - x) / n)."""
+    values = np.full(n, float(right))
+    families = np.arange(n)
+    if right == 0.5:  # one right and one wrong in each family of two
+        values, families = np.tile([0.0, 1.0], n), np.repeat(families, 2)
+    cell = E.interval(*E.bootstrap(values[:, None], families, np.ones(len(values)), "data", "name"))
+    assert cell["mean"] == right
+    for x in (cell["low"], cell["high"]):
+        assert abs(right - x) == pytest.approx(1.96 * np.sqrt(x * (1 - x) / n), rel=0.01, abs=1e-7)
+        assert 0 <= x <= 1
+    assert cell["high"] - cell["low"] > 1 / n
+    assert (cell["high"] > 1 - 1e-9) == (right == 1) and (cell["low"] < 1e-9) == (right == 0)
+
+
+def test_wilson_is_for_shares_that_all_agree(tmp_path):
+    """100 of 100 is 96.3 to 100 %, in the mean over test sets and in differences, too; a number of
+    tokens is no share; with one miss the bootstrap speaks."""
+    questions = own(tmp_path, [{"prompt": "?", "answer": "1"}] * 100)
+    rows = [generations(questions, lambda *_: "1")]
+    summaries = {}
+    for name in ("one", "two"):
+        tests = {data: E.summarise(rows, questions.benchmark, data, name) for data in "ab"}
+        summaries[name] = tests | {"mean": E.average(list(tests.values()))}
+    cells = summaries["one"]["a"].cells
+    assert E.percent(cells["accuracy"]) == E.percent(cells["format"]) == "100.0 [96.3, 100.0]"
+    assert E.percent(cells["truncated"]) == "0.0 [0.0, 3.7]"
+    assert (cells["tokens"]["low"], cells["tokens"]["high"]) == (9, 9)
+    assert 0.97 < summaries["one"]["mean"].cells["accuracy"]["low"] < 0.99
+    for cell in E.compare(summaries):
+        assert cell["mean"] == 0 and cell["p"] == 1 and -0.06 < cell["low"] < -0.01 < 0.01 < cell["high"]
+    missed = [generations(questions, lambda item, n, s: str(min(n, 1)))]
+    cell = E.summarise(missed, questions.benchmark, "a", "one").cells["accuracy"]
+    assert (cell["mean"], cell["low"], cell["high"]) == (0.99, 0.97, 1)
+
+
 def test_holm():
     assert E.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert E.holm([0.9, 0.8]) == [1, 1] and E.holm([]) == []
@@ -311,10 +486,12 @@ def server(monkeypatch):
             text = body["messages"][0]["content"]
             seen.append(SimpleNamespace(text=text, path=self.path, key=self.headers["Authorization"], model=body["model"]))
             tries = sum(one.text == text for one in seen)
-            bad = "broken" in text or "again" in text and tries == 1
+            asked = text + body["model"]
+            bad = "broken" in asked or "again" in text and tries == 1
             self.send_response(500 if bad else 200)
             self.end_headers()
-            word = "Perhaps." if "mumble" in text else "Yes." if "a dozen" in text or "again" in text else "no"
+            word = "Yes." if "a dozen" in text or "again" in text else "no"
+            word = "Perhaps." if "mumble" in asked else word
             self.wfile.write(json.dumps({"choices": [{"message": {"content": word}}]}).encode())
 
         def log_message(self, *args):
@@ -334,20 +511,18 @@ def test_judge(tmp_path, server):
     """It is asked only about what is neither right nor plainly wrong, once; without a verdict a row stays wrong."""
     said = ["12", "13", "B", "no", "", "a dozen", "some eggs", "mumble mumble", "again and again", "broken record", "a dozen"]
     rows = [{"prompt": "How many eggs?", "answer": "12"} for _ in said]
-    path = write_jsonl(tmp_path / "own.jsonl", rows)
-    questions = E.Questions(E.Benchmark(), [read_file(path)], path, "")
+    questions = own(tmp_path, rows)
     args = SimpleNamespace(judge=server.url, judge_model="m", folder=str(tmp_path / "out"))
-    one = SimpleNamespace(rank=0, size=1, gather=lambda item: [item])
-    rows = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)
+    rows = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, ONE)
     assert [row["accuracy"] for row in rows] == [1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1]
     assert [row.get("judged", "closed") for row in rows] == ["closed"] * 5 + [True, False, None, True, None, True]
     assert {(one.path, one.key, one.model) for one in server.seen} == {("/v1/chat/completions", "Bearer secret", "m")}
     assert not any("\n13\n" in one.text for one in server.seen)
     before = len(server.seen)
-    again = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, one)  # from OUT/judge.jsonl
+    again = E.judge(generations(questions, lambda item, n, s: said[n]), questions, args, ONE)  # from OUT/judge.jsonl
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
     assert all("mumble" in one.text or "broken" in one.text for one in server.seen[before:])
-    found = E.summarise([rows], questions.benchmark, "own", "x")[0]
+    found = E.summarise([rows], questions.benchmark, "own", "x").cells
     assert found["judge"] == {"responses": 11, "open": 6, "decided": 4, "right": 3}
 
 
@@ -357,9 +532,135 @@ def test_judge_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "JUDGE_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     silent = socket.create_server(("127.0.0.1", 0))
-    for port in (silent.getsockname()[1], 9):
-        assert E.ask("?", SimpleNamespace(judge=f"http://127.0.0.1:{port}", judge_model="m")) is None
+    for port, cause in ((silent.getsockname()[1], "timed out"), (9, "Connection refused")):
+        args = SimpleNamespace(judge=f"http://127.0.0.1:{port}", judge_model="m")
+        with pytest.raises(InputError, match=f"--judge: .*127.0.0.1:{port}.*{cause}"):
+            E.ask("?", "2", "two", args)
     silent.close()
+
+
+def test_a_judge_without_a_verdict_is_said_before_the_sampling(tiny, tmp_path, capfd, server, monkeypatch):
+    """No server, one that fails, and one whose replies are no verdict: a line that names address
+    and cause, instead of a table of answers that nobody has judged."""
+    monkeypatch.setattr(E, "load_policy", None)
+    monkeypatch.setattr(E, "JUDGE_SECONDS", 0.5)
+    silent = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+    path = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "?", "answer": "1"}])
+    for url, model, words in (
+        ("http://127.0.0.1:9", "m", "http://127.0.0.1:9/chat/completions .*Connection refused"),
+        (address, "m", f"{address}/chat/completions .*timed out"),
+        (server.url, "broken", f"{server.url}/chat/completions .*HTTPError: HTTP Error 500"),
+        (server.url, "mumble", f"{server.url}/chat/completions .neither yes nor no: Perhaps"),
+    ):
+        flags = ["--data", path, "--judge", url, "--judge-model", model, "--out", tmp_path / "out"]
+        assert stage("eval", "--ckpt", tiny.base, *flags) == 2
+        (error,) = capfd.readouterr().err.splitlines()
+        assert E.re.search(f"eval.py: error: --judge: no verdict from {words}", error), error
+        assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- identity
+ROW = {"prompt": "<image>How?", "answer": "1", "options": ["1", "2"], "images": ["a.png"], "id": "x"}
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """OUT with the complete generations of a checkpoint on own.jsonl; plan() is what --resume asks."""
+    data, weights = tmp_path / "own.jsonl", tmp_path / "ckpt"
+    (tmp_path / "a.png").write_bytes(png())
+    write_jsonl(data, [ROW, ROW])
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(3_000_000))
+    flags = {"seed": 0, "samples": 1, "temperature": 0.0, "max_new_tokens": 8, "max_prompt": 99}
+    flags |= {"min_pixels": None, "max_pixels": None, "system_prompt": None, "resume": True}
+    args = SimpleNamespace(folder=str(tmp_path / "out"), **flags)
+
+    def plan(data=data, weights=weights, **changed):
+        test_set = E.look(E.Benchmark(), Examples(load_examples(str(data)).files, [], False, E.own), ONE)
+        changed = SimpleNamespace(**{**vars(args), **changed})
+        return E.plan({str(weights): "ckpt"}, {"own": test_set}, changed)[0], test_set
+
+    job, test_set = plan()
+    assert not job.kept
+    E.write_generations(job, generations(test_set, lambda *_: "1"))
+    assert plan()[0].kept
+    return SimpleNamespace(plan=plan, data=data, weights=weights, folder=tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"answer": "2"}, "gold answers"), ({"answer": ["1", "2"]}, "gold answers"),
+    ({"options": ["1", "3"]}, "options"), ({"prompt": "<image>How many?"}, "questions"),
+    ({"id": "y"}, "questions"), ({"level": 3}, "questions"), ({"images": ["b.png"]}, "pictures"),
+])  # fmt: skip
+def test_resume_notices_another_test_set(kept, change, words):
+    (kept.folder / "b.png").write_bytes(png((32, 33)))
+    write_jsonl(kept.data, [ROW, ROW | change])
+    with pytest.raises(InputError, match=rf"own.jsonl was made with other data or flags \({words}\)"):
+        kept.plan()
+    write_jsonl(kept.data, [ROW, ROW])
+    assert kept.plan()[0].kept
+
+
+def test_resume_notices_rows_flags_and_damage(kept):
+    for flag, value in (("seed", 1), ("temperature", 0.5), ("max_new_tokens", 9), ("max_pixels", 9)):
+        name = "--" + flag.replace("_", "-")
+        with pytest.raises(InputError, match=rf"other data or flags \({name}\)"):
+            kept.plan(**{flag: value})
+    prompt = kept.folder / "system.txt"
+    prompt.write_text("Think.")
+    with pytest.raises(InputError, match=r"\(--system-prompt\)"):
+        kept.plan(system_prompt=str(prompt))
+    write_jsonl(kept.data, [ROW] * 3)
+    with pytest.raises(InputError, match=r"\(gold answers, number of responses, options, pictures, "):
+        kept.plan()
+    write_jsonl(kept.data, [ROW, ROW])
+    file = kept.folder / "out" / "ckpt" / "own.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.splitlines()[0])
+    with pytest.raises(InputError, match=r"\(number of responses\)"):
+        kept.plan()
+    file.write_text(whole)
+    file.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="No such file"):
+        kept.plan()
+
+
+def test_resume_notices_other_weights_and_takes_a_copy(kept):
+    """One number of a thousand is enough, as in a step of training; times and places are nothing."""
+    other = kept.folder / "other"
+    shutil.copytree(kept.weights, other)
+    os.utime(other / "model.safetensors", (0, 0))
+    moved = kept.folder / "moved"
+    moved.mkdir()
+    (moved / "a.png").write_bytes(png())
+    assert kept.plan(data=write_jsonl(moved / "renamed.jsonl", [ROW, ROW]), weights=other)[0].kept
+    (other / "meta.json").write_text("when it was made")
+    assert kept.plan(weights=other)[0].kept
+    data = np.frombuffer((other / "model.safetensors").read_bytes(), np.uint8).copy()
+    data[np.random.default_rng(1).random(len(data)) < 1e-3] ^= 1
+    (other / "model.safetensors").write_bytes(data.tobytes())
+    with pytest.raises(InputError, match=r"\(model.safetensors\)"):
+        kept.plan(weights=other)
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+def test_names_break_neither_table_nor_figure(tmp_path):
+    """A pipe is a column, two dollars are mathematics, a newline ends a line, half a surrogate no
+    file takes."""
+    names = ["a|b", "$x^{", "$\\frac$", "two\nlines", "half \ud800"]
+    questions = own(tmp_path, [{"prompt": "?", "answer": "1", "level": name[:5]} for name in names[:4]])
+    rows = generations(questions, lambda item, n, s: str(n))
+    runs = {name: {data: rows for data in names} for name in names}
+    args = SimpleNamespace(folder=str(tmp_path))
+    E.report(runs, {name: [name] for name in names}, dict.fromkeys(names, questions), args, 7)
+    table = (tmp_path / "table.md").read_text()
+    assert "a\\|b" in table and "\\$x^{" in table and "two lines" in table and "half ?" in table
+    bars = {line.replace("\\|", "").count("|") for line in table.splitlines() if line[:1] == "|"}
+    assert bars == {8, 11, 10}  # columns and 1: 1 + 5 + mean; the details; 4 + 5 of the breakdown
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "results.json").read_text())["reward_timeouts"] == 7
 
 
 # ----------------------------------------------------------------------------------------------------------------- scripts
@@ -397,7 +698,10 @@ def test_comparison(compared):
     assert set(cells) == {"rl", "mathvision", "mean"}
     assert cells["rl"]["mean"] == pytest.approx(accuracy["policy"] - accuracy["base"])
     assert cells["rl"]["p"] < 0.05 and cells["rl"]["low"] > 0 and all(c["p_holm"] >= c["p"] for c in cells.values())
+    assert found["reward_timeouts"] == 0
     table = (out / "table.md").read_text()
+    assert table.count("over two seeds is not to be trusted") == 1
+    assert "\ntrained: an interval over two seeds is not to be trusted.\n" in table
     assert "| trained |" in table and "majority@3" in table and "| mathvision | level | 2 | 1 |" in table
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -411,9 +715,12 @@ def test_resume_repeats_only_what_is_missing(compared, capfd, monkeypatch):
     monkeypatch.setattr(E, "generate", lambda *args: calls.append(1) or generate(*args))
     assert stage("eval", *compared.flags, "--out", out, "--resume") == 0
     assert len(calls) == 1 and {path: path.read_bytes() for path in out.rglob("*.jsonl")} == before
+    monkeypatch.setattr(E, "timeouts", lambda: 3)
+    assert stage("eval", *compared.flags, "--out", out, "--resume") == 0 and len(calls) == 1
+    assert json.loads((out / "results.json").read_text())["reward_timeouts"] == 3
     capfd.readouterr()
     assert stage("eval", *compared.flags, "--seed", 2, "--out", out, "--resume") == 2
-    assert "was made with other data or flags" in capfd.readouterr().err
+    assert "was made with other data or flags (--seed)" in capfd.readouterr().err
 
 
 def test_two_processes_write_what_one_writes(compared):
@@ -469,6 +776,16 @@ def test_difficulty_filter_of_parquet(tiny, policy, tmp_path):
     (["--data", "DATA", "--keep-pass-rate", 0.8, 0.2, "--out", "OUT.jsonl"], "LOW <= HIGH"),
     (["--data", "DATA", "--ckpt", "BASE", "BASE"], "given twice"), (["--data", "ROWS"], "rows.jsonl:2: .* no answer"),
     (["--data", "DATA", "--slots", 0], "--slots"),
+    (["--data", "DATA", "--temperature", "nan"], "--temperature: nan is not finite"),
+    (["--data", "DATA", "--temperature", -1], "--temperature: -1: must be at least 0"),
+    (["--data", "DATA", "--samples", 0], "--samples: 0: must be at least 1"),
+    (["--data", "DATA", "--samples", 2.5], "--samples: 2.5 is no integer"),
+    (["--data", "DATA", "--max-new-tokens", 10**9], "--max-new-tokens: 1000000000: must be at most"),
+    (["--data", "DATA", "--max-prompt", 0], "--max-prompt: 0: must be at least 1"),
+    (["--data", "DATA", "--seed", -1], "--seed: -1: must be at least 0"),
+    (["--data", "DATA", "--keep-pass-rate", "nan", 1], "--keep-pass-rate: nan is not finite"),
+    (["--data", "DATA", "--keep-pass-rate", 0, 2], "--keep-pass-rate: 2: must be at most 1"),
+    (["--data", "DATA", "--system-prompt", "nowhere.txt"], "--system-prompt nowhere.txt"),
 ])  # fmt: skip
 def test_bad_flags(tiny, tmp_path, capfd, flags, words):
     rows = [{"prompt": "?", "answer": "3"}, {"prompt": "?"}]
