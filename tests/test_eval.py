@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
-from data import Examples, load_examples
+from data import Examples, File, load_examples
 import eval as E
 from runtime import InputError
 
@@ -58,7 +58,7 @@ def own(tmp_path, rows):
 def stored(name, rows, folder):
     """Rows that hold pictures as bytes, as parquet does."""
     benchmark = E.BENCHMARKS[name]
-    return benchmark, Examples([(rows, "file", str(folder))], [], False, benchmark.read)
+    return benchmark, Examples([File(rows, "file", str(folder))], [], False, benchmark.read)
 
 
 # ---------------------------------------------------------------------------------------------- rows as they are published
