@@ -517,7 +517,8 @@ def image_tokens(image, image_processor, decode=False):
     else:
         picture = open_image(image)
         width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # these orientations lie on their side
+        # not picture.getexif(): for a PNG that decodes the whole picture
+        if Image.Image.getexif(picture).get(0x0112, 1) >= 5:  # these orientations lie on their side
             width, height = height, width
         if picture is not image:
             picture.close()
@@ -826,7 +827,7 @@ class Feed:
     def draw(self, count, step):
         """-> the next `count` examples, list of Drawn, less those that could not be decoded."""
         while True:
-            self.upcoming += islice(self.stream, 2 * count - len(self.upcoming))
+            self.upcoming += islice(self.stream, max(0, 2 * count - len(self.upcoming)))
             indices, self.upcoming = self.upcoming[:count], self.upcoming[count:]
             self.position += count
             encoded, failed = {}, {}
