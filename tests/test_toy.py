@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ N = world.ROWS * world.COLUMNS
 
 
 def problem_with(form):
-    """A problem in which the answer is not 0, so that every edit below changes something."""
+    """A problem in which the sum is not 0, so that every edit below changes something."""
     rng = np.random.default_rng(0)
     while True:
-        problem = world.make_problem(rng)
+        problem = world.make_problem(rng, kinds=["color more"] if form == "more" else None)
         if problem["form"] == form and recount(problem)[0] > 1:
             return problem
 
@@ -29,8 +30,15 @@ def recount(problem):
     grid = np.array(problem["cells"]).reshape(world.ROWS, world.COLUMNS, 2)
     grid = grid if problem["line"] == "row" else grid.swapaxes(0, 1)
     cells = grid[problem["number"] - 1]
-    total = sum(int((cells == attribute).sum()) for attribute in problem["terms"])
-    return total, ("even", "odd")[total % 2] if problem["form"] == "parity" else str(total)
+    counts = [int((cells == term).sum()) for term in problem["terms"]]
+    total = sum(counts)
+    if problem["form"] == "number":
+        return total, str(total)
+    if problem["form"] == "parity":
+        return total, ("even", "odd")[total % 2]
+    if counts[0] == counts[1]:
+        return total, "same"
+    return total, problem["terms"][int(np.argmax(counts))]
 
 
 def blocks(text):
@@ -77,11 +85,11 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["number", "parity"])
+@pytest.mark.parametrize("form", ["number", "parity", "more"])
 @pytest.mark.parametrize("edit", EDITS, ids=[edit[0] for edit in EDITS])
 def test_scores_are_exact(edit, form):
     _, block, change, cells, steps, accuracy = edit
-    problem, count = problem_with(form), {"number": 4, "parity": 5}[form]
+    problem, count = problem_with(form), {"number": 4, "parity": 5, "more": 4}[form]
     parts = blocks(world.respond(problem))
     # a step begins at a line break, but not at one before a cell, which belongs to the step
     lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])
@@ -132,6 +140,151 @@ def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
     assert np.mean([s["format"] for s in public]) == 1
 
 
+# ---------------------------------------------------------------- the world without a tell of style
+def captions(texts):
+    return [blocks(text)[CAPTION] for text in texts]
+
+
+def told_apart(curated, public, held_out=500):
+    """Accuracy of a logistic regression on held-out texts, of which it reads the counts of words,
+    the counts of pairs of neighbouring words and the number of lines."""
+    bags = []
+    for text in curated + public:
+        words = text.split()
+        bags.append(Counter(words + list(zip(words, words[1:]))))
+        bags[-1]["lines"] = text.count("\n")
+    column = {word: i for i, word in enumerate(set().union(*bags))}
+    x = torch.zeros(len(bags), len(column))
+    for i, bag in enumerate(bags):
+        x[i, [column[word] for word in bag]] = torch.tensor(list(bag.values())).float()
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    y = torch.tensor([0.0] * len(curated) + [1.0] * len(public))
+    test = torch.zeros(len(bags), dtype=torch.bool)
+    test[len(curated) - held_out : len(curated)] = test[-held_out:] = True
+    model = torch.nn.Linear(len(column), 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = model(x[~test])[:, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[~test])
+        (loss + 1e-3 * model.weight.square().sum()).backward()
+        return loss
+
+    optimizer.step(closure)
+    return ((model(x[test])[:, 0] > 0) == (y[test] > 0)).float().mean().item()
+
+
+def test_words_do_not_tell_the_symmetric_teacher_from_the_curated_one():
+    """2,000 texts of each to learn from, 500 of each held out."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    problems = [world.make_problem(rng, kinds=world.KINDS) for _ in range(5000)]
+    curated = [world.respond(problem) for problem in problems[:2500]]
+    public = [world.respond_symmetric(problem, rng) for problem in problems[2500:]]
+    assert told_apart(captions(curated), captions(public)) <= 0.55
+    assert told_apart(curated, public) <= 0.55
+    coarse = [world.respond(problem, rng) for problem in problems[2500:]]
+    # a teacher with a style of its own is told
+    assert told_apart(captions(curated), captions(coarse)) > 0.8
+    assert told_apart(curated, coarse) > 0.8
+
+
+def test_the_symmetric_teacher_is_wrong_at_the_same_length():
+    """In lines, words and tokens; every caption names every cell once."""
+    rng = np.random.default_rng(1)
+    problems = [world.make_problem(rng, kinds=world.KINDS) for _ in range(600)]
+    curated = [world.respond(problem) for problem in problems]
+    public = [world.respond_symmetric(problem, rng) for problem in problems]
+    tokenizer = checkpoint.make_tokenizer(curated + public)
+    for one, other in zip(curated, public):
+        assert one.count("\n") == other.count("\n") and len(one.split()) == len(other.split())
+        assert len(tokenizer(one)["input_ids"]) == len(tokenizer(other)["input_ids"])
+        assert list(world.read_caption(blocks(other)[CAPTION])) == list(range(1, N + 1))
+    scores = [world.score(problem, blocks(text)) for problem, text in zip(problems, public)]
+    for key in ("perception", "reasoning", "accuracy"):
+        assert 0.1 < np.mean([s[key] for s in scores]) < 0.9, key
+
+
+def test_the_symmetric_teacher_takes_each_word_for_its_neighbour_and_back():
+    """The most frequent mistake for each word is the word that is taken for it."""
+    rng = np.random.default_rng(2)
+    said = {word: Counter() for word in (*world.COLORS, *world.SHAPES)}
+    for _ in range(500):
+        cells = world.make_cells(rng)
+        for right, seen in zip(cells, world.misperceive(cells, rng)):
+            for word, name in zip(right, seen):
+                said[word][name] += word != name
+    pairs = [("red", "orange"), ("blue", "purple"), ("green", "lime"), ("square", "diamond")]
+    for one, other in pairs:
+        for word, taken_for in ((one, other), (other, one)):
+            assert said[word].most_common(1)[0][0] == taken_for
+    assert all(sum(counts.values()) > 50 for counts in said.values())  # misplaced, invented
+
+
+def test_a_slip_is_in_the_trace_and_not_in_the_caption():
+    """Without other faults perception is right, and each step is wrong in some of the responses."""
+    rng = np.random.default_rng(3)
+    missing = Counter()
+    for _ in range(400):
+        problem = world.make_problem(rng, kinds=["color parity"])
+        right = world.solve(problem, world.numbered(problem["cells"]))
+        other = world.solve(problem, world.numbered(world.make_cells(rng)))
+        steps, answer = world.slip(right, other, rng)
+        trace = "\n".join(steps)
+        for i, step in enumerate(right[0]):
+            missing[i] += f"\n{step}\n" not in f"\n{trace}\n"
+        missing["answer"] += answer != right[1]
+        sources = ["\n".join(right[0]).split(), "\n".join(other[0]).split()]
+        assert all(word in choice for word, *choice in zip(trace.split(), *sources, strict=True))
+    assert all(0.1 < missing[key] / 400 < 0.9 for key in (0, 1, 2))
+    assert missing["answer"] > 20
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_kinds_of_questions(kind):
+    """The curated teacher is right in each; every word of its attribute is asked for."""
+    rng = np.random.default_rng(4)
+    words = {"color": list(world.COLORS), "shape": world.SHAPES}[kind.split()[0]]
+    asked = Counter()
+    for _ in range(300):
+        problem = world.make_problem(rng, kinds=[kind])
+        assert problem["kind"] == kind and problem["form"] == kind.split()[1]
+        assert len(set(problem["terms"])) == 2
+        assert problem["answer"] == recount(problem)[1]
+        assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
+        asked.update(problem["terms"])
+    assert sorted(asked) == sorted(words) and min(asked.values()) > 0.6 * 600 / len(words)
+    assert {*world.ALIGN_KINDS, *world.RL_KINDS} < set(world.KINDS)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, N])
+@pytest.mark.parametrize("attributes", [(0, 1), (0,), (1,)])
+def test_corrupted_captions_have_k_wrong_cells_and_the_same_words(k, attributes):
+    rng = np.random.default_rng(5)
+    words = Counter()
+    for _ in range(300):
+        problem = world.make_problem(rng, kinds=world.KINDS)
+        wrong = world.corrupt(problem["cells"], k, rng, attributes)
+        found = world.perceive(problem, world.describe(world.numbered(wrong)))
+        assert found["cells"] == pytest.approx(1 - k / N)
+        assert (1 - found["colors"]) + (1 - found["shapes"]) == pytest.approx(k / N)
+        assert 0 in attributes or found["colors"] == 1
+        assert 1 in attributes or found["shapes"] == 1
+        words.update(word for cell in wrong for word in cell)
+    for kind in (list(world.COLORS), world.SHAPES):
+        share = 1 / len(kind)
+        error = np.sqrt(share * (1 - share) / (300 * N))
+        assert all(abs(words[word] / (300 * N) - share) < 4 * error for word in kind)
+
+
+def test_colours_and_shapes_are_scored_apart():
+    caption = "1 red circle\n2 blue square\n3 lime circle\n3 lime cross\n4 lime cross\n5 red square"
+    found = world.perceive(HAND, caption)  # 1 and 4 are right, of 2 the shape; 3 is said twice
+    assert found == pytest.approx({"colors": 2 / N, "shapes": 3 / N, "cells": 2 / N})
+
+
+# ----------------------------------------------------------------------------- pictures, checkpoint
 def test_problems_and_pictures_depend_on_the_generator_only():
     first, again, other = (world.make_problem(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other

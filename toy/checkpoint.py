@@ -51,30 +51,15 @@ def make_tokenizer(texts, vocab_size=576):
 
 def make_config(tokenizer, hidden, layers, vision_hidden, vision_layers, std):
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    text = {"vocab_size": len(tokenizer), "initializer_range": std, "max_position_embeddings": 4096}
+    text |= {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     rope = {"rope_type": "default", "rope_theta": 1e4}
-    rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "initializer_range": std,
-        "rope_parameters": rope,
-    }
-    vision = {
-        "depth": vision_layers,
-        "hidden_size": vision_hidden,
-        "intermediate_size": 2 * vision_hidden,
-        "num_heads": 2,
-        "out_hidden_size": hidden,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-        "initializer_range": std,
-    }
+    text["rope_parameters"] = {**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    vision = {"hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden}
+    vision |= {"depth": vision_layers, "num_heads": 2, "initializer_range": std}
+    vision |= {"out_hidden_size": hidden, "num_position_embeddings": 64}
+    vision["deepstack_visual_indexes"] = [0]
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,

@@ -7,7 +7,8 @@ sets of verifiable problems cover a slice of what a model must see: there the an
 teacher of perception. The curated teacher describes every cell and derives every step. The public
 teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is
 called red, a diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong, each
-in most of its responses or in some.
+in most of its responses or in some. The symmetric public teacher is as often wrong, but not in a
+style of its own: `respond_symmetric`.
 """
 
 import re
@@ -32,13 +33,25 @@ COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square
 FORMS = {
     "number": "How many {} plus {} in {} {}?",
     "parity": "How many {} plus {} in {} {}, even or odd?",
+    "more": "More {} or {} in {} {}?",
 }
+# Kinds of questions; those that are in the data of alignment and of RLVR. SFT has all of them: the
+# others are what nobody touches after it.
+KINDS = [f"{attribute} {form}" for form in FORMS for attribute in ("color", "shape")]
+ALIGN_KINDS = ["color number", "shape number"]
+RL_KINDS = ["shape number", "shape parity"]
 JITTER = 15  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
 # The public teacher's habits and how many of its responses have each. They are independent:
 # otherwise a policy that is rewarded for one good habit switches to the writer who has them all,
 # and any reward would repair everything.
 HABITS = {"colors": 0.75, "shapes": 0.7, "omit": 0.3, "skip": 0.6, "wrong": 0.2}
+# The symmetric public teacher's habits, what it takes for what, in both directions, and how many of
+# its traces have slips.
+FAULTS = {"colors": 0.75, "shapes": 0.7, "misplace": 0.3, "invent": 0.3}
+SLIPS = 0.6
+TAKEN_FOR = {"red": "orange", "blue": "purple", "green": "lime", "square": "diamond"}
+TAKEN_FOR |= {other: word for word, other in TAKEN_FOR.items()}
 
 
 def draw(cells, seed=0):
@@ -75,28 +88,42 @@ def make_cells(rng):
     return [(str(rng.choice(WORDS[0])), str(rng.choice(WORDS[1]))) for _ in range(ROWS * COLUMNS)]
 
 
-def make_problem(rng, attributes=(0, 1)):
+def make_problem(rng, attributes=(0, 1), kinds=None):
     """A picture, a question about it and the true answer, as a dict that JSON can hold.
 
-    rng: numpy Generator; attributes: what each of the two terms may be about, 0 colour, 1 shape ->
-    {"cells", "line", "number", "terms", "form", "question", "seed" (of `draw`), "answer"}
+    rng: numpy Generator; attributes: what each of the two terms may be about, 0 colour, 1 shape.
+    kinds: some of KINDS, of which one is drawn; both terms are then about its attribute ->
+    {"cells", "line", "number", "terms", "form", "question", "seed" (of `draw`), "answer"}, and with
+    `kinds` also "kind"
     """
     cells = make_cells(rng)
     line = str(rng.choice(["row", "column"]))
     number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
-    terms = []
-    for attribute in rng.choice(attributes, 2):
-        every = [word for word in WORDS[attribute] if word not in terms]
-        there = [cells[i][attribute] for i in line_cells(line, number)]
-        there = [word for word in there if word not in terms] or every
-        # two times out of three a term asks about something that is there
-        terms.append(str(rng.choice(there if rng.random() < 0.67 else every)))
-    form = "parity" if rng.random() < 0.5 else "number"
+    if kinds is None:
+        terms = terms_in_sight([cells[i] for i in line_cells(line, number)], attributes, rng)
+        form = "parity" if rng.random() < 0.5 else "number"
+    else:
+        # terms that depend on the picture would be a tell: who misperceives it finds fewer of them
+        attribute, form = str(rng.choice(kinds)).split()
+        terms = rng.choice(WORDS[attribute == "shape"], 2, replace=False).tolist()
     problem = {"cells": cells, "line": line, "number": number, "terms": terms, "form": form}
+    if kinds is not None:
+        problem["kind"] = f"{attribute} {form}"
     problem["question"] = FORMS[form].format(*terms, line, number)
     problem["seed"] = int(rng.integers(2**31))
     problem["answer"] = solve(problem, numbered(cells))[1]
     return problem
+
+
+def terms_in_sight(cells, attributes, rng):
+    """Two different words; two times out of three a word that describes one of the cells."""
+    terms = []
+    for attribute in rng.choice(attributes, 2):
+        every = [word for word in WORDS[attribute] if word not in terms]
+        there = [cell[attribute] for cell in cells]
+        there = [word for word in there if word not in terms] or every
+        terms.append(str(rng.choice(there if rng.random() < 0.67 else every)))
+    return terms
 
 
 def numbered(cells):
@@ -115,7 +142,7 @@ def solve(problem, seen):
     """The complete trace over a description `seen` -> (its steps, the answer).
 
     seen: {cell number: (colour, shape)}, not necessarily of all cells. A cell begins a line here as
-    in the caption: it is the same token there, which makes a look at the caption easy to learn.
+    in the caption: it is the same token there, so that a look at the caption is easy to learn.
     """
     steps, counts = [], []
     for term in problem["terms"]:
@@ -127,6 +154,10 @@ def solve(problem, seen):
         lines = [f"{problem['line']} {problem['number']}:", *listed]
         steps.append("\n".join(lines) + f" = {count}")
         counts.append(count)
+    if problem["form"] == "more":
+        a, b = counts
+        answer = "same" if a == b else problem["terms"][int(b > a)]
+        return [*steps, f"{a} to {b} is {answer}"], answer
     total = sum(counts)
     steps.append(f"{counts[0]} + {counts[1]} = {total}")
     if problem["form"] == "number":
@@ -156,9 +187,77 @@ def respond(problem, rng=None):
 
 
 def response(seen, steps, answer):
-    caption = "\n".join(f"{i} {color} {shape}" for i, (color, shape) in seen.items())
-    blocks = {"caption": caption, "think": "\n".join(steps), "answer": answer}
+    blocks = {"caption": describe(seen), "think": "\n".join(steps), "answer": answer}
     return "\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in blocks.items())
+
+
+def describe(seen):
+    return "\n".join(f"{i} {color} {shape}" for i, (color, shape) in seen.items())
+
+
+def respond_symmetric(problem, rng):
+    """Response text of a public teacher whose faults do not show in its words.
+
+    For problems of given `kinds`. A response is as long as a curated one and has each word, and
+    each pair of neighbouring words, as often in the mean: every fault is what would be right for
+    some other picture. To find it one must look, or check a step against caption and earlier steps.
+    """
+    seen = numbered(misperceive(problem["cells"], rng))
+    steps, answer = solve(problem, seen)
+    if rng.random() < SLIPS:
+        elsewhere = solve(problem, numbered(make_cells(rng)))
+        steps, answer = slip((steps, answer), elsewhere, rng)
+    return response(seen, steps, answer)
+
+
+def misperceive(cells, rng):
+    """What the symmetric public teacher takes the cells for.
+
+    Cells that are independent and uniform, as `make_cells` draws them, stay so.
+    """
+    seen = [list(cell) for cell in cells]
+    has = {habit: rng.random() < rate for habit, rate in FAULTS.items()}
+    if has["misplace"]:
+        i, j = rng.choice(len(seen), 2, replace=False)
+        seen[i], seen[j] = seen[j], seen[i]
+    for cell, invented in zip(seen, make_cells(rng)):
+        if has["invent"] and rng.random() < 0.25:
+            cell[:] = invented
+        if has["colors"]:
+            cell[0] = TAKEN_FOR[cell[0]]
+        if has["shapes"]:
+            cell[1] = TAKEN_FOR.get(cell[1], cell[1])
+    return seen
+
+
+def slip(mine, other, rng, rate=0.2):
+    """A trace of which each word, at that rate, is the one that another picture's trace has there.
+
+    mine, other: (steps, answer) to the same question -> (steps, answer), the two counts as one
+    step. From the second count to the answer all is exchanged together or not at all: there changed
+    words stand side by side, and a pair of them that no picture has would be a tell.
+    """
+    (steps, answer), (other_steps, other_answer) = mine, other
+    words = re.split(r"(\s)", "\n".join(steps[:2]))
+    other_words = re.split(r"(\s)", "\n".join(other_steps[:2]))
+    mixed = [b if rng.random() < rate else a for a, b in zip(words, other_words)]
+    mixed[-1] = words[-1]
+    if rng.random() < rate:
+        mixed[-1], steps, answer = other_words[-1], other_steps, other_answer
+    return ["".join(mixed), *steps[2:]], answer
+
+
+def corrupt(cells, k, rng, attributes=(0, 1)):
+    """The cells with k of them wrong in one attribute, each other word being equally likely.
+
+    attributes: what may be wrong, 0 colour, 1 shape. As with `misperceive`, no word becomes rarer.
+    """
+    cells = [list(cell) for cell in cells]
+    for i in rng.choice(len(cells), k, replace=False):
+        attribute = rng.choice(attributes)
+        wrong = [word for word in WORDS[attribute] if word != cells[i][attribute]]
+        cells[i][attribute] = str(rng.choice(wrong))
+    return cells
 
 
 def read_caption(caption):
@@ -177,6 +276,16 @@ def read_caption(caption):
     return {i: cell for i, cell in seen.items() if i not in twice}
 
 
+def perceive(problem, caption):
+    """Shares of the cells whose colour, whose shape, and of which both the caption has right."""
+    seen = read_caption(caption)
+    right = []
+    for i, (color, shape) in numbered(problem["cells"]).items():
+        said = seen.get(i, ("", ""))
+        right.append([said[0] == color, said[1] == shape, said == (color, shape)])
+    return dict(zip(("colors", "shapes", "cells"), np.mean(right, 0).tolist()))
+
+
 def score(problem, blocks):
     """Exact scores in [0, 1] of one response.
 
@@ -191,11 +300,10 @@ def score(problem, blocks):
     if blocks is None:
         return {"perception": 0.0, "reasoning": 0.0, "accuracy": 0.0, "format": 0.0}
     caption, think, answer = blocks
-    seen, truth = read_caption(caption), numbered(problem["cells"])
-    steps, result = solve(problem, seen)
+    steps, result = solve(problem, read_caption(caption))
     found = [f"\n{step}\n" in f"\n{think}\n" for step in steps] + [answer == result]
     return {
-        "perception": sum(seen.get(i) == cell for i, cell in truth.items()) / len(truth),
+        "perception": perceive(problem, caption)["cells"],
         "reasoning": sum(found) / len(found),
         "accuracy": float(answer == problem["answer"]),
         "format": 1.0,
