@@ -142,7 +142,7 @@ def tiny(tmp_path_factory):
     )
     return SimpleNamespace(
         folder=folder,
-        rows=rows,
+        examples=rows,
         base=base,
         tokenizer=tokenizer,
         image_processor=image_processor,

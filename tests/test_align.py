@@ -215,7 +215,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
 
 def test_rows_without_a_well_formed_teacher_are_left_out(tiny, policy, tmp_path):
     examples = []
-    for i, example in enumerate(tiny.rows["align"]):
+    for i, example in enumerate(tiny.examples["align"]):
         images = [str(tiny.folder / path) for path in example["images"]]
         response = example["response"] if i in (2, 5) else ["no blocks", None][i % 2]
         examples.append(dict(example, images=images, response=response))

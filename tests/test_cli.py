@@ -74,7 +74,7 @@ def jsonl(tmp_path, content):
 
 def with_row(tiny, tmp_path, numbers, **columns):
     """A data file of which the rows of these numbers (from 1) have other columns; None: the column is missing."""
-    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.rows["sft"]]
+    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.examples["sft"]]
     for number in numbers:
         rows[number - 1] = {key: value for key, value in (rows[number - 1] | columns).items() if value is not None}
     return jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in rows).encode())

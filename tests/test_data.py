@@ -632,7 +632,7 @@ def test_long_prompts_are_dropped_and_never_cut(tiny):
 
 
 def test_placeholders_and_pictures_must_agree(tiny):
-    picture = tiny.folder / tiny.rows["rl"][0]["images"][0]
+    picture = tiny.folder / tiny.examples["rl"][0]["images"][0]
     turn = {"role": "user", "content": "<image><image> same?"}
     example = Example("row 7", [turn], [str(picture)])
     with pytest.raises(InputError, match="row 7: 2 <image> in the text but 1 images"):

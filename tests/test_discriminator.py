@@ -427,7 +427,7 @@ def test_flags_out_of_range(tiny, tmp_path, capsys, flag, value):
 
 def examples_with_broken_ones(tiny):
     examples = []
-    for example in tiny.rows["align"]:
+    for example in tiny.examples["align"]:
         images = [str(tiny.folder / path) for path in example["images"]]
         examples.append(dict(example, images=images))
     examples[2]["response"] = "no blocks"
