@@ -6,6 +6,7 @@
     Feed(examples, ..)         the next batch, encoded by threads while the last one trains
 """
 
+import base64
 import glob
 import gzip
 import io
@@ -29,7 +30,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll, append_rows, integer, real, write_rows
+from runtime import InputError, InputErrorOfAll, append_rows, integer, quote, real, write_rows
 
 SYSTEM_PROMPT = (
     "Answer in three blocks. "
@@ -184,14 +185,18 @@ def split_weight(source):
 
 
 KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
+SPLITS = ("train", "test", "validation", "val", "dev", "testmini")
 
 
 def open_source(source, split):
     """One source -> list of File; no file is empty."""
+    paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
+    if os.path.isdir(source) and is_saved(source):
+        return [File(load_saved(source, split), source, os.path.abspath(source))]
     if os.path.isdir(source):
-        paths = files_of(source)
-    else:
-        paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
+        paths = files_of_split(source, files_of(source), split)
+    elif paths and split:
+        raise InputError(f"--split {split}: {source} is a file, it has no splits")
     if paths:
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         files = [File(read_file(path), path, folder) for path, folder in zip(paths, folders)]
@@ -214,6 +219,42 @@ def files_of(folder):
         if paths:
             return sorted(paths)
     raise InputError(f"{folder}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
+
+
+def files_of_split(folder, paths, split):
+    """Those of the paths whose name says that they belong to the split, as `train-0001.parquet` or
+    `train/0001.jsonl` do; without --split a folder of several splits is refused."""
+    parts = {path: re.split(r"[-_./\\]", os.path.relpath(path, folder)) for path in paths}
+    found = sorted({name for words in parts.values() for name in words} & {*SPLITS, split})
+    if split is None and len(found) > 1:
+        raise InputError(f"{folder}: holds {', '.join(found)}; choose one with --split")
+    if split is None:
+        return paths
+    if split not in found:
+        raise InputError(f"--split {split}: no file of {folder} has it in its name")
+    return [path for path in paths if split in parts[path]]
+
+
+def is_saved(folder):
+    """Did datasets' save_to_disk write this folder?"""
+    names = os.listdir(folder)
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names)
+
+
+def load_saved(folder, split):
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(folder)
+    except Exception as error:
+        raise InputError(f"{folder}: not a readable folder of save_to_disk ({error})") from error
+    if isinstance(saved, DatasetDict):
+        if (split or "train") not in saved:
+            raise InputError(f"{folder}: choose one with --split: {', '.join(saved)}")
+        saved = saved[split or "train"]
+    elif split:
+        raise InputError(f"--split {split}: {folder} is one data set, it has no splits")
+    return undecoded(saved)
 
 
 def is_hub_id(source):
@@ -271,11 +312,13 @@ def read_file(path):
     gzipped or not, as lines or as one array."""
     try:
         file = open(path, "rb")
-        magic = file.read(4)
+        magic = file.read(40)
         file.seek(0)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    if magic == b"PAR1":
+    if magic.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git-LFS pointer, not the file itself; run git lfs pull")
+    if magic.startswith(b"PAR1") or path.endswith(".parquet"):
         return read_parquet(path)
     try:
         if magic[:2] == b"\x1f\x8b":
@@ -346,7 +389,10 @@ def undecoded(dataset):
 # ---------------------------------------------------------------------------------------- examples
 ROLES = {"human": "user", "gpt": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant")}
-CHATS = ("messages", "conversations", "prompt", "problem", "question")  # columns
+CHATS = ("messages", "conversations", "prompt", "problem", "question", "query", "instruction")
+RESPONSES = ("response", "output")
+PARTS = ("bytes", "path", "image", "image_url", "url", "base64")  # where an image part keeps it
+UNREAD = ("video", "videos", "audio", "audios")  # columns that a row must not fill
 
 
 def to_example(row, where, base=""):
@@ -354,17 +400,21 @@ def to_example(row, where, base=""):
     relative paths.
 
     Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT:
-    `messages` or `conversations`, `system`. The published alignment and RLVR sets: `prompt`,
-    `teacher_*`, `reward_model`. geometry3k: `problem`. Discriminator warm-up pairs: `question` or
-    `prompt`, `image`, `teacher_*`, `student_*`.
+    `messages` or `conversations`, `system`. TRL and OpenAI: content as a list of parts. The
+    published alignment and RLVR sets: `prompt`, `teacher_*`, `reward_model`. geometry3k: `problem`.
+    R1-V: `problem`, `solution`. Alpaca: `instruction`, `input`, `output`. Discriminator warm-up
+    pairs: `question` or `prompt`, `image`, `teacher_*`, `student_*`.
     """
-    messages = read_chat(row, where)
-    response = row.get("response")
-    if messages[-1]["role"] == "assistant":
-        response = messages.pop()["content"]
+    for column in UNREAD:
+        if row.get(column):
+            raise InputError(f"{where}: the row has a column {column}; only pictures are read")
+    messages, pictures = read_chat(row, where)
+    last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    response = next((row[column] for column in RESPONSES if row.get(column)), None)
+    response = response if last is None else last
     if not any(message["role"] == "user" for message in messages):
         raise InputError(f"{where}: the chat has no turn of the user")
-    answer, rejected = read_answer(row, where), None
+    answer, rejected = read_answer(row, last, where), None
     if row.get("teacher_response") or row.get("teacher_caption"):
         response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
     if row.get("student_caption"):
@@ -373,53 +423,94 @@ def to_example(row, where, base=""):
         if not isinstance(text, str | None):
             raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
     images = row.get("images") or row.get("image") or []
-    images = images if isinstance(images, list) else [images]
+    images = [image for image in (images if isinstance(images, list) else [images]) if image]
+    if any(picture is not None for picture in pictures):  # some stand in the chat itself
+        column = iter(images)
+        images = [next(column, None) if image is None else image for image in pictures]
+        images = [*filter(None, images), *column]
     images = [resolve(image, base, where) for image in images]
     options = row.get("options") or row.get("choices")
     if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
         options = []
-    name = str(row.get("id") or where)
+    response = response and re.sub(r"\s*(<\|(im_end|endoftext)\|>\s*)+$", "", response)
+    name = str(row.get("id") or where).encode("utf-8", "backslashreplace").decode()
     return Example(name, messages, images, response, answer, rejected, options)
 
 
 def read_chat(row, where):
-    """The chat of a row, [{"role", "content"}], its system message first if it has one."""
+    """The chat of a row -> [{"role", "content"}], its system message first if it has one, and the
+    pictures that stand in it, None for a placeholder."""
     turns = next((row[column] for column in CHATS if row.get(column)), None)
     if not turns:
         found = [column for column in CHATS if column in row]
         if found:
             raise InputError(f"{where}: the column {found[0]} is empty")
-        columns = ", ".join(map(str, row)) or "none"
+        columns = quote(", ".join(map(str, row)) or "none")
         raise InputError(f"{where}: none of the columns {', '.join(CHATS)}; found {columns}")
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-    messages = to_messages(turns, where)
-    if row.get("system") and messages[0]["role"] != "system":
-        messages = to_messages([{"role": "system", "content": row["system"]}], where) + messages
-    return messages
-
-
-def to_messages(turns, where):
-    """Chat turns of either dialect -> [{"role", "content"}]."""
+    if isinstance(turns, str) and re.match(r'\s*\[\s*\{\s*"(role|from)"', turns):
+        turns = parse_chat(turns, where)  # a chat that was written as a text
+    if isinstance(turns, str):
+        more = row.get("input") if "instruction" in row else None
+        turns = [{"role": "user", "content": f"{turns}\n{more}" if more else turns}]
     if not isinstance(turns, list):
         what = type(turns).__name__
         raise InputError(f"{where}: the chat must be a text or a list of turns, not {what}")
-    messages = []
+    messages, pictures = [], []
     for turn in turns:
-        turn = turn if isinstance(turn, dict) else {"content": turn}
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise InputError(f"{where}: a chat turn needs the texts role and content "
-                             f"(or from and value), got {str(turn)[:100]}")
-        if role not in ROLES:
-            raise InputError(f"{where}: the role {role[:40]} is none of {', '.join(ROLES)}")
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
+        messages.append(to_message(turn, pictures, where))
+    if row.get("system") and messages[0]["role"] != "system":
+        turn = {"role": "system", "content": row["system"]}
+        messages.insert(0, to_message(turn, pictures, where))
+    return messages, pictures
 
 
-def read_answer(row, where):
-    """The gold answer of a row, a text or a list of accepted texts; None where it has none."""
+def parse_chat(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: the chat is a text that is not JSON ({error})") from None
+
+
+def to_message(turn, pictures, where):
+    """A chat turn of either dialect -> {"role", "content"}; pictures that stand in it, and None for
+    each placeholder of the prompt, are appended to `pictures`."""
+    turn = turn if isinstance(turn, dict) else {"content": turn}
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if isinstance(role, str) and role not in ROLES:
+        raise InputError(f"{where}: the role {quote(role)} is none of {', '.join(ROLES)}")
+    if turn.get("tool_calls"):
+        raise InputError(f"{where}: a chat turn has tool_calls; only texts and pictures are read")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(role, str) or not isinstance(content, list):
+        raise InputError(f"{where}: a chat turn needs the texts role and content "
+                         f"(or from and value), got {quote(turn)}")
+    text = ""
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+            if ROLES[role] != "assistant":  # there <image> is a word
+                pictures += [None] * part["text"].count("<image>")
+        elif kind in ("image", "image_url"):
+            text += "<image>"
+            pictures.append(next((part[key] for key in PARTS if part.get(key)), None))
+        else:
+            raise InputError(f"{where}: a part of a chat turn is neither a text nor a picture, "
+                             f"got {quote(part)}")
+    return {"role": ROLES[role], "content": text}
+
+
+def read_answer(row, last, where):
+    """The gold answer of a row, a text or a list of accepted texts; None where it has none. last:
+    what the assistant's last turn says, whose <answer> block is the answer of LLaVA's rows."""
     answer = row.get("answer")
+    if answer is None:
+        answer = row.get("solution")
+    if answer is None and last:
+        answer = (re.findall(r"<answer>(.*?)</answer>", last, re.S) or [None])[-1]
     if isinstance(row.get("reward_model"), dict):
         truth = row["reward_model"].get("ground_truth")
         answer = answer if truth is None else truth
@@ -437,9 +528,27 @@ def to_answer(answer, where):
     cell) is no answer."""
     if isinstance(answer, (int, float)):
         return str(answer) if math.isfinite(answer) else None
-    if not isinstance(answer, str | None):
+    if isinstance(answer, str):
+        check_text(answer, where)
+        return unwrap(answer)
+    if answer is not None:
         raise InputError(f"{where}: the answer must be a text, a number or a list of those, "
                          f"not {type(answer).__name__}")
+    return None
+
+
+def unwrap(answer):
+    """What a gold says: the last <answer> block, what follows the last ####, the last \\boxed{}."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.S)
+    if tagged:
+        answer = tagged[-1].strip()
+    answer = answer.rpartition("####")[2].strip() if "####" in answer else answer
+    _, box, inside = answer.rpartition("\\boxed{")
+    depth = 1
+    for place, character in enumerate(inside if box else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return inside[:place].strip()
     return answer
 
 
@@ -465,13 +574,20 @@ def resolve(image, base, where):
     """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an
     error at once."""
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
+        image = next((image[key] for key in PARTS if image.get(key)), None)
     if isinstance(image, str):
         path = os.path.join(base, image)
-        if not os.path.isfile(path):
-            raise InputError(f"{where}: image {path} does not exist; "
+        if os.path.isfile(path):
+            return path
+        start, _, data = image.partition(";base64,")
+        data = data if start.startswith("data:") else image
+        if len(data) < 64 or not re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", data):
+            raise InputError(f"{where}: image {quote(path)} does not exist; "
                              "paths are relative to the data file")
-        return path
+        try:
+            return base64.b64decode(data, altchars=b"-_" if set("-_") & set(data) else None)
+        except ValueError:
+            raise InputError(f"{where}: image {quote(image)} is no base64") from None
     if not isinstance(image, bytes | Image.Image):
         what = type(image).__name__
         raise InputError(f"{where}: an image must be bytes, a path or a picture, not {what}")
@@ -658,7 +774,8 @@ def attempt(function, examples, i):
         result = function(examples[i])
     except Exception as error:  # whatever is wrong with a row, it must not end a run of days
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        return None, " ".join(text.removeprefix("{}:{}: ".format(*examples.where(i))).split())
+        text = text.removeprefix("{}:{}: ".format(*examples.where(i)))
+        return None, quote(" ".join(text.split()), 400)
     return result, TOO_LONG if result is None else None
 
 

@@ -46,6 +46,12 @@ class InputError(ValueError):
     """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
 
 
+def quote(value, limit=100):
+    """A value of the user's as it may stand in a message: on one line, printable, not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class InputErrorOfAll(InputError):
     """Raised by every rank alike, so that one of them says it."""
 

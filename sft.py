@@ -20,6 +20,9 @@ is frozen).
 import argparse
 import math
 import time
+from dataclasses import replace
+
+import numpy as np
 
 from data import Feed, data_flags, encode_prompt, encode_response, look, measure_prompt
 from data import system_prompt
@@ -57,30 +60,43 @@ def need_response(example):
                          "(columns response, messages or teacher_*)")
 
 
+def turns(example):
+    """An example for each turn of the assistant: of a chat with several all are trained, each after
+    what was said before it."""
+    for k, message in enumerate(example.prompt):
+        if message["role"] == "assistant":
+            before = example.prompt[:k]
+            seen = sum(turn["content"].count("<image>") for turn in before)
+            images = example.images[:seen] if seen else example.images
+            yield replace(example, prompt=before, images=images, response=message["content"])
+    yield example
+
+
 def measure_demonstration(example, tokenizer, image_processor, system, args):
-    """-> (tokens of the prompt, of the response as it will be trained), or None: too long."""
+    """-> (tokens of the prompt, of the response as it will be trained), summed over the turns of
+    the assistant; None when one of them is too long."""
     need_response(example)
-    prompt = measure_prompt(example, tokenizer, image_processor, system, args)
-    response = len(encode_response(example.response, tokenizer))
-    if prompt is None:
-        return None
-    room = args.max_length - prompt[0]
-    if response > room and not (args.truncate and room > 0):
-        return None
-    return prompt[0], min(response, room)
+    total = np.zeros(2, np.int64)
+    for turn in turns(example):
+        prompt = measure_prompt(turn, tokenizer, image_processor, system, args)
+        response = len(encode_response(turn.response, tokenizer))
+        if prompt is None:
+            return None
+        room = args.max_length - prompt[0]
+        if response > room and not (args.truncate and room > 0):
+            return None
+        total += prompt[0], min(response, room)
+    return tuple(total.tolist())
 
 
 def encode_demonstration(example, tokenizer, image_processor, system, args):
-    """Example -> (Prompt, response ids with the EOS), or None when it is too long."""
-    need_response(example)
-    prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
-    ids = encode_response(example.response, tokenizer)
-    if prompt is None:
-        return None
-    room = args.max_length - len(prompt.input_ids)
-    if len(ids) > room and not (args.truncate and room > 0):
-        return None
-    return prompt, ids[:room]
+    """Example -> [(Prompt, response ids with the EOS)], one for each turn of the assistant."""
+    pairs = []
+    for turn in turns(example):
+        prompt = encode_prompt(turn, tokenizer, image_processor, None, system)
+        room = args.max_length - len(prompt.input_ids)
+        pairs.append((prompt, encode_response(turn.response, tokenizer)[:room]))
+    return pairs
 
 
 def show_example(prompt, ids, tokenizer):
@@ -133,7 +149,7 @@ def main():
     for step in range(progress["step"], steps):
         began = time.time()
         # data
-        batch = feed.batch(args.batch, step)
+        batch = sum(feed.batch(args.batch, step), [])  # of (Prompt, response ids)
         if step == 0 and world.rank == 0 and batch:
             show_example(*batch[0], tokenizer)
         # update policy

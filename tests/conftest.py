@@ -163,7 +163,7 @@ def policy(tiny):
     model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "policy")
     args = argparse.Namespace(max_tokens=10**6, max_prompt=512, max_length=1024, ckpt=tiny.base)
     tools = tiny.tokenizer, tiny.image_processor, "", args
-    data = [sft.encode_demonstration(e, *tools) for e in load_examples(tiny.sft)]
+    data = [sft.encode_demonstration(e, *tools)[0] for e in load_examples(tiny.sft)]
     optimizer, rng = runtime.make_optimizer(model, 3e-3, 0.0), np.random.default_rng(0)
     for _ in range(60):
         batch = [data[i] for i in rng.choice(len(data), 8, replace=False)]

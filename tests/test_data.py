@@ -556,7 +556,7 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
         seen += count
     assert sorted(used) == sorted(set(range(1, 2001 + len(broken))) - set(broken))
     for i in found.usable[::50]:  # tokens are counted without decoding a picture
-        prompt, ids = sft.encode_demonstration(found.examples[i], *tools)
+        [(prompt, ids)] = sft.encode_demonstration(found.examples[i], *tools)
         assert (found.prompt[i], found.response[i]) == (len(prompt.input_ids), len(ids))
 
 

@@ -253,7 +253,7 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
     optimizer = runtime.make_optimizer(model, 1e-3, 0.01)
     flags = argparse.Namespace(max_prompt=512, max_length=1024)
     tools, examples = (tiny.tokenizer, tiny.image_processor), load_examples(tiny.sft)
-    batch = [sft.encode_demonstration(examples[i], *tools, "", flags) for i in range(2)]
+    batch = [sft.encode_demonstration(examples[i], *tools, "", flags)[0] for i in range(2)]
 
     def step(model, optimizer):
         sft.accumulate_gradient(model, batch, argparse.Namespace(max_tokens=10**6), ONE)

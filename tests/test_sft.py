@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 from conftest import ONE, assert_same_grads, grads, read_jsonl, stock_logprobs, write_jsonl
 
-from data import Feed, load_examples, look, mixed_order, order
+from data import Example, Feed, load_examples, look, mixed_order, order
 import sft
 from runtime import InputError
 
@@ -75,7 +75,8 @@ def test_sources_are_drawn_by_weight(tmp_path):
 def demonstrations(tiny, count):
     args = argparse.Namespace(max_prompt=512, max_length=1024)
     examples = load_examples(tiny.sft)
-    return [sft.encode_demonstration(examples[i], tiny.tokenizer, tiny.image_processor, "", args) for i in range(count)]
+    tools = tiny.tokenizer, tiny.image_processor, "", args
+    return [sft.encode_demonstration(examples[i], *tools)[0] for i in range(count)]
 
 
 def test_loss_is_the_token_mean_whatever_the_split(tiny):
@@ -94,11 +95,39 @@ def test_loss_is_the_token_mean_whatever_the_split(tiny):
 
 def test_long_demonstrations_are_dropped_or_cut_when_asked(tiny):
     example = load_examples(tiny.sft)[0]
-    flags = lambda limit, cut: argparse.Namespace(max_prompt=512, max_length=limit, truncate=cut)
-    tools = tiny.tokenizer, tiny.image_processor
-    encode = lambda limit, cut=False: sft.encode_demonstration(example, *tools, "", flags(limit, cut))
-    prompt, ids = encode(1024)
-    fits = len(prompt.input_ids) + len(ids)
-    assert encode(fits)[1] == encode(fits, True)[1] == ids
-    assert encode(fits - 1) is None and encode(fits - 1, True)[1] == ids[:-1]
-    assert encode(len(prompt.input_ids) + 1, True)[1] == ids[:1] and encode(len(prompt.input_ids), True) is None
+
+    def look_and_encode(limit, cut=False):
+        """-> (prompt, ids) when the look lets the example pass, else None."""
+        args = argparse.Namespace(max_prompt=512, max_length=limit, truncate=cut, bad_rows="skip")
+        tools = tiny.tokenizer, tiny.image_processor, "", args
+        lengths = sft.measure_demonstration(example, *tools)
+        if lengths is None:
+            return None
+        [(prompt, ids)] = sft.encode_demonstration(example, *tools)
+        assert lengths == (len(prompt.input_ids), len(ids))
+        return prompt, ids
+
+    prompt, ids = look_and_encode(1024)
+    start = len(prompt.input_ids)
+    fits = start + len(ids)
+    assert look_and_encode(fits)[1] == look_and_encode(fits, True)[1] == ids
+    assert look_and_encode(fits - 1) is None and look_and_encode(fits - 1, True)[1] == ids[:-1]
+    assert look_and_encode(start + 1, True)[1] == ids[:1]
+    assert look_and_encode(start, True) is None
+
+
+def test_every_turn_of_the_assistant_is_trained(tiny):
+    """Each after what was said before it, with the pictures that it has seen by then."""
+    chat = [("user", "one <image>?"), ("assistant", "first"), ("user", "two <image>?")]
+    prompt = [{"role": role, "content": content} for role, content in chat]
+    pictures = tiny.folder / "sft_0_0.png", tiny.folder / "sft_2_0.png"
+    example = Example("x", prompt, list(map(str, pictures)), "second")
+    args = argparse.Namespace(max_prompt=512, max_length=1024, truncate=False, bad_rows="skip")
+    tools = tiny.tokenizer, tiny.image_processor, "", args
+    pairs = sft.encode_demonstration(example, *tools)
+    assert [tiny.tokenizer.decode(ids[:-1]) for _, ids in pairs] == ["first", "second"]
+    assert [len(prompt.image_grid_thw) for prompt, _ in pairs] == [1, 2]
+    shown = tiny.tokenizer.decode(pairs[1][0].input_ids)
+    assert shown.index("one") < shown.index("first") < shown.index("two")
+    lengths = [sum(map(len, (prompt.input_ids for prompt, _ in pairs))), sum(len(i) for _, i in pairs)]
+    assert list(sft.measure_demonstration(example, *tools)) == lengths
