@@ -869,6 +869,23 @@ def test_two_processes_write_what_one_writes(compared):
         ).read_bytes() == path.read_bytes()
 
 
+def test_two_processes_refuse_together(compared, tmp_path):
+    """A bad row of the second process, and a --resume that only the first looks at: one line, and
+    nobody waits for the others."""
+    (tmp_path / "a.png").write_bytes(png()[:-40])
+    rows = [{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": "1", "images": ["a.png"]}]
+    path, out = write_jsonl(tmp_path / "own.jsonl", rows), compared.out / "one"
+    for flags, words in (
+        (["--data", path], f"{path}:2: image cannot be read"),
+        (["--seed", 3, "--out", out, "--resume"], "was made with other data or flags (--seed)"),
+    ):
+        flags = [*compared.flags, "--out", tmp_path / "out", *flags]
+        result = launch("eval.py", *flags, processes=2)
+        errors = [line for line in result.stderr.splitlines() if "eval.py: error:" in line]
+        assert result.returncode and len(errors) == 1 and words in errors[0], result.stderr[-3000:]
+    assert not (tmp_path / "out").exists()
+
+
 def test_difficulty_filter(tiny, policy, tmp_path, capfd):
     """The rows that are kept carry their rate, load as training data, and see the same pictures."""
     out = tmp_path / "deep" / "rl_data.jsonl"
