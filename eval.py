@@ -298,7 +298,7 @@ def load_bench(spec):
             rows = undecoded(load_dataset(source, config, split=benchmark.split))
             files.append((rows, f"{source} {config or ''}".strip(), path))
     except Exception as error:
-        why = f"cannot load {source} ({error}); give a copy with {name}=PATH"
+        why = f"cannot load {source} ({' '.join(str(error).split())}); give a copy: {name}=PATH"
         raise InputError(f"--bench {spec}: {why}") from error
     return benchmark, Examples(files, [], False, benchmark.read)
 
@@ -351,10 +351,13 @@ def look_at(example, where):
     parts = {"questions": [name, example.prompt, example.info], "options": example.options}
     parts["gold answers"] = [example.answer, example.digits]
     check_text(example.id + json.dumps(parts, ensure_ascii=False), where)
-    try:
-        parts["pictures"] = [look_at_picture(image) for image in example.images]
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise InputError(f"{where}: image cannot be read ({error})") from error
+    parts["pictures"] = []
+    for number, image in enumerate(example.images, 1):
+        try:
+            parts["pictures"].append(look_at_picture(image))
+        except Exception as error:  # Pillow's decoders raise many kinds
+            picture = image if isinstance(image, str) else number
+            raise InputError(f"{where}: image {picture} cannot be read ({error})") from error
     return {name: checksum(part) for name, part in parts.items()}
 
 

@@ -98,6 +98,7 @@ def test_wemath_letters_inside_an_option(tmp_path):
     row = wemath_rows(1, 0)[0]
     for text, options in (
         ("A. D;C. E; B. F; C. G", ["D;C. E", "F", "G"]),
+        ("A. 1; B. 2;A. 3; C. 4;B. 5", ["1", "2;A. 3", "4;B. 5"]),
         ("A. on AB;B. C; D. E; C. all; D. none", ["on AB", "C; D. E", "all", "none"]),
         ("（见图）\nA．3；B．4", ["3", "4"]),
         ("None of these", []),
@@ -353,7 +354,7 @@ def test_bad_pictures(tmp_path, monkeypatch, data, words):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "b.png").write_bytes(data)
     rows = [{"prompt": "?", "answer": "1", "images": [name]} for name in ("a.png", "b.png")]
-    with pytest.raises(InputError, match=f"own.jsonl:2: image cannot be read .*({words})"):
+    with pytest.raises(InputError, match=f"own.jsonl:2: image .*b.png cannot be read .*({words})"):
         own(tmp_path, rows)
 
 
@@ -396,7 +397,7 @@ def test_a_bad_row_is_said_before_a_model_is_loaded(tiny, tmp_path, capfd, monke
     path = write_jsonl(tmp_path / "own.jsonl", rows)
     assert stage("eval", "--ckpt", tiny.base, "--data", path, "--out", tmp_path / "out") == 2
     (error,) = capfd.readouterr().err.splitlines()
-    assert f"eval.py: error: {path}:2: image cannot be read" in error
+    assert f"eval.py: error: {path}:2: image {tmp_path}/a.png cannot be read" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -570,7 +571,7 @@ def server(monkeypatch):
             tries = sum(one.text == text for one in seen)
             asked = text + body["model"]
             bad = "broken" in asked or "again" in text and tries == 1
-            self.send_response(500 if bad else 200)
+            self.send_response(401 if body["model"] == "denied" else 500 if bad else 200)
             self.end_headers()
             word = "Yes." if "a dozen" in text or "again" in text else "no"
             word = "Perhaps." if "mumble" in asked else word
@@ -659,6 +660,7 @@ def test_a_judge_without_a_verdict_is_said_before_the_sampling(
         ("http://127.0.0.1:9", "m", "http://127.0.0.1:9/chat/completions .*Connection refused"),
         (address, "m", f"{address}/chat/completions .*timed out"),
         (server.url, "broken", f"{server.url}/chat/completions .*HTTPError: HTTP Error 500"),
+        (server.url, "denied", f"{server.url}/chat/completions .*HTTPError: HTTP Error 401"),
         (server.url, "mumble", f"{server.url}/chat/completions .neither yes nor no: Perhaps"),
     ):
         flags = ["--data", path, "--judge", url, "--judge-model", model, "--out", tmp_path / "out"]
@@ -666,16 +668,13 @@ def test_a_judge_without_a_verdict_is_said_before_the_sampling(
         (error,) = capfd.readouterr().err.splitlines()
         assert E.re.search(f"eval.py: error: --judge: no verdict from {words}", error), error
         assert not (tmp_path / "out").exists()
+    tries = [sum(one.model == model for one in server.seen) for model in ("broken", "denied")]
+    assert tries == [2, 1]  # a wrong key will not mend
+    silent.close()
 
 
 # ----------------------------------------------------------------------------------------- identity
-ROW = {
-    "prompt": "<image>How?",
-    "answer": "1",
-    "options": ["1", "2"],
-    "images": ["a.png"],
-    "id": "x",
-}
+ROW = {"prompt": "<image>How?", "answer": "1", "options": ["1", "2"], "images": ["a.png"]}
 
 
 @pytest.fixture
@@ -762,7 +761,7 @@ def test_resume_notices_other_weights_and_takes_a_copy(kept):
     (other / "meta.json").write_text("when it was made")
     assert kept.plan(weights=other)[0].kept
     data = np.frombuffer((other / "model.safetensors").read_bytes(), np.uint8).copy()
-    data[np.random.default_rng(1).random(len(data)) < 1e-3] ^= 1
+    data[len(data) // 2 :][np.random.default_rng(1).random(len(data) // 2) < 1e-3] ^= 1
     (other / "model.safetensors").write_bytes(data.tobytes())
     with pytest.raises(InputError, match=r"\(model.safetensors\)"):
         kept.plan(weights=other)
@@ -870,13 +869,14 @@ def test_two_processes_write_what_one_writes(compared):
 
 
 def test_two_processes_refuse_together(compared, tmp_path):
-    """A bad row of the second process, and a --resume that only the first looks at: one line, and
+    """The first of two bad rows, and a --resume that only one process looks at: one line, and
     nobody waits for the others."""
     (tmp_path / "a.png").write_bytes(png()[:-40])
     rows = [{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": "1", "images": ["a.png"]}]
-    path, out = write_jsonl(tmp_path / "own.jsonl", rows), compared.out / "one"
+    path = write_jsonl(tmp_path / "own.jsonl", [*rows, rows[1]])  # each process has a bad row
+    out = compared.out / "one"
     for flags, words in (
-        (["--data", path], f"{path}:2: image cannot be read"),
+        (["--data", path], f"{path}:2: image {tmp_path}/a.png cannot be read"),
         (["--seed", 3, "--out", out, "--resume"], "was made with other data or flags (--seed)"),
     ):
         flags = [*compared.flags, "--out", tmp_path / "out", *flags]
