@@ -298,7 +298,7 @@ def load_bench(spec):
             rows = undecoded(load_dataset(source, config, split=benchmark.split))
             files.append(File(rows, f"{source} {config or ''}".strip(), path))
     except Exception as error:
-        why = f"cannot load {source} ({error}); give a copy with {name}=PATH"
+        why = f"cannot load {source} ({' '.join(str(error).split())}); give a copy: {name}=PATH"
         raise InputError(f"--bench {spec}: {why}") from error
     return benchmark, Examples(files, [], False, benchmark.read)
 
@@ -339,9 +339,11 @@ def look_at(example, where):
     why = None
     if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
         why = "the row has no answer to verify against (column answer or reward_model)"
-    elif len(example.options) > 10 and not is_choice(golds[0], example.options[:10]):
-        why = f"the answer {golds[0][:80]!r} of {len(example.options)} options is none of A to J"
-    elif places not in (0, len(example.images)):
+    elif len(example.options) > 10 and golds[0] not in example.options[:10]:
+        if not parse_choice(clean(golds[0])):  # the letters that the verifier knows
+            many = f"{len(example.options)} options"
+            why = f"the answer {golds[0][:80]!r} of {many} is none of A to J"
+    if places not in (0, len(example.images)):
         why = f"{places} <image> in the text but {len(example.images)} images in the row"
     if why:
         raise InputError(f"{where}: {why}")
@@ -349,15 +351,14 @@ def look_at(example, where):
     parts = {"questions": [name, example.prompt, example.info], "options": example.options}
     parts["gold answers"] = [example.answer, example.digits]
     check_text(example.id + json.dumps(parts, ensure_ascii=False), where)
-    try:
-        parts["pictures"] = [look_at_picture(image) for image in example.images]
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise InputError(f"{where}: image cannot be read ({error})") from error
+    parts["pictures"] = []
+    for number, image in enumerate(example.images, 1):
+        try:
+            parts["pictures"].append(look_at_picture(image))
+        except Exception as error:  # Pillow's decoders raise many kinds
+            picture = image if isinstance(image, str) else number
+            raise InputError(f"{where}: image {picture} cannot be read ({error})") from error
     return {name: checksum(part) for name, part in parts.items()}
-
-
-def is_choice(gold, options):
-    return gold in options or parse_choice(clean(gold)) is not None
 
 
 def checksum(value):
@@ -432,13 +433,12 @@ def vote(group, options):
     """Samples of one item: sets `vote` to the first sample with an equivalent answer."""
     firsts = []
     for generation in group:
-        said = generation.get("said")
-        generation["vote"] = generation["sample"] if said else None
-        for first in firsts if said else []:
-            if said == first["said"] or verify(said, first["said"], options):
+        said, generation["vote"] = generation.get("said"), None
+        for first in [*firsts, generation]:
+            if said and (said == first["said"] or verify(said, first["said"], options)):
                 generation["vote"] = first["sample"]
                 break
-        if said and generation["vote"] == generation["sample"]:
+        if generation["vote"] == generation["sample"]:
             firsts.append(generation)
 
 
@@ -523,12 +523,13 @@ def plan(folders, sets, args):
 def fingerprint(path):
     """{file: checksum} of what the responses of a checkpoint depend on. Of a large file 64 pieces
     of 4 kB count: a step of training changes nearly all. A Hub id stands for itself."""
-    found = {"checkpoint": path} if not os.path.isdir(path) else {}
-    for name in sorted(os.listdir(path)) if not found else []:
+    if not os.path.isdir(path):
+        return {"checkpoint": path}
+    found = {}
+    for name in os.listdir(path):
         if name.endswith((".safetensors", ".json", ".jinja", ".txt")) and name != "meta.json":
             with open(os.path.join(path, name), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                found[name] = size
+                found[name] = size = os.fstat(file.fileno()).st_size
                 for start in range(0, size, max(4096, size // 64)):
                     file.seek(start)
                     found[name] = crc32(file.read(4096), found[name])
@@ -568,22 +569,22 @@ JUDGE = (
 )
 
 
-def ask(question, gold, said, args):
-    """One question to an OpenAI-compatible server -> is `said` right? Raises InputError, which
+def ask(text, args):
+    """One question to an OpenAI-compatible server -> yes or no, as bool. Raises InputError, which
     names address and cause, when there is no usable reply."""
     url = args.judge.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    messages = [{"role": "user", "content": JUDGE.format(question, gold, said)}]
+    messages = [{"role": "user", "content": text}]
     body = json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0}).encode()
     headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
     headers["Content-Type"] = "application/json"
     for wait in JUDGE_WAITS:
         try:
             with urlopen(Request(url, body, headers), timeout=JUDGE_SECONDS) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
-            verdict = re.match(r"\W*(yes|no)\b", text.lower())
+                said = json.load(reply)["choices"][0]["message"]["content"]
+            verdict = re.match(r"\W*(yes|no)\b", said.lower())
             if verdict:
                 return verdict[1] == "yes"
-            why, code = f"neither yes nor no: {text}", 200
+            why, code = f"neither yes nor no: {said}", 200
         except NO_REPLY as error:
             why, code = f"{type(error).__name__}: {error}", getattr(error, "code", 500)
         if code < 500 and code not in (408, 409, 429):  # a wrong key or name will not mend
@@ -605,15 +606,14 @@ def judge(generations, test_set, args, world):
     def decide(n):
         example, said = test_set[generations[n]["item"]], generations[n]["said"]
         gold = example.answer if isinstance(example.answer, str) else " or ".join(example.answer)
-        text = example.prompt[-1]["content"].replace("<image>", "")
-        asked = JUDGE.format(text, gold, said)
-        right = known.get((args.judge_model, asked))
+        text = JUDGE.format(example.prompt[-1]["content"].replace("<image>", ""), gold, said)
+        right = known.get((args.judge_model, text))
         if right is None and len(failed) < 16:  # a server that is gone is not asked for ever
             try:
-                right = ask(text, gold, said, args)
+                right = ask(text, args)
             except InputError:
                 failed.append(n)
-            line = {"model": args.judge_model, "ask": asked, "right": right}
+            line = {"model": args.judge_model, "ask": text, "right": right}
             with lock, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return n, right
@@ -1076,7 +1076,7 @@ def main():
     jobs = on_first(world, plan, folders, sets, args)
     attention = choose_attention(args.attn, world)
     if args.judge:  # a server that is not there is said before an hour of sampling
-        on_first(world, ask, "How much is 1 + 1?", "2", "two", args)
+        on_first(world, ask, JUDGE.format("How much is 1 + 1?", "2", "two"), args)
     runs, loaded = {path: {} for path in folders}, None
     for job in jobs:
         test_set = sets[job.data]
