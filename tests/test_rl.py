@@ -208,7 +208,7 @@ def test_every_step_makes_k_updates(tiny, policy, tmp_path):
     assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", **more)) == 0
     log = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["groups"] for row in log] == [2] * 5 and any(row["gen_batches"] > 1 for row in log)
-    dcp_to_torch_save(tmp_path / "state", tmp_path / "state.pt")
+    dcp_to_torch_save(tmp_path / "state.5", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=False)["policy"]["optimizer"]["state"]
     assert {float(entry["step"]) for entry in state.values()} == {10.0}
 
@@ -217,8 +217,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
     """Metrics and rollouts: also the rollouts of a step that is repeated appear once."""
     for out, steps in (("whole", 4), ("broken", 3), ("two", 2)):
         assert stage("rl", *flags_of(tiny, policy, tmp_path / out, steps=steps)) == 0
-    shutil.rmtree(tmp_path / "broken" / "state")
-    (tmp_path / "two" / "state").rename(tmp_path / "broken" / "state")  # as if killed in step 4, after the save of step 2
+    shutil.rmtree(tmp_path / "broken" / "state.3")
+    (tmp_path / "two" / "state.2").rename(tmp_path / "broken" / "state.2")  # as if killed in step 4, after the save of step 2
     assert stage("rl", *flags_of(tiny, policy, tmp_path / "broken", steps=4), "--resume") == 0
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         whole, broken = (untimed(read_jsonl(tmp_path / out / name)) for out in ("whole", "broken"))
