@@ -31,13 +31,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 
@@ -301,39 +302,73 @@ class Skips:
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-def check_checkpoint(path):
-    """Raise InputError unless `path` is a folder with a config and weights, or could be a Hub id
-    (owner/name; any other form of path has to exist)."""
-    if not os.path.isdir(path):
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-            raise InputError(f"--ckpt {path}: no such folder")
-        return
-    if not os.path.exists(os.path.join(path, "config.json")):
-        raise InputError(f"--ckpt {path}: the folder has no config.json")
-    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
+def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
+    """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
+    InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
+    an adapter, with whole weights in safetensors, or could be a Hub id (owner/name)."""
+    local = os.path.isdir(path)
+    if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise InputError(f"--ckpt {path}: no such folder")
+    if local and any(name.startswith("adapter_") for name in os.listdir(path)):
+        raise InputError(f"--ckpt {path}: an adapter (adapter_*) is not read: merge or remove it")
+    try:
+        config = read_json(cached_file(path, "config.json") or os.path.join(path, "config.json"))
+        kind, quantised = config.get("model_type"), config.get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        if not local:
+            return  # from_pretrained knows better what is wrong with a Hub id
+        raise InputError(f"--ckpt {path}: config.json: {str(error).splitlines()[0]}") from error
+    if kind not in kinds:
+        raise InputError(f"--ckpt {path}: a {kind}; a {' or '.join(kinds)} is needed")
+    if quantised:
+        method = quantised.get("quant_method")
+        raise InputError(f"--ckpt {path}: a quantised checkpoint ({method}) cannot be trained")
+    if local:
+        check_weights(path)
+
+
+def check_weights(path):
+    """Raise InputError unless all weights of a folder are there, in safetensors, whole."""
+    names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    try:
+        index = read_json(os.path.join(path, "model.safetensors.index.json"))
+        names = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        pass
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"--ckpt {path}: model.safetensors.index.json: {error}") from error
+    if not names or not all(str(name).endswith(".safetensors") for name in names):
+        raise InputError(f"--ckpt {path}: the folder has no weights, or other than *.safetensors")
+    for name in names:
         try:
-            with open(index) as file:
-                names = set(json.load(file)["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"--ckpt {path}: {os.path.basename(index)}: {error}") from error
-        if not all(str(name).endswith(".safetensors") for name in names):
-            raise InputError(f"--ckpt {path}: the index names weights that are no .safetensors")
+            with safe_open(os.path.join(path, name), framework="pt") as file:
+                empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
+        except (OSError, SafetensorError) as error:
+            what = "an incomplete download or a Git LFS pointer?"
+            raise InputError(f"--ckpt {path}: {name}: {error} ({what})") from error
+        if empty:
+            raise InputError(f"--ckpt {path}: {name}: the weight {empty[0]} is empty")
 
 
 def load_tokenizer(path, args=None):
-    """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and
-    --max-pixels."""
+    """(tokenizer, Pillow image processor) of a checkpoint. args: the flags of a stage that encodes
+    prompts, for --min-pixels and --max-pixels; it needs a chat template."""
     check_checkpoint(path)
+    code = {"trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            path, backend="pil", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
+        rows = AutoConfig.from_pretrained(path, **code).get_text_config().vocab_size
+        older = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if tokenizer.chat_template is None and older:
+            tokenizer.chat_template = read_json(older)["chat_template"]
+    except Exception as error:  # tokenizers raises it as it is
+        what = f"tokenizer or image processor: {str(error).splitlines()[0]}"
+        raise InputError(f"--ckpt {path}: {what}") from error
+    if (n := len(tokenizer)) > rows:
+        raise InputError(f"--ckpt {path}: the tokenizer has {n} tokens, the embedding {rows} rows")
+    if args and tokenizer.chat_template is None:
+        raise InputError(f"--ckpt {path}: no chat template (chat_template.jinja) for the tokenizer")
     # the processor's names; it means pixels of the whole picture
     for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         if args and getattr(args, flag) is not None:
@@ -343,10 +378,22 @@ def load_tokenizer(path, args=None):
     return tokenizer, processor
 
 
+def eos_ids(tokenizer, ckpt):
+    """The ids that end a response: the tokenizer's EOS, which is the one that is trained, then the
+    others of generation_config.json."""
+    try:
+        more = GenerationConfig.from_pretrained(ckpt).eos_token_id
+    except OSError:
+        more = None
+    more = more if isinstance(more, list) else [more]
+    return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
+
+
 def load_policy(path, dtype=torch.float32):
     """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
     are an error."""
-    check_checkpoint(path)
+    check_checkpoint(path, ("qwen3_vl",))
+    vocabulary = len(load_tokenizer(path)[0])
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -354,6 +401,7 @@ def load_policy(path, dtype=torch.float32):
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
     check_loaded(path, info)
+    model.usable_vocabulary = vocabulary  # for rows.py: the embedding may have more rows
     return model
 
 
@@ -362,6 +410,7 @@ def check_loaded(path, info):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(map(str, sorted(info[kind])[:5]))
+            names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
             raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {names}")
 
 
@@ -423,6 +472,11 @@ def write_json(path, value):
     with open(path + ".tmp", "w") as file:
         json.dump(value, file, indent=1)
     os.replace(path + ".tmp", path)
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -124,6 +125,128 @@ def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     save_file({k: w for k, w in weights.items() if k != key}, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
         load(str(broken))
+
+
+def one_line(capfd):
+    """The one line that was written to stderr."""
+    lines = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if "Warning" not in line and line[:2] != "  "
+    ]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def variant(tiny, tmp_path, name="ck", settings=None, weights=None, **files):
+    """A copy of the tiny checkpoint with other settings in config.json, other weights, and other
+    files (None: it is gone)."""
+    folder = Path(shutil.copytree(tiny.base, tmp_path / name))
+    config = json.loads((folder / "config.json").read_text()) | (settings or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights:
+        stored = load_file(folder / "model.safetensors")
+        save_file(stored | weights, folder / "model.safetensors", {"format": "pt"})
+    for file, content in files.items():
+        path = folder / file.replace("__", ".")
+        path.unlink() if content is None else path.write_text(content)
+    return str(folder)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4844720\n"
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+UP = "model.language_model.layers.0.mlp.up_proj.weight"
+CHECKPOINTS = {  # name: what is other in it, words of the line
+    "text only": ({"settings": {"model_type": "qwen2"}}, "a qwen2; a qwen3_vl"),
+    "Qwen2.5-VL": ({"settings": {"model_type": "qwen2_5_vl"}}, "a qwen2_5_vl; a qwen3_vl"),
+    "mixture": ({"settings": {"model_type": "qwen3_vl_moe"}}, "a qwen3_vl_moe; a qwen3_vl is"),
+    "no type": ({"settings": {"model_type": None}}, "a None; a qwen3_vl"),
+    "no object": ({"config__json": "[]"}, "config.json"),
+    "broken config": ({"config__json": "{"}, "config.json"),
+    "an adapter alone": ({"config__json": None, "adapter_config__json": "{}"}, "an adapter"),
+    "an adapter beside": ({"adapter_config__json": "{}"}, "an adapter"),
+    "adapter weights": ({"adapter_model__safetensors": "x"}, "an adapter"),
+    "a pointer": ({"model__safetensors": POINTER}, "model.safetensors: .*Git LFS pointer"),
+    "a shard is missing": ({"model__safetensors__index__json": INDEX}, "model-2.safetensors: "),
+    "broken index": ({"model__safetensors__index__json": "[]"}, "model.safetensors.index.json"),
+    "no weights": ({"model__safetensors": None}, "no weights"),
+    "an empty weight": ({"weights": {UP: torch.zeros(0)}}, f"the weight {UP} is empty"),
+    "no template": ({"chat_template__jinja": None}, "no chat template"),
+    "broken template": (
+        {"chat_template__jinja": None, "chat_template__json": "{}"}, "chat_template"
+    ),
+} | {
+    name: ({"settings": {"quantization_config": {"quant_method": name}}}, f"quantised .*{name}")
+    for name in ("bitsandbytes", "fp8", "awq", "gptq")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_looked_at_before_it_is_loaded(tiny, tmp_path, capfd, name):
+    other, words = CHECKPOINTS[name]
+    flags = flags_of(tiny, tmp_path / "out", ckpt=variant(tiny, tmp_path, **other), steps=1)
+    assert stage("sft", *flags) == 2
+    line = one_line(capfd)
+    assert (
+        re.match(f"sft.py: error: --ckpt .*/ck: .*{words}", line)
+        and not (tmp_path / "out").exists()
+    )
+
+
+@pytest.mark.parametrize("cut", [3, 9, 5000])
+def test_a_cut_file_of_weights_is_named(tiny, tmp_path, cut):
+    folder = Path(variant(tiny, tmp_path))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:cut])
+    for load in (runtime.load_tokenizer, runtime.load_policy, load_discriminator):
+        with pytest.raises(InputError, match="model.safetensors: .*incomplete download"):
+            load(str(folder))
+
+
+def test_a_tokenizer_beyond_the_embedding_is_named(tiny, tmp_path):
+    folder = variant(tiny, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<box>", "</box>"])
+    tokenizer.save_pretrained(folder)
+    n = len(tiny.tokenizer)
+    with pytest.raises(InputError, match=f"has {n + 2} tokens, the embedding {n} rows"):
+        runtime.load_tokenizer(folder)
+
+
+def test_the_model_knows_how_many_tokens_there_are(tiny, tmp_path):
+    """The embedding of Qwen3-VL has more rows than its tokenizer has tokens."""
+    key = "model.language_model.embed_tokens.weight"
+    padded = torch.cat([load_file(Path(tiny.base) / "model.safetensors")[key], torch.ones(30, 64)])
+    text = json.loads((Path(tiny.base) / "config.json").read_text())["text_config"]
+    settings = {"text_config": text | {"vocab_size": len(padded)}}
+    folder = variant(tiny, tmp_path, weights={key: padded}, settings=settings)
+    model = runtime.load_policy(folder)
+    assert len(model.lm_head.weight) == len(tiny.tokenizer) + 30
+    assert model.usable_vocabulary == len(tiny.tokenizer)
+    assert runtime.make_sampler(model, ONE).usable_vocabulary == len(tiny.tokenizer)
+
+
+def test_a_chat_template_in_its_older_place_is_read_and_handed_on(tiny, tmp_path):
+    template = json.dumps({"chat_template": tiny.tokenizer.chat_template})
+    older = {"chat_template__jinja": None, "chat_template__json": template}
+    folder = variant(tiny, tmp_path, **older)
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", ckpt=folder, steps=1)) == 0
+    for path in (folder, str(tmp_path / "out")):
+        tokenizer, _ = runtime.load_tokenizer(path)
+        assert tokenizer.chat_template == tiny.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("given, expected", [
+    (None, []), ("gone", []), ("own", []), (0, [0]), ([0, "own"], [0]), (["own", 0, 5], [0, 5])
+])  # fmt: skip
+def test_every_eos_of_the_generation_config_ends_a_response(tiny, tmp_path, given, expected):
+    """The tokenizer's own, which is the one that is trained, comes first."""
+    own, folder = tiny.eos, variant(tiny, tmp_path)
+    ids = [own if i == "own" else i for i in (given if isinstance(given, list) else [given])]
+    ids = ids if isinstance(given, list) else ids[0]
+    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    if given == "gone":
+        (Path(folder) / "generation_config.json").unlink()
+    assert runtime.eos_ids(tiny.tokenizer, folder) == [own, *expected]
 
 
 def changed_model(tiny):
