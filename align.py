@@ -112,11 +112,11 @@ def parse_args():
                         help="prompts and teacher responses: SOURCE[:WEIGHT] ...")  # fmt: skip
     parser.add_argument("--steps", type=integer(0), default=500, help="steps of the game")
     parser.add_argument("--warmup-steps", type=integer(0), default=0, help="discriminator-only steps on fresh rollouts first")
-    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate of the policy")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
-    group.add_argument("--disc-lr", type=real(0), default=1e-6, help="learning rate of the discriminator")
+    group.add_argument("--disc-lr", type=real(0, 1), default=1e-6, help="learning rate of the discriminator")
     group.add_argument("--disc-updates", type=integer(1), default=1, help="discriminator steps per policy step, on the same rollouts")
     group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
     group = parser.add_argument_group("advantage")

@@ -625,7 +625,7 @@ class Feed:
             self.new.append({"step": step + 1, "file": file, "row": row, "reason": reason})
             self.written.add((file, row))
         if self.bad > allowed(max(self.position, min(LOOK, len(self.examples))), len(self.examples), self.args):
-            if os.path.isdir(self.args.out):  # a run that fails before its first step leaves nothing behind
+            if os.path.exists(os.path.join(self.args.out, "metrics.jsonl")):  # earlier a run leaves nothing behind
                 self.write()
             raise too_many(self.bad, self.position, self.args, f"{where}: {reason}")
 

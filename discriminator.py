@@ -323,7 +323,7 @@ def parse_args():
     group = parser.add_argument_group("warm-up")
     group.add_argument("--batch", type=integer(1), default=64, help="pairs per step, over all processes")
     group.add_argument("--steps", type=integer(0), default=None, help="steps (default: one pass over the pairs)")
-    group.add_argument("--lr", type=real(0), default=1e-6, help="learning rate")
+    group.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="what to build on --ckpt")
     group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in the loss")
     common_flags(parser, "disc")

@@ -240,7 +240,7 @@ def parse_args():
                         help="prompts and answers: SOURCE[:WEIGHT] ...")  # fmt: skip
     parser.add_argument("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
     parser.add_argument("--steps", type=integer(0), default=1500, help="rollout batches")
-    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate")
     parser.add_argument("--lr-warmup", type=integer(0), default=0, help="steps with rising learning rate")
     parser.add_argument("--updates-per-rollout", type=integer(1), default=1, metavar="K", help="optimizer steps per rollout batch")
     parser.add_argument("--max-gen-batches", type=integer(1), default=10, help="rounds of dynamic sampling per step (dapo)")

@@ -30,7 +30,7 @@ def parse_args():
     parser.add_argument("--batch", type=integer(1), default=128, help="examples per step, over all processes")
     parser.add_argument("--epochs", type=real(above=0), default=1.0, help="passes over the data")
     parser.add_argument("--steps", type=integer(0), default=None, help="steps instead of --epochs")
-    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
     parser.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of the steps with rising learning rate")
     parser.add_argument("--max-length", type=integer(1), default=8192, help="longer demonstrations are dropped and counted")
     parser.add_argument("--truncate", action="store_true", help="cut them instead (a prompt is never cut)")
