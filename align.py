@@ -133,13 +133,13 @@ def parse_args():
     parser.add_argument("--steps", type=integer(0), default=500, help="steps of the game")
     parser.add_argument("--warmup-steps", type=integer(0), default=0,
                         help="discriminator-only steps on fresh rollouts first")
-    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate of the policy")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None,
                        help="its checkpoint, or that of its backbone (default: --ckpt)")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe",
                        help="moe or an ablation")
-    group.add_argument("--disc-lr", type=real(0), default=1e-6, help="its learning rate")
+    group.add_argument("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
     group.add_argument("--disc-updates", type=integer(1), default=1,
                        help="discriminator steps per policy step, on the same rollouts")
     group.add_argument("--score-l2", type=real(0), default=1e-3,
@@ -181,7 +181,8 @@ def main():
     disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     skips, disc_skips, steps = Skips(), Skips(), args.warmup_steps + args.steps
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips)
+    identity = {"data": found.examples.fingerprint()}
+    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=identity)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(steps, args.prompts)

@@ -30,7 +30,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll, append_rows, integer, quote, real, write_rows
+from runtime import InputError, InputErrorOfAll, append_rows, fingerprint, integer, quote, real
+from runtime import write_rows
 
 SYSTEM_PROMPT = (
     "Answer in three blocks. "
@@ -136,18 +137,12 @@ class Examples(Sequence):
         return self.read(file.rows[place], "{}:{}".format(*self.where(i)), file.folder)
 
     def fingerprint(self):
-        """A number that changes when the rows do: of each file its size, first and last MiB."""
-        crc = 0
+        """A text that changes when the rows do."""
+        found = [self.sources]
         for file in self.files:
-            if os.path.isfile(file.path):
-                size = os.path.getsize(file.path)
-                with open(file.path, "rb") as stream:
-                    crc = zlib.crc32(stream.read(1 << 20), zlib.crc32(str(size).encode(), crc))
-                    stream.seek(max(0, size - (1 << 20)))
-                    crc = zlib.crc32(stream.read(), crc)
-            else:
-                crc = zlib.crc32(getattr(file.rows, "_fingerprint", file.path).encode(), crc)
-        return crc
+            local = os.path.isfile(file.path)
+            found.append(fingerprint(file.path) if local else file.rows._fingerprint)
+        return f"{len(self)} rows, content {zlib.crc32(repr(found).encode()):08x}"
 
 
 def load_examples(sources, split=None):

@@ -398,7 +398,7 @@ def parse_args():
     group = parser.add_argument_group("warm-up")
     group.add_argument("--batch", type=integer(1), default=128, help="pairs per step, in all")
     group.add_argument("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
-    group.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate, then a cosine")
+    group.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate, then a cosine")
     group.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
     group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
@@ -455,7 +455,8 @@ def warm_up(args, world):
     if steps is None:
         steps = max(1, len(found.usable) // args.batch)
     parts, skips = {"discriminator": (disc, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, steps, skips)
+    identity = {"data": found.examples.fingerprint()}
+    progress, metrics = begin(args, world, parts, steps, skips, identity=identity)
     feed = Feed(found, lambda example: encode_pair(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
     for step in range(progress["step"], steps):

@@ -322,7 +322,7 @@ def parse_args():
     parser.add_argument("--algo", choices=list(ALGOS), default="grpo",
                         help="row of the table of algorithms")
     parser.add_argument("--steps", type=integer(0), default=1500, help="rollout batches")
-    parser.add_argument("--lr", type=real(0), default=1e-6, help="learning rate")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate")
     parser.add_argument("--lr-warmup", type=integer(0), default=0,
                         help="steps with rising learning rate")
     parser.add_argument("--updates-per-rollout", type=integer(1), default=1, metavar="K",
@@ -434,7 +434,8 @@ def main():
         shard(reference, units, world, target_logprobs)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, args.steps, skips)
+    identity = {"data": found.examples.fingerprint()}
+    progress, metrics = begin(args, world, parts, args.steps, skips, identity=identity)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(args.steps, args.prompts)

@@ -2,7 +2,8 @@
 
 A stage writes one folder, OUT:
 
-    state.STEP/                            all that --resume needs; the newest counts
+    lock                                   held as long as the run lives
+    state.STEP/                            all that --resume needs; the newest whole one counts
     metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
     config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
     meta.json                              last of all: the stage is finished
@@ -10,6 +11,7 @@ A stage writes one folder, OUT:
 
 import argparse
 import copy
+import fcntl
 import importlib
 import json
 import math
@@ -19,25 +21,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from glob import glob
 from types import MethodType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 
@@ -58,6 +65,9 @@ class InputErrorOfAll(InputError):
 
 # ------------------------------------------------------------------------------------------- flags
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
+PATHS = ("ckpt", "disc", "data", "pairs", "score", "system_prompt")  # flags for what is read
+FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
+        "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,23 +77,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def integer(low=None, high=None):
-    """argparse type: an integer of at least `low` and at most `high`."""
-    return number(int, low, high)
-
-
-def real(low=None, high=None, above=None):
-    """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
-    return number(float, low, high, above)
-
-
 def number(kind, low=None, high=None, above=None):
+    """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            what = "integer" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text} is no {what}") from None
+            name = {int: "integer", float: "number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text} is no {name}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if low is not None and value < low:
@@ -97,30 +99,42 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
+integer, real = partial(number, int), partial(number, float)
+
+
 def common_flags(parser, stage):
     """The flags that every training stage has, with that stage's default for --out."""
-    add = parser.add_argument_group("run").add_argument
+    parser.set_defaults(stage=stage)
+    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": None}
+    group = parser.add_argument_group("run")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
     add("--out", default=f"{stage}_out", help="folder to write: states, logs, then the checkpoint")
     add("--seed", type=integer(0), default=0, help="of data order, sampling and initialisation")
-    add("--resume", action="store_true", help="continue from the newest OUT/state.STEP")
+    either("--resume", action="store_true", help="continue from the newest OUT/state.STEP")
+    either("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add("--save-every", type=integer(0), default=100, help="steps between states; 0: the last only")
     add("--keep", type=integer(1), default=1, help="states to keep, the newest ones")
     # not --log: torchrun takes that for an abbreviation of its own --log-dir, wherever it stands
     add("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
     add = parser.add_argument_group("memory").add_argument
-    add("--max-tokens", type=integer(1), default=16384,
-        help="tokens per forward; results do not depend on it")  # fmt: skip
-    add("--attn", choices=("auto", "sdpa", "flash"), default="auto",
-        help="auto: flash on CUDA, else sdpa")  # fmt: skip
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-        help="recompute activations in backward (default: on CUDA)")  # fmt: skip
+    add("--max-tokens", type=integer(1), default=16384, help="per forward; changes no result")
+    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash on CUDA")
+    add("--checkpointing", **yes_or_no, help="recompute activations in backward (default: on CUDA)")
     add = parser.add_argument_group("optimizer").add_argument
-    add("--weight-decay", type=real(0), default=0.01, help="of AdamW")
+    add("--weight-decay", type=real(0, 1), default=0.01, help="of AdamW")
     add("--clip", type=real(above=0), default=1.0, help="largest gradient norm")
 
 
+def flag_of(name):
+    """An attribute of the parsed arguments -> its flag."""
+    return {"n": "--rollouts", "stage": "stage"}.get(name, "--" + name.replace("_", "-"))
+
+
 # --------------------------------------------------------------------------------------- processes
+CLOSING = ExitStack()  # what `run` has to do at the end
+
+
 @dataclass
 class World:
     """The processes of this run, seen from one of them."""
@@ -129,7 +143,9 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: see setup
-    stop: bool = False  # SIGTERM has come
+    identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
+    stop: int = 0  # the signal that has come, SIGTERM or SIGINT
+    due: bool = False  # a state has to be saved
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
 
     def share(self, lengths):
@@ -164,19 +180,16 @@ class World:
 
 
 def setup(args, global_sizes=()):
-    """Check what can be checked before anything is loaded, and start torch.distributed when
-    torchrun started us -> World. global_sizes: {flag: number that the processes must divide}."""
+    """Check what can be checked before anything is loaded, start torch.distributed when torchrun
+    started us, take hold of OUT -> World. global_sizes: {flag: number to divide by processes}."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
-        raise InputError(
-            f"{size} processes, {local} of them on this node: start the same number on every node"
-        )
+        raise InputError(f"{size} processes, {local} on this node: start as many on every node")
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise InputError(f"--out {args.out} is a file; give a folder")
+    check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS})
     if hasattr(args, "save_every"):
         check_run(args)
     device = torch.device("cpu")
@@ -192,6 +205,7 @@ def setup(args, global_sizes=()):
         shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
         shape = list(world.mesh.mesh.shape)
         print("; ".join([f"{size} processes, mesh {shape}", *shares]), flush=True)
+    claim(args.out, world)
     return world
 
 
@@ -208,6 +222,62 @@ def connect(size, local, device):
     shape = (size // local, local) if 1 < local < size else (size,)
     names = ("replicate", "shard")[-len(shape) :]
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def check_out(out, inputs):
+    """Raise InputError where OUT is a path that is read, lies in it or around it. inputs: {flag:
+    path, list of paths or None}; what does not exist, such as a Hub id, is no path."""
+    here = os.path.realpath(out)
+    for flag, paths in inputs.items():
+        for path in [paths] if isinstance(paths, str) else paths or []:
+            there = os.path.realpath(path)
+            if os.path.exists(there) and os.path.commonpath([here, there]) in (here, there):
+                raise InputError(f"--out {out} is, holds or lies in {flag} {path}; give another")
+
+
+def check_run(args):
+    """Raise InputError for what --resume, --overwrite and --logger cannot do."""
+    states = find_states(args.out)
+    if args.resume and not states:
+        raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
+    found = None
+    if os.path.exists(os.path.join(args.out, "config.json")):
+        found = "a checkpoint"
+    if states:
+        found = "an unfinished run"
+    if os.path.exists(os.path.join(args.out, "meta.json")):
+        found = "a finished run"
+    if found and not (args.resume or args.overwrite):
+        cure = "add --resume to go on or --overwrite to lose it, or give another folder"
+        raise InputError(f"--out {args.out} holds {found}: {cure}")
+    if args.logger:
+        try:
+            importlib.import_module(LOGGERS[args.logger])
+        except ImportError as error:
+            cure = f"pip install {args.logger}"
+            raise InputError(f"--logger {args.logger}: {error}; {cure}") from error
+
+
+def claim(out, world):
+    """Make OUT and lock it until `run` ends. InputErrorOfAll when another run holds it or when it
+    cannot be written; a folder that is new and stays empty is taken away again."""
+    problem = None
+    if world.rank == 0:
+        new = not os.path.isdir(out)
+        try:
+            os.makedirs(out, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+            lock = CLOSING.enter_context(open(os.path.join(out, "lock"), "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if new:
+                CLOSING.callback(lambda: os.listdir(out) == ["lock"] and shutil.rmtree(out))
+        except BlockingIOError:
+            problem = f"--out {out}: another run is at work there"
+        except OSError as error:
+            problem = f"--out {out} cannot be written: {error.strerror}"
+    problem = world.gather(problem)[0]
+    if problem:
+        raise InputErrorOfAll(problem)
 
 
 def most(packs, world):
@@ -307,40 +377,83 @@ class Skips:
         return None if bad else norm
 
 
+def all_finite(parts, world):
+    """Whether all weights and moments of {name: (model, optimizer)} are, on all ranks."""
+    tensors = [p for model, _ in parts.values() for p in model.parameters()]
+    states = [state for _, optimizer in parts.values() for state in optimizer.state.values()]
+    tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return not world.sum(sum(not t.isfinite().all() for t in tensors))[0]
+
+
 # ------------------------------------------------------------------------------------- checkpoints
-def check_checkpoint(path):
-    """Raise InputError unless `path` is a folder with a config and weights, or could be a Hub id
-    (owner/name; any other form of path has to exist)."""
-    if not os.path.isdir(path):
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-            raise InputError(f"--ckpt {path}: no such folder")
-        return
-    if not os.path.exists(os.path.join(path, "config.json")):
-        raise InputError(f"--ckpt {path}: the folder has no config.json")
-    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        raise InputError(f"--ckpt {path}: the folder has no weights (*.safetensors)")
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
+def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
+    """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
+    InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
+    an adapter, with whole weights in safetensors, or could be a Hub id (owner/name)."""
+    local = os.path.isdir(path)
+    if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise InputError(f"--ckpt {path}: no such folder")
+    if local and any(name.startswith("adapter_") for name in os.listdir(path)):
+        raise InputError(f"--ckpt {path}: an adapter (adapter_*) is not read: merge or remove it")
+    try:
+        config = read_json(cached_file(path, "config.json") or os.path.join(path, "config.json"))
+        kind, quantised = config.get("model_type"), config.get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        if not local:
+            return  # from_pretrained knows better what is wrong with a Hub id
+        raise InputError(f"--ckpt {path}: config.json: {str(error).splitlines()[0]}") from error
+    if kind not in kinds:
+        raise InputError(f"--ckpt {path}: a {kind}; a {' or '.join(kinds)} is needed")
+    if quantised:
+        method = quantised.get("quant_method")
+        raise InputError(f"--ckpt {path}: a quantised checkpoint ({method}) cannot be trained")
+    if local:
+        check_weights(path)
+
+
+def check_weights(path):
+    """Raise InputError unless all weights of a folder are there, in safetensors, whole."""
+    names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    try:
+        index = read_json(os.path.join(path, "model.safetensors.index.json"))
+        names = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        pass
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"--ckpt {path}: model.safetensors.index.json: {error}") from error
+    if not names or not all(str(name).endswith(".safetensors") for name in names):
+        raise InputError(f"--ckpt {path}: the folder has no weights, or other than *.safetensors")
+    for name in names:
         try:
-            with open(index) as file:
-                names = set(json.load(file)["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"--ckpt {path}: {os.path.basename(index)}: {error}") from error
-        if not all(str(name).endswith(".safetensors") for name in names):
-            raise InputError(f"--ckpt {path}: the index names weights that are no .safetensors")
+            with safe_open(os.path.join(path, name), framework="pt") as file:
+                empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
+        except (OSError, SafetensorError) as error:
+            what = "an incomplete download or a Git LFS pointer?"
+            raise InputError(f"--ckpt {path}: {name}: {error} ({what})") from error
+        if empty:
+            raise InputError(f"--ckpt {path}: {name}: the weight {empty[0]} is empty")
 
 
 def load_tokenizer(path, args=None):
-    """(tokenizer, Pillow image processor) of a checkpoint; args: the flags --min-pixels and
-    --max-pixels."""
+    """(tokenizer, Pillow image processor) of a checkpoint. args: the flags of a stage that encodes
+    prompts, for --min-pixels and --max-pixels; it needs a chat template."""
     check_checkpoint(path)
+    code = {"trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            path, backend="pil", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
+        rows = AutoConfig.from_pretrained(path, **code).get_text_config().vocab_size
+        older = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if tokenizer.chat_template is None and older:
+            tokenizer.chat_template = read_json(older)["chat_template"]
+    except Exception as error:  # tokenizers raises it as it is
+        what = f"tokenizer or image processor: {str(error).splitlines()[0]}"
+        raise InputError(f"--ckpt {path}: {what}") from error
+    if (n := len(tokenizer)) > rows:
+        raise InputError(f"--ckpt {path}: the tokenizer has {n} tokens, the embedding {rows} rows")
+    if args and tokenizer.chat_template is None:
+        raise InputError(f"--ckpt {path}: no chat template (chat_template.jinja) for the tokenizer")
     # the processor's names; it means pixels of the whole picture
     for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         if args and getattr(args, flag) is not None:
@@ -350,10 +463,22 @@ def load_tokenizer(path, args=None):
     return tokenizer, processor
 
 
+def eos_ids(tokenizer, ckpt):
+    """The ids that end a response: the tokenizer's EOS, which is the one that is trained, then the
+    others of generation_config.json."""
+    try:
+        more = GenerationConfig.from_pretrained(ckpt).eos_token_id
+    except OSError:
+        more = None
+    more = more if isinstance(more, list) else [more]
+    return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
+
+
 def load_policy(path, dtype=torch.float32):
     """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
     are an error."""
-    check_checkpoint(path)
+    check_checkpoint(path, ("qwen3_vl",))
+    vocabulary = len(load_tokenizer(path)[0])
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -361,6 +486,7 @@ def load_policy(path, dtype=torch.float32):
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
     check_loaded(path, info)
+    model.usable_vocabulary = vocabulary  # for rows.py: the embedding may have more rows
     return model
 
 
@@ -369,6 +495,7 @@ def check_loaded(path, info):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(map(str, sorted(info[kind])[:5]))
+            names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
             raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {names}")
 
 
@@ -413,7 +540,7 @@ def copy_processor(ckpt, out):
     for name in os.listdir(ckpt):
         stem, kind = name.split(".")[0], os.path.splitext(name)[1]
         if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
-            shutil.copy(os.path.join(ckpt, name), out)
+            shutil.copyfile(os.path.join(ckpt, name), os.path.join(out, name))
 
 
 def write_meta(out, stage, args, step, metrics):
@@ -432,19 +559,27 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
 @contextmanager
 def writing(path):
-    """A full disk or another write error in the block becomes one line that names `path`."""
+    """A full disk or another write error in the block becomes one line that names `path`; weights
+    written there get the mode of any new file (safetensors gives them to their owner alone)."""
     try:
         yield
+        os.umask(umask := os.umask(0))
+        for name in glob("*.safetensors", root_dir=path):
+            os.chmod(os.path.join(path, name), 0o666 & ~umask)
     except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
         cause = error
         if isinstance(error, dcp.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
+        cause = str(cause).splitlines()[0]
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
-        raise InputError(
-            f"{path} cannot be written, {free:.1f} GB are free: {str(cause).splitlines()[0]}"
-        ) from error
+        raise InputError(f"{path} cannot be written, {free:.1f} GB are free: {cause}") from error
 
 
 # -------------------------------------------------------------------------------------------- logs
@@ -463,7 +598,6 @@ def log(world, out, metrics):
 
 def append_rows(path, rows):
     """Lines of JSON at the end of a log, on the disk before the state of their step is."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)  # a run that fails earlier leaves no folder
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
@@ -473,7 +607,8 @@ def append_rows(path, rows):
 def write_rows(path, rows):
     """Lines of JSON under a temporary name, then renamed: a file that exists is complete."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    # half a surrogate pair becomes \udXXX, which is how JSON writes it
+    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
 
@@ -495,25 +630,19 @@ def start_log(world, out, step):
 
 def open_logger(args, step):
     """-> a function that sends metrics to --logger; steps after `step` are written anew."""
-    os.makedirs(args.out, exist_ok=True)
     module = importlib.import_module(LOGGERS[args.logger])
     if args.logger == "tensorboard":
-        folder = os.path.join(args.out, "tensorboard")
-        writer = module.SummaryWriter(folder, purge_step=step + 1)
-
-        def write(metrics):
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, metrics["step"])
-            writer.flush()
-
-        return write
+        writer = module.SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=step + 1)
+        CLOSING.callback(writer.close)
+        add = writer.add_scalar
+        return lambda metrics: [add(key, metrics[key], metrics["step"]) for key in metrics]
     path = os.path.join(args.out, "wandb_id")
     if step == 0 or not os.path.exists(path):
         with open(path, "w") as file:
             file.write(uuid.uuid4().hex)
     with open(path) as file:
-        name = file.read()
-    run = module.init(project="prism", id=name, resume="allow", dir=args.out, config=vars(args))
+        where = {"project": "prism", "id": file.read(), "dir": args.out}
+    run = module.init(**where, resume="allow", config=vars(args))
     return lambda metrics: run.log(metrics, step=metrics["step"])
 
 
@@ -521,15 +650,19 @@ def open_logger(args, step):
 def find_states(out):
     """The states OUT/state.STEP, newest first."""
     names = os.listdir(out) if os.path.isdir(out) else []
-    steps = [int(name[6:]) for name in names if re.fullmatch(r"state\.\d+", name)]
-    return [os.path.join(out, f"state.{step}") for step in sorted(steps, reverse=True)]
+    names = [name for name in names if re.fullmatch(r"state\.[0-9]+", name)]
+    return [os.path.join(out, name) for name in sorted(names, key=step_of, reverse=True)]
+
+
+def step_of(state):
+    return int(state.rpartition(".")[2])
 
 
 def save_state(out, world, parts, progress, keep=1):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
     then renamed; the newest `keep` states stay. parts: {name: (model, optimizer)}; progress:
     JSON-able counters. Sampling needs no generator state: its random numbers depend on (seed, step,
-    prompt, sample). Raises InputError when the disk is full."""
+    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full."""
     new, path = os.path.join(out, "state.new"), os.path.join(out, f"state.{progress['step']}")
     if world.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -539,6 +672,9 @@ def save_state(out, world, parts, progress, keep=1):
         dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
+        files = checksums(new, world.gather(sorted(os.listdir(new)))[0], world)
+        if world.rank == 0:
+            write_json(os.path.join(new, "manifest.json"), files)
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
@@ -547,10 +683,45 @@ def save_state(out, world, parts, progress, keep=1):
     world.wait()
 
 
-def read_progress(state):
-    """The counters of a state."""
-    with open(os.path.join(state, "progress.json")) as file:
-        return json.load(file)
+def checksum(path, ends=False, block=1 << 20):
+    """[bytes, crc32] of a file; ends: the crc is that of its first and last MiB."""
+    size, crc = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        for start in sorted({0, max(0, size - block)}) if ends else range(0, size, block):
+            file.seek(start)
+            crc = zlib.crc32(file.read(block), crc)
+    return [size, crc]
+
+
+def checksums(folder, names, world):
+    """{file: checksum, None where it cannot be read}; every rank reads a share."""
+    mine = {}
+    for name in names[world.rank :: world.size]:
+        try:
+            mine[name] = checksum(os.path.join(folder, name))
+        except OSError:
+            mine[name] = None
+    return {name: found for part in world.gather(mine) for name, found in part.items()}
+
+
+def whole_state(out, world):
+    """The newest state of which every file is what was saved; the newer ones are named. Raises
+    InputErrorOfAll when there is none."""
+    damaged = []
+    for state in find_states(out):
+        try:
+            manifest = read_json(os.path.join(state, "manifest.json"))
+        except (OSError, ValueError):
+            manifest = {}
+        manifest = world.gather(manifest)[0]
+        found = checksums(state, sorted(manifest), world)
+        wrong = [name for name in manifest if found[name] != manifest[name]]
+        if manifest and not wrong:
+            if damaged and world.rank == 0:
+                print(f"{'; '.join(damaged)}: going back to {state}", flush=True)
+            return state
+        damaged.append(f"{state} is damaged ({(wrong or ['manifest.json'])[0]})")
+    raise InputErrorOfAll(f"--resume: {'; '.join(damaged)}: no whole state is left, start anew")
 
 
 def state_dicts(parts):
@@ -576,20 +747,27 @@ def run(main):
     traceback."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    status = 0
+    status, script = 0, os.path.basename(sys.argv[0])
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036
+            raise InputError(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
         main()
     except InputError as error:
         status = 2
         alone = dist.is_initialized() and not isinstance(error, InputErrorOfAll)
-        if alone or int(os.environ.get("RANK", 0)) == 0:
-            script = os.path.basename(sys.argv[0])
+        if alone or first:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
     except SystemExit as end:
         status = end.code or 0
+    except KeyboardInterrupt:  # before `begin`: nothing is there to save
+        status = 128 + signal.SIGINT
+        if first:
+            print(f"{script}: interrupted before the first step", file=sys.stderr, flush=True)
     except (Exception, dcp.CheckpointException):  # the latter is no Exception
         status = 1
         traceback.print_exc()
+    CLOSING.close()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish(exit_code=status)  # os._exit below would leave its last rows
     # Not sys.exit: FSDP's caches keep gloo's worker threads alive, and one of them that frees its
@@ -602,83 +780,119 @@ def run(main):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(status)
 
 
-def check_run(args):
-    """Raise InputError for what --resume and --logger cannot do, before anything is loaded."""
-    states = find_states(args.out)
-    if args.resume and not states:
-        raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
-    if states and not args.resume and not os.path.exists(os.path.join(args.out, "meta.json")):
-        raise InputError(
-            f"--out {args.out} holds an unfinished run: add --resume, give another folder, or "
-            f"delete {states[0]}"
-        )
-    if args.logger:
-        try:
-            importlib.import_module(LOGGERS[args.logger])
-        except ImportError as error:
-            raise InputError(
-                f"--logger {args.logger}: {error}; pip install {args.logger}"
-            ) from error
+def identity_of(args, more):
+    """What the numbers of a run depend on: {flag: value}, the content in place of a path. more:
+    what the stage knows better, such as {"data": fingerprint of the rows}."""
+    found = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    for flag in set(PATHS) & found.keys():
+        paths = found[flag] if isinstance(found[flag], list) else [found[flag]]
+        found[flag] = [fingerprint(p) if p and os.path.exists(p) else p for p in paths]
+    return json.loads(json.dumps(found | (more or {})))
 
 
-def begin(args, world, parts, steps, *skips):
-    """With --resume load the newest state, else clear OUT of a finished run; open the logs; from
-    now on SIGTERM ends the run after the step -> (progress: counters of the run, the last line of
-    metrics.jsonl or {})."""
+def fingerprint(path):
+    """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes and the
+    first and last MiB of each."""
+    kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
+    if os.path.isdir(path):
+        names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
+        paths = [os.path.join(path, name) for name in names if name != "meta.json"]
+    found = [(os.path.relpath(p, path), checksum(p, ends=True)) for p in paths]
+    return f"content {zlib.crc32(repr(found).encode()):08x}"
+
+
+def check_identity(saved, mine):
+    """Raise InputErrorOfAll when a state was made by another run, naming what differs."""
+    differ = sorted(name for name in saved | mine if saved.get(name) != mine.get(name))
+    if "stage" in differ:  # then everything does
+        differ = ["stage"]
+    if not differ:
+        return
+    parts = [f"{flag_of(name)} {saved.get(name)}, not {mine.get(name)}" for name in differ]
+    raise InputErrorOfAll(
+        f"--resume: the state was made with {'; '.join(parts)}; only {' '.join(map(flag_of, FREE))}"
+        ", the number of processes and the place of files may differ"
+    )
+
+
+def begin(args, world, parts, steps, *skips, identity=None):
+    """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
+    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: see
+    `identity_of`. -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
+    world.identity = world.gather(identity_of(args, identity))[0]
     progress = {"step": 0, "position": 0}
     if args.resume:
-        state = find_states(args.out)[0]
-        progress = read_progress(state)
-        if progress["step"] > steps:
-            done = progress["step"]
-            raise InputErrorOfAll(f"--resume: {done} steps are done, --steps makes it {steps}")
-        load_state(state, world, parts)
-        processes = progress.pop("processes")
-        for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
-            mine.named = mine.total
-        if world.rank == 0:
-            other = f", saved by {processes} processes: same data, same random numbers, other "
-            other = f"{other}rounding of sums" if processes != world.size else ""
-            print(f"resumed after step {progress['step']}{other}", flush=True)
-    world.wait()  # no rank still reads
+        progress = resume(args.out, world, parts, steps, skips)
+    elif not all_finite(parts, world):
+        raise InputErrorOfAll(f"--ckpt {args.ckpt}: weights are not finite")
+    step = progress["step"]
     if world.rank == 0:
-        stale = [] if args.resume else [*find_states(args.out), os.path.join(args.out, "bad")]
-        for path in [*stale, os.path.join(args.out, "state.new")]:
+        stale = [state for state in find_states(args.out) if step_of(state) > step]
+        for path in [*stale, *(os.path.join(args.out, name) for name in ("state.new", "bad"))]:
             shutil.rmtree(path, ignore_errors=True)
         if os.path.exists(os.path.join(args.out, "meta.json")):
             os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
-    metrics = start_log(world, args.out, progress["step"])
+    metrics = start_log(world, args.out, step)
     if args.logger and world.rank == 0:
-        world.write = open_logger(args, progress["step"])
-    signal.signal(signal.SIGTERM, lambda *_: setattr(world, "stop", True))
+        world.write = open_logger(args, step)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.signal(number, lambda number, _: setattr(world, "stop", number))
+        CLOSING.callback(signal.signal, number, before)
     return progress, metrics
 
 
+def resume(out, world, parts, steps, skips):
+    """Load the newest whole state of this very run -> progress. Changes nothing when it refuses."""
+    state = whole_state(out, world)
+    progress = read_json(os.path.join(state, "progress.json"))
+    check_identity(progress.pop("identity"), world.identity)
+    step, processes = progress["step"], progress.pop("processes")
+    if step > steps:
+        raise InputErrorOfAll(f"--resume: {step} steps are done already, --steps makes it {steps}")
+    load_state(state, world, parts)
+    for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
+        mine.named = mine.total
+    if world.rank == 0:
+        other = f", saved by {processes} processes: same data, same random numbers, other rounding"
+        other = f"{other} of sums" if processes != world.size else ""
+        print(f"resumed after step {step}{other}", flush=True)
+    return progress
+
+
 def end_step(args, world, parts, progress, last, *skips):
-    """Save the state when it is due, and when the run has to end: after SIGTERM on any rank (status
-    143), and after three updates in a row that were not finite, which leave OUT/bad/state.STEP to
-    look at and the states of OUT as they are."""
-    step = progress["step"]
+    """Save the state when it is due, and when the run has to end: after SIGTERM or Ctrl-C on any
+    rank (status 143, 130), and when it has become useless, which leaves OUT/bad/state.STEP to look
+    at. While updates are being skipped nothing is saved: the states of OUT are from before."""
+    step, row = progress["step"], max(s.row for s in skips)
     for s in skips:
         if s.total > s.named and world.rank == 0:
             print(f"step {step}: update skipped, loss or gradient was not finite", flush=True)
         s.named = s.total
     progress = progress | {"skips": [(s.row, s.total) for s in skips], "processes": world.size}
-    if max(s.row for s in skips) >= 3:
+    progress["identity"] = world.identity
+    stop = max(world.gather(world.stop))  # on any rank: all have to agree on the step
+    if last or stop or args.save_every and step % args.save_every == 0:
+        world.due = True
+    due = world.due and (last or not row)
+    why = None
+    if row >= 3:
+        why = f"loss or gradient was not finite in 3 updates in a row, the last in step {step}"
+    elif due and not all_finite(parts, world):
+        why = f"step {step}: weights or moments are not finite"
+    if why:
         save_state(os.path.join(args.out, "bad"), world, parts, progress)
         raise InputErrorOfAll(
-            f"loss or gradient was not finite in 3 updates in a row, the last in step {step}: lower"
-            f" --lr or look at the rows; weights and optimizers are in {args.out}/bad/state.{step},"
-            f" the states in {args.out} are untouched"
+            f"{why}: lower --lr or look at the rows; weights and optimizers are in "
+            f"{args.out}/bad/state.{step}, the states in {args.out} are untouched"
         )
-    stop = world.sum(world.stop)[0] > 0  # on any rank: all have to agree on the step
-    if last or stop or args.save_every and step % args.save_every == 0:
+    if due:
         save_state(args.out, world, parts, progress, args.keep)
-    if stop and not last:
+        world.due = False
+    if stop and due and not last:
         if world.rank == 0:
-            print(f"SIGTERM: the state of step {step} is saved, --resume continues", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
+            name = signal.Signals(stop).name
+            print(f"{name}: the state of step {step} is saved, --resume continues", flush=True)
+        raise SystemExit(128 + stop)

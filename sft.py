@@ -41,7 +41,7 @@ def parse_args():
                         help="examples per step, over all processes")
     parser.add_argument("--epochs", type=real(above=0), default=1.0, help="passes over the data")
     parser.add_argument("--steps", type=integer(0), default=None, help="steps instead of --epochs")
-    parser.add_argument("--lr", type=real(0), default=1e-5, help="peak learning rate")
+    parser.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
     parser.add_argument("--warmup", type=real(0, 1), default=0.1,
                         help="share of the steps with rising learning rate")
     parser.add_argument("--max-length", type=integer(1), default=8192,
@@ -142,7 +142,8 @@ def main():
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, steps, skips)
+    identity = {"data": found.examples.fingerprint()}
+    progress, metrics = begin(args, world, parts, steps, skips, identity=identity)
     feed = Feed(found, lambda example: encode_demonstration(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
 

@@ -1,4 +1,4 @@
-"""Run: pytest tests/test_house.py          (who imports whom, long lines, long functions: read from the files)"""
+"""Run: pytest tests/test_house.py          (imports, long lines and functions, from the files)"""
 
 import ast
 
@@ -27,7 +27,7 @@ def name_of(path):
 
 
 def imported(path):
-    """The first part of the name of every module that a file imports, wherever the import stands."""
+    """First part of the name of every module that a file imports, wherever the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

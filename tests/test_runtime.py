@@ -1,12 +1,15 @@
-"""Run: pytest tests/test_runtime.py          (processes, optimizer, checkpoints, logs, states, what a run refuses; CPU only)"""
+"""Run: pytest tests/test_runtime.py         (folders, checkpoints, logs, states, runs; CPU only)"""
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -27,30 +30,132 @@ from rows import set_attention, target_logprobs
 from runtime import InputError
 
 
+def flags_of(tiny, out, **more):
+    flags = {
+        "ckpt": tiny.base,
+        "data": tiny.sft,
+        "out": out,
+        "seed": 5,
+        "batch": 4,
+        "lr": 1e-3,
+    } | more
+    return [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def one_line(capfd):
+    """The one line that was written to stderr."""
+    lines = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if "Warning" not in line and line[:2] != "  "
+    ]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def content_of(folder):
+    """{path: bytes} of all files in a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def names(paths):
+    return [Path(path).name for path in paths]
+
+
 # ---------------------------------------------------------------------------------------- processes
 @pytest.mark.parametrize("seed", range(20))
 def test_ranks_share_work_by_length(seed):
-    """Consecutive slices that cover all pieces, none empty, each off the mean by no more than the pieces at its ends."""
+    """Consecutive slices that cover all pieces, none empty, each off the mean by no more than the
+    pieces at its ends."""
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 9))
     lengths = rng.integers(1, 100, int(rng.integers(size, 40))).tolist() + [1000] * (seed % 2)
     slices = [runtime.World(rank, size, None).share(lengths) for rank in range(size)]
     assert [i for part in slices for i in part] == list(range(len(lengths))) and all(slices)
     if seed % 2 == 0 and len(lengths) > 3 * size:
-        assert all(abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths) for part in slices)
+        assert all(
+            abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths)
+            for part in slices
+        )
     equal = [runtime.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
     assert equal == [range(3 * rank, 3 * rank + 3) for rank in range(size)]
+
+
+@pytest.mark.parametrize("out, path, refused", [
+    ("ck", "ck", True), ("ck/out", "ck", True), (".", "ck", True), ("link", "ck", True),
+    ("ck2", "ck", False), ("out", "ck", False), ("a.jsonl", "a.jsonl", True),
+    (".", "a.jsonl", True),
+    ("out", "a.jsonl", False), ("ck", "Qwen/Qwen3-VL-4B-Instruct", False), ("gone", "gone", False),
+])  # fmt: skip
+def test_out_lies_apart_from_what_is_read(tmp_path, monkeypatch, out, path, refused):
+    """Written over it would be lost; a folder around OUT would be read with OUT in it."""
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "link").symlink_to("ck")
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    for given in (path, ["other", path], str(tmp_path / path)):
+        try:
+            runtime.check_out(out, {"--disc": None, "--data": given})
+        except InputError as error:
+            assert refused and f"--out {out} " in str(error) and "--data" in str(error)
+        else:
+            assert not refused
+
+
+@pytest.mark.parametrize("flag", ["ckpt", "data"])
+def test_a_run_in_the_folder_of_what_it_reads_is_refused(tiny, tmp_path, capfd, flag):
+    folder = shutil.copytree(tiny.base, tmp_path / "ck")
+    data = shutil.copy(tiny.sft, folder)
+    before = content_of(folder)
+    assert (
+        stage("sft", *flags_of(tiny, folder, **{flag: {"ckpt": folder, "data": data}[flag]})) == 2
+    )
+    assert (
+        one_line(capfd).startswith(f"sft.py: error: --out {folder} ")
+        and content_of(folder) == before
+    )
+
+
+def test_a_folder_belongs_to_one_run(tiny, tmp_path, capfd):
+    flags = flags_of(tiny, tmp_path / "out", steps=1)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another run does
+        assert stage("sft", *flags) == 2
+    assert "out: another run is at work there" in one_line(capfd)
+    assert os.listdir(tmp_path / "out") == ["lock"]
+    assert stage("sft", *flags) == 0  # the lock does not outlive its holder
+
+
+@pytest.mark.parametrize("out", ["/proc/prism", "file", "file/out"])
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, capfd, out):
+    (tmp_path / "file").write_text("x")
+    assert stage("sft", *flags_of(tiny, tmp_path / out)) == 2
+    assert re.match("sft.py: error: --out .* cannot be written: ", one_line(capfd))
+
+
+def test_old_python_is_one_line(tiny, tmp_path, capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "version_info", (3, 10, 4))
+        status = stage("sft", *flags_of(tiny, tmp_path / "out"))
+    assert status == 2 and "Python 3.11 or later is needed" in one_line(capfd)
 
 
 # --------------------------------------------------------------------------------------------- FSDP
 @pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
 def test_checkpointing_recomputes_activations(tiny, load):
-    """from_pretrained leaves a model in eval mode, in which transformers silently keeps all activations."""
+    """from_pretrained leaves a model in eval mode, in which transformers silently keeps all
+    activations."""
     runs = {}
     for checkpointing in (False, True):
-        model = runtime.shard(load(tiny.base), [], ONE, target_logprobs, checkpointing=checkpointing)
+        model = runtime.shard(
+            load(tiny.base), [], ONE, target_logprobs, checkpointing=checkpointing
+        )
         backbone, calls = getattr(model, "backbone", None) or model.model, []
-        backbone.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        backbone.language_model.layers[0].input_layernorm.register_forward_hook(
+            lambda *_: calls.append(1)
+        )
         if hasattr(model, "heads"):
             d_v, d_r = model.scores([tiny.prompts[1]], [(0, [20, tiny.eos])], [(0, [21, tiny.eos])])
             (d_v.sum() + d_r.sum()).backward()
@@ -62,15 +167,27 @@ def test_checkpointing_recomputes_activations(tiny, load):
 
 
 def test_checkpointing_leaves_sampling_alone(tiny):
-    """Under checkpointing transformers drops the cache of a model in train mode; sampling needs it."""
-    model = runtime.shard(set_attention(runtime.load_policy(tiny.base), "sdpa"), [], ONE, target_logprobs, checkpointing=True)
-    draw = lambda model: [r.ids for r in rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)[0]]
+    """Under checkpointing transformers drops the cache of a model in train mode; sampling needs
+    it."""
+    model = runtime.shard(
+        set_attention(runtime.load_policy(tiny.base), "sdpa"),
+        [],
+        ONE,
+        target_logprobs,
+        checkpointing=True,
+    )
+    draw = lambda model: [
+        r.ids
+        for r in rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)[0]
+    ]
     assert draw(model.train()) == draw(tiny.model)
     assert model.training  # and what follows is recomputed as before
 
 
 # ---------------------------------------------------------------------------------------- optimizer
-@pytest.mark.parametrize("total, warmup", [(10, 0.1), (100, 0.1), (7, 0.0), (1, 0.1), (20, 0.5), (3, 1.0)])
+@pytest.mark.parametrize(
+    "total, warmup", [(10, 0.1), (100, 0.1), (7, 0.0), (1, 0.1), (20, 0.5), (3, 1.0)]
+)
 def test_cosine(total, warmup):
     ramp = max(1, round(total * warmup))
     got = [runtime.cosine(step, total, 2.0, warmup) for step in range(total)]
@@ -91,20 +208,54 @@ def test_steps_that_are_not_finite_are_skipped():
         assert all(p.grad is None for p in model.parameters())
         return norm, torch.equal(before, model.weight)
 
-    assert step(2.0) == (pytest.approx(math.sqrt(12)), False)  # the norm before clipping; a step was made
+    assert step(2.0) == (
+        pytest.approx(math.sqrt(12)),
+        False,
+    )  # the norm before clipping; a step was made
     assert step(math.nan) == (None, True)
     assert step(math.inf) == (None, True)
     assert step(2.0)[1] is False  # two in a row, then a good one: the count starts again
     assert step(2.0, loss=math.nan) == (None, True)
     assert step(math.nan) == (None, True)
     assert step(math.nan) == (None, True)
-    assert (skips.row, skips.total) == (3, 5) and all(p.isfinite().all() for p in model.parameters())
+    assert (skips.row, skips.total) == (3, 5) and all(
+        p.isfinite().all() for p in model.parameters()
+    )
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tiny, tmp_path, capfd, monkeypatch):
+    """An update of a finite gradient may still overflow."""
+    step = runtime.Skips.step
+
+    def overflow(skips, model, *more):
+        norm = step(skips, model, *more)
+        if (tmp_path / "out" / "metrics.jsonl").exists():  # the second update
+            model.model.language_model.norm.weight.data[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(runtime.Skips, "step", overflow)
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", steps=2, save_every=1)) == 2
+    assert "step 2: weights or moments are not finite: lower --lr" in one_line(capfd)
+    assert names(runtime.find_states(tmp_path / "out")) == ["state.1"]
+    assert names(runtime.find_states(tmp_path / "out" / "bad")) == ["state.2"]
+    assert not {"meta.json", "config.json", "model.safetensors"} & set(os.listdir(tmp_path / "out"))
+
+
+def test_moments_that_are_not_finite_are_found():
+    model = torch.nn.Linear(2, 1)
+    optimizer = runtime.make_optimizer(model, 0.1, 0.0)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert runtime.all_finite({"policy": (model, optimizer)}, ONE)
+    optimizer.state[model.weight]["exp_avg_sq"][0, 0] = math.inf
+    assert not runtime.all_finite({"policy": (model, optimizer)}, ONE)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("name, message", [
-    ("Qwen/Qwen3-VL-4B-Instruct", None), ("prism-vlm/Qwen3-VL-2B.x_y", None), ("nowhere", "no such folder"),
-    ("nowhere/", "no such folder"), ("./a/b", "no such folder"), ("a/b/c", "no such folder"), ("/no/where", "no such folder"),
+    ("Qwen/Qwen3-VL-4B-Instruct", None), ("prism-vlm/Qwen3-VL-2B.x_y", None),
+    ("nowhere", "no such folder"), ("nowhere/", "no such folder"), ("./a/b", "no such folder"),
+    ("a/b/c", "no such folder"), ("/no/where", "no such folder"),
     ("../nowhere", "no such folder"), ("a/", "no such folder"),
 ])  # fmt: skip
 def test_folders_and_hub_ids(name, message):
@@ -122,9 +273,141 @@ def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     key = next(k for k in weights if k.endswith("layers.1.mlp.up_proj.weight"))
-    save_file({k: w for k, w in weights.items() if k != key}, broken / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: w for k, w in weights.items() if k != key},
+        broken / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
         load(str(broken))
+
+
+def variant(tiny, tmp_path, name="ck", settings=None, weights=None, **files):
+    """A copy of the tiny checkpoint with other settings in config.json, other weights, and other
+    files (None: it is gone)."""
+    folder = Path(shutil.copytree(tiny.base, tmp_path / name))
+    config = json.loads((folder / "config.json").read_text()) | (settings or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights:
+        stored = load_file(folder / "model.safetensors")
+        save_file(stored | weights, folder / "model.safetensors", {"format": "pt"})
+    for file, content in files.items():
+        path = folder / file.replace("__", ".")
+        path.unlink() if content is None else path.write_text(content)
+    return str(folder)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4844720\n"
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+UP = "model.language_model.layers.0.mlp.up_proj.weight"
+CHECKPOINTS = {  # name: what is other in it, words of the line
+    "text only": ({"settings": {"model_type": "qwen2"}}, "a qwen2; a qwen3_vl"),
+    "Qwen2.5-VL": ({"settings": {"model_type": "qwen2_5_vl"}}, "a qwen2_5_vl; a qwen3_vl"),
+    "mixture": ({"settings": {"model_type": "qwen3_vl_moe"}}, "a qwen3_vl_moe; a qwen3_vl is"),
+    "no type": ({"settings": {"model_type": None}}, "a None; a qwen3_vl"),
+    "no object": ({"config__json": "[]"}, "config.json"),
+    "broken config": ({"config__json": "{"}, "config.json"),
+    "an adapter alone": ({"config__json": None, "adapter_config__json": "{}"}, "an adapter"),
+    "an adapter beside": ({"adapter_config__json": "{}"}, "an adapter"),
+    "adapter weights": ({"adapter_model__safetensors": "x"}, "an adapter"),
+    "a pointer": ({"model__safetensors": POINTER}, "model.safetensors: .*Git LFS pointer"),
+    "a shard is missing": ({"model__safetensors__index__json": INDEX}, "model-2.safetensors: "),
+    "broken index": ({"model__safetensors__index__json": "[]"}, "model.safetensors.index.json"),
+    "no weights": ({"model__safetensors": None}, "no weights"),
+    "an empty weight": ({"weights": {UP: torch.zeros(0)}}, f"the weight {UP} is empty"),
+    "no template": ({"chat_template__jinja": None}, "no chat template"),
+    "broken template": (
+        {"chat_template__jinja": None, "chat_template__json": "{}"}, "chat_template"
+    ),
+} | {
+    name: ({"settings": {"quantization_config": {"quant_method": name}}}, f"quantised .*{name}")
+    for name in ("bitsandbytes", "fp8", "awq", "gptq")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_looked_at_before_it_is_loaded(tiny, tmp_path, capfd, name):
+    other, words = CHECKPOINTS[name]
+    flags = flags_of(tiny, tmp_path / "out", ckpt=variant(tiny, tmp_path, **other), steps=1)
+    assert stage("sft", *flags) == 2
+    line = one_line(capfd)
+    assert (
+        re.match(f"sft.py: error: --ckpt .*/ck: .*{words}", line)
+        and not (tmp_path / "out").exists()
+    )
+
+
+@pytest.mark.parametrize("cut", [3, 9, 5000])
+def test_a_cut_file_of_weights_is_named(tiny, tmp_path, cut):
+    folder = Path(variant(tiny, tmp_path))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:cut])
+    for load in (runtime.load_tokenizer, runtime.load_policy, load_discriminator):
+        with pytest.raises(InputError, match="model.safetensors: .*incomplete download"):
+            load(str(folder))
+
+
+def test_a_tokenizer_beyond_the_embedding_is_named(tiny, tmp_path):
+    folder = variant(tiny, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<box>", "</box>"])
+    tokenizer.save_pretrained(folder)
+    n = len(tiny.tokenizer)
+    with pytest.raises(InputError, match=f"has {n + 2} tokens, the embedding {n} rows"):
+        runtime.load_tokenizer(folder)
+
+
+def test_the_model_knows_how_many_tokens_there_are(tiny, tmp_path):
+    """The embedding of Qwen3-VL has more rows than its tokenizer has tokens."""
+    key = "model.language_model.embed_tokens.weight"
+    padded = torch.cat([load_file(Path(tiny.base) / "model.safetensors")[key], torch.ones(30, 64)])
+    text = json.loads((Path(tiny.base) / "config.json").read_text())["text_config"]
+    settings = {"text_config": text | {"vocab_size": len(padded)}}
+    folder = variant(tiny, tmp_path, weights={key: padded}, settings=settings)
+    model = runtime.load_policy(folder)
+    assert len(model.lm_head.weight) == len(tiny.tokenizer) + 30
+    assert model.usable_vocabulary == len(tiny.tokenizer)
+    assert runtime.make_sampler(model, ONE).usable_vocabulary == len(tiny.tokenizer)
+
+
+def test_a_chat_template_in_its_older_place_is_read_and_handed_on(tiny, tmp_path):
+    template = json.dumps({"chat_template": tiny.tokenizer.chat_template})
+    older = {"chat_template__jinja": None, "chat_template__json": template}
+    folder = variant(tiny, tmp_path, **older)
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", ckpt=folder, steps=1)) == 0
+    for path in (folder, str(tmp_path / "out")):
+        tokenizer, _ = runtime.load_tokenizer(path)
+        assert tokenizer.chat_template == tiny.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("given, expected", [
+    (None, []), ("gone", []), ("own", []), (0, [0]), ([0, "own"], [0]), (["own", 0, 5], [0, 5])
+])  # fmt: skip
+def test_every_eos_of_the_generation_config_ends_a_response(tiny, tmp_path, given, expected):
+    """The tokenizer's own, which is the one that is trained, comes first."""
+    own, folder = tiny.eos, variant(tiny, tmp_path)
+    ids = [own if i == "own" else i for i in (given if isinstance(given, list) else [given])]
+    ids = ids if isinstance(given, list) else ids[0]
+    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    if given == "gone":
+        (Path(folder) / "generation_config.json").unlink()
+    assert runtime.eos_ids(tiny.tokenizer, folder) == [own, *expected]
+
+
+def test_weights_are_written_with_the_mode_of_any_file(tiny, tmp_path):
+    before = os.umask(0o027)
+    try:
+        flags = flags_of(tiny, tmp_path / "out", data=tiny.align, steps=1, prompts=1, rollouts=2,
+                         max_new_tokens=4)  # fmt: skip
+        assert (
+            stage("align", *(flags[: flags.index("--batch")] + flags[flags.index("--batch") + 2 :]))
+            == 0
+        )
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", tmp_path / "out" / "discriminator"):
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()} == {
+            0o640
+        }
 
 
 def changed_model(tiny):
@@ -147,24 +430,40 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
         assert torch.equal(again(**inputs).logits, before(**inputs).logits)
         assert not torch.allclose(again(**inputs).logits, tiny.stock(**inputs).logits)
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == ("sft", 7, tiny.base, {"loss": 1.5})
+    assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == (
+        "sft",
+        7,
+        tiny.base,
+        {"loss": 1.5},
+    )
     assert meta["args"]["lr"] == 1e-5
     tokenizer, image_processor = runtime.load_tokenizer(str(tmp_path))
-    assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab() and tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert (
+        tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+        and tokenizer.chat_template == tiny.tokenizer.chat_template
+    )
     assert image_processor.to_dict() == tiny.image_processor.to_dict()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
-    """Read from several shards, written, read again in bfloat16 as other tools do, with the parent's processor files."""
-    stock = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.float32, attn_implementation="sdpa")
+    """Read from several shards, written, read again in bfloat16 as other tools do, with the files
+    of the parent's processor."""
+    stock = AutoModelForImageTextToText.from_pretrained(
+        tiny.base, dtype=torch.float32, attn_implementation="sdpa"
+    )
     if not tied:
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
         stock.lm_head.weight = torch.nn.Parameter(torch.randn(stock.lm_head.weight.shape) * 0.1)
     parent, out = tmp_path / "parent", tmp_path / "out"
     stock.save_pretrained(parent, max_shard_size="200KB")
     assert len(list(parent.glob("*.safetensors"))) > 1
-    processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+    processor = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    )
     for name in processor:
         shutil.copy(Path(tiny.base) / name, parent)
     policy = set_attention(runtime.load_policy(str(parent)), "sdpa")
@@ -176,8 +475,13 @@ def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
     assert all((out / name).read_bytes() == (parent / name).read_bytes() for name in processor)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tiny.tokenizer.get_vocab()
     half = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
-    again = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, attn_implementation="sdpa")
+    assert (
+        half.dtype == torch.bfloat16
+        and (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
+    )
+    again = AutoModelForImageTextToText.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="sdpa"
+    )
     assert torch.equal(stock_logprobs(tiny, prompt, ids, again), expected)
 
 
@@ -195,7 +499,10 @@ def poisoned(tiny, tmp_path, kind):
     """-> (a checkpoint folder that tries to run code, the file that the code would write)."""
     folder, sprung = Path(shutil.copytree(tiny.base, tmp_path / "stranger")), tmp_path / "sprung"
     if kind in ("bin", "index"):
-        weights, name = folder / "model.safetensors", "pytorch_model.bin" if kind == "bin" else "weights.bin"
+        weights, name = (
+            folder / "model.safetensors",
+            "pytorch_model.bin" if kind == "bin" else "weights.bin",
+        )
         if kind == "index":  # an index may name any file
             keys = load_file(weights)
             index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
@@ -204,12 +511,19 @@ def poisoned(tiny, tmp_path, kind):
         (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
         return folder, sprung
     (folder / "evil.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Evil: pass\n")
-    auto_map = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoImageProcessor")}
+    auto_map = {
+        name: "evil.Evil"
+        for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoImageProcessor")
+    }
     auto_map["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         settings = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
         if kind == "unknown class":
-            settings |= {"model_type": "evil", "tokenizer_class": "Evil", "image_processor_type": "Evil"}
+            settings |= {
+                "model_type": "evil",
+                "tokenizer_class": "Evil",
+                "image_processor_type": "Evil",
+            }
         (folder / name).write_text(json.dumps(settings))
     return folder, sprung
 
@@ -233,7 +547,9 @@ def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
     for step in range(1, 6):
         runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
     runtime.start_log(ONE, str(tmp_path), 3)
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": step, "loss": 0.5} for step in (1, 2, 3)
+    ]
     runtime.start_log(ONE, str(tmp_path), 0)
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
@@ -245,6 +561,16 @@ def test_half_a_line_in_the_log_is_dropped(tmp_path):
         file.write('{"step": 4, "lo')
     assert runtime.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_half_a_surrogate_does_not_break_a_log(tmp_path):
+    rows = [{"step": 1, "text": "\ud83d \u00e9 \U0001f600"}]
+    runtime.write_rows(str(tmp_path / "rollouts.jsonl"), rows)
+    assert read_jsonl(tmp_path / "rollouts.jsonl") == rows
+    assert "\u00e9 \U0001f600" in (tmp_path / "rollouts.jsonl").read_text()
+    runtime.append_rows(str(tmp_path / "rollouts.jsonl"), rows)
+    runtime.start_log(ONE, str(tmp_path), 1)
+    assert read_jsonl(tmp_path / "rollouts.jsonl") == rows * 2
 
 
 # ------------------------------------------------------------------------------------------- states
@@ -261,11 +587,13 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
         optimizer.zero_grad()
 
     step(model, optimizer)
-    runtime.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2})
+    runtime.save_state(
+        str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2}
+    )
     fresh = set_attention(runtime.load_policy(tiny.base), "sdpa")
     fresh_optimizer = runtime.make_optimizer(fresh, 1e-3, 0.01)
     (state,) = runtime.find_states(tmp_path)
-    assert runtime.read_progress(state) == {"step": 1, "position": 2}
+    assert runtime.read_json(Path(state) / "progress.json") == {"step": 1, "position": 2}
     runtime.load_state(state, ONE, {"policy": (fresh, fresh_optimizer)})
     step(model, optimizer)
     step(fresh, fresh_optimizer)
@@ -274,36 +602,112 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
     assert os.listdir(tmp_path) == ["state.1"]  # nothing of the writing is left
 
 
-def flags_of(tiny, out, **more):
-    flags = {"ckpt": tiny.base, "data": tiny.sft, "out": out, "seed": 5, "batch": 4, "lr": 1e-3} | more
-    return [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
-
-
 def test_keep(tiny, tmp_path):
     """--keep 2: the newest state and the one before it; one goes back by deleting the newer."""
     flags = lambda steps: flags_of(tiny, tmp_path / "out", steps=steps, save_every=1, keep=2)
     assert stage("sft", *flags(4)) == 0
-    states = {path.name: runtime.read_progress(path)["step"] for path in (tmp_path / "out").glob("state*")}
-    assert states == {"state.4": 4, "state.3": 3}
+    states = (tmp_path / "out").glob("state*")
+    steps = {path.name: runtime.read_json(path / "progress.json")["step"] for path in states}
+    assert steps == {"state.4": 4, "state.3": 3}
     whole = untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
     shutil.rmtree(tmp_path / "out" / "state.4")
     assert stage("sft", *flags(4), "--resume") == 0
     assert untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == whole
-    assert stage("sft", *flags(1)) == 0  # a new run in the folder of a finished one takes its states away
+    assert stage("sft", *flags(1), "--overwrite") == 0  # takes the states of the other run away
     assert [path.name for path in (tmp_path / "out").glob("state*")] == ["state.1"]
     assert stage("sft", *flags_of(tiny, tmp_path / "out", keep=0)) == 2
 
 
 def test_only_whole_states_are_found(tmp_path):
-    """Newest first, by number and not by letters; what a killed save or a person left there is none."""
+    """Newest first, by number and not by letters; what a killed save or a person left there is
+    none."""
     assert runtime.find_states(tmp_path / "nowhere") == []
-    for name in ("state.new", "state.9", "state.100", "state.12.old", "state.bak", "state", "metrics.jsonl", "state.x1"):
+    for name in (
+        "state.new",
+        "state.9",
+        "state.100",
+        "state.12.old",
+        "state.bak",
+        "state",
+        "metrics.jsonl",
+        "state.x1",
+    ):
         (tmp_path / name).mkdir()
     assert [Path(path).name for path in runtime.find_states(tmp_path)] == ["state.100", "state.9"]
 
 
+def corrupt(state, rng):
+    """Zero a block of a file of a state, cut the file, or take it away -> what was done."""
+    path = state / str(rng.choice(sorted(os.listdir(state))))
+    content, kind = path.read_bytes(), str(rng.choice(["zeroed", "cut", "gone"]))
+    at = int(rng.integers(len(content)))
+    if kind == "zeroed":
+        block = min(int(rng.choice([1, 16, 4096])), len(content) - at)
+        path.write_bytes(content[:at] + bytes(block) + content[at + block :])
+    elif kind == "cut":
+        path.write_bytes(content[:at])
+    else:
+        path.unlink()
+    return path.name, kind, content != (path.read_bytes() if path.exists() else None)
+
+
+def test_a_damaged_state_never_changes_the_result(tiny, tmp_path, capfd):
+    """20 random corruptions of the newest state: it is named, the one before is taken, and the run
+    ends where an unbroken one does, bitwise."""
+    rng, seen = np.random.default_rng(0), set()
+    flags = flags_of(tiny, tmp_path / "run", save_every=1, keep=2)
+    assert stage("sft", *flags, "--steps", 2) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "begun")
+    assert stage("sft", *flags, "--steps", 3, "--resume") == 0
+    expected = load_file(tmp_path / "run" / "model.safetensors")
+    log = untimed(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "begun", tmp_path / "run")
+        name, kind, changed = corrupt(tmp_path / "run" / "state.2", rng)
+        seen.add((name, kind))
+        capfd.readouterr()
+        assert stage("sft", *flags, "--steps", 3, "--resume") == 0, (name, kind)
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        damage = f"state.2 is damaged ({name}): going back to {tmp_path}/run/state.1\n"
+        assert (damage in captured.out) == changed, (name, kind)
+        assert names(runtime.find_states(tmp_path / "run")) == ["state.3", "state.2"]
+        assert untimed(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == log
+        weights = load_file(tmp_path / "run" / "model.safetensors")
+        assert all(torch.equal(weights[key], expected[key]) for key in weights | expected)
+    assert len(seen) > 6 and len({kind for _, kind in seen}) == 3
+
+
+def test_without_a_whole_state_the_run_ends_in_one_line(tiny, tmp_path, capfd):
+    flags = flags_of(tiny, tmp_path / "out", steps=2, save_every=1, keep=2)
+    assert stage("sft", *flags) == 0
+    (tmp_path / "out" / "state.2" / ".metadata").unlink()
+    (tmp_path / "out" / "state.1" / "manifest.json").write_text("{}")
+    before = content_of(tmp_path / "out")
+    capfd.readouterr()
+    assert stage("sft", *flags, "--resume") == 2
+    words = (
+        r"state.2 is damaged \(.metadata\); .*state.1 is damaged \(manifest.json\): no whole state"
+    )
+    assert re.search(words, one_line(capfd)) and content_of(tmp_path / "out") == before
+
+
 def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
-    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 8, "--steps", 6, "--save-every", 2, "--lr", 1e-3]
+    flags = [
+        "--ckpt",
+        tiny.base,
+        "--data",
+        tiny.sft,
+        "--batch",
+        8,
+        "--steps",
+        6,
+        "--save-every",
+        2,
+        "--lr",
+        1e-3,
+    ]
     assert stage("sft", *flags, "--out", tmp_path / "whole") == 0
     process = launch("sft.py", *flags, "--out", tmp_path / "killed", background=True)
     while not runtime.find_states(tmp_path / "killed") and process.poll() is None:
@@ -312,7 +716,9 @@ def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "meta.json").exists()  # it was killed before it had finished
     assert stage("sft", *flags, "--out", tmp_path / "killed", "--resume") == 0
-    whole, killed = (untimed(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed"))
+    whole, killed = (
+        untimed(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")
+    )
     assert whole == killed and [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
@@ -328,25 +734,172 @@ def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
     assert stage("sft", *flags) == 2
     assert "holds an unfinished run: add --resume" in capfd.readouterr().err
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == log
-    assert stage("sft", *flags, "--resume") == 0  # nothing is left to do but to write the checkpoint
+    assert (
+        stage("sft", *flags, "--resume") == 0
+    )  # nothing is left to do but to write the checkpoint
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["metrics"] == read_jsonl(tmp_path / "out" / "metrics.jsonl")[-1]
 
 
-def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd):
-    """NaN weights appear in a resumed run: three updates are tried on every rank, then one clear line; the good state stays."""
-    broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
-    weights = load_file(broken / "model.safetensors")
-    key = next(k for k in weights if k.endswith("norm.weight"))
-    save_file(weights | {key: weights[key] * np.nan}, broken / "model.safetensors", {"format": "pt"})
-    flags = flags_of(tiny, tmp_path / "out", ckpt=broken, steps=5, save_every=2)
+def test_a_finished_run_is_not_wiped_without_a_word(tiny, tmp_path, capfd):
+    flags = flags_of(tiny, tmp_path / "out", steps=1)
+    assert stage("sft", *flags) == 0
+    before = content_of(tmp_path / "out")
+    capfd.readouterr()
+    assert stage("sft", *flags) == 2
+    assert "holds a finished run: add --resume" in one_line(capfd)
+    assert content_of(tmp_path / "out") == before
+    folder = shutil.copytree(tiny.base, tmp_path / "base")  # somebody's checkpoint, made elsewhere
+    assert stage("sft", *flags_of(tiny, folder, steps=1)) == 2
+    assert "base holds a checkpoint: add" in one_line(capfd) and content_of(folder) == content_of(
+        tiny.base
+    )
+    assert stage("sft", *flags, "--overwrite", "--resume") == 2
+    assert "--resume" in one_line(capfd)
+    assert stage("sft", *flags, "--overwrite") == 0
+
+
+def test_a_content_has_the_same_fingerprint_wherever_it_lies(tiny, tmp_path):
+    first = runtime.fingerprint(tiny.base)
+    folder = Path(shutil.copytree(tiny.base, tmp_path / "moved"))
+    for name in ("meta.json", "metrics.jsonl", "state.3"):
+        (folder / name).write_text("x")
+    assert runtime.fingerprint(str(folder)) == first
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")
+        assert runtime.fingerprint(str(folder)) != first, name
+        (folder / name).write_bytes(content)
+    assert runtime.fingerprint(str(folder)) == first
+    one, two = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text("{}\n")
+    shutil.copy(one, two)
+    assert runtime.fingerprint(str(one)) == runtime.fingerprint(str(two)) != first
+
+
+OTHER = {  # what differs from the run that made the state: flags, words of the line
+    "seed": ({"seed": 6}, "--seed 5, not 6"),
+    "batch": ({"batch": 8}, "--batch 4, not 8"),
+    "learning rate": ({"lr": 1e-4}, "--lr 0.001, not 0.0001"),
+    "two of them": ({"lr": 1e-4, "clip": 2}, "--clip 1.0, not 2.0; --lr 0.001, not 0.0001"),
+    "length": ({"max_length": 99}, "--max-length 8192, not 99"),
+    "weight decay": ({"weight_decay": 0}, "--weight-decay 0.01, not 0.0"),
+}
+
+
+def begun(tiny, tmp_path):
+    """-> flags of a run of two steps that was done, and the content of its folder."""
+    flags = {"ckpt": shutil.copytree(tiny.base, tmp_path / "ck"), "save_every": 1, "steps": 2}
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", **flags)) == 0
+    return flags, content_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [*OTHER, "checkpoint", "data", "system prompt"])
+def test_resume_of_another_run_is_refused_and_changes_nothing(tiny, tmp_path, capfd, name):
+    flags, before = begun(tiny, tmp_path)
+    more, words = OTHER.get(name, ({}, ""))
+    if name == "checkpoint":
+        tensors = load_file(tmp_path / "ck" / "model.safetensors")
+        tensors["model.visual.pos_embed.weight"][0, 0] += 1
+        save_file(tensors, tmp_path / "ck" / "model.safetensors", {"format": "pt"})
+        words = "--ckpt .*content .*, not .*content "
+    elif name == "data":
+        more, words = {"data": tiny.align}, "--data .*content .*, not .*content "
+    elif name == "system prompt":
+        (tmp_path / "system.txt").write_text("Think.")
+        more, words = {"system_prompt": tmp_path / "system.txt"}, "--system-prompt "
+    capfd.readouterr()
+    assert (
+        stage("sft", *flags_of(tiny, tmp_path / "out", **flags | more | {"steps": 4}), "--resume")
+        == 2
+    )
+    line = one_line(capfd)
+    assert re.search(f"--resume: the state was made with {words}.* --max-tokens .*may differ", line)
+    assert content_of(tmp_path / "out") == before
+
+
+def test_what_changes_no_number_may_differ(tiny, tmp_path):
+    """More steps, other saves, another place of folder, checkpoint and data of equal content."""
+    flags, _ = begun(tiny, tmp_path)
+    assert (
+        stage("sft", *flags_of(tiny, tmp_path / "whole", **flags | {"steps": 4, "warmup": 0.1}))
+        == 0
+    )
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "ck").rename(tmp_path / "base")
+    folder = shutil.copytree(tiny.folder, tmp_path / "data")
+    more = {
+        "ckpt": tmp_path / "base",
+        "data": Path(folder) / "sft.jsonl",
+        "max_tokens": 99,
+        "keep": 2,
+    }
+    more |= {"save_every": 3, "attn": "sdpa"}
+    assert (
+        stage("sft", *flags_of(tiny, tmp_path / "moved", **flags | more | {"steps": 4}), "--resume")
+        == 0
+    )
+    assert len(read_jsonl(tmp_path / "moved" / "metrics.jsonl")) == 4
+
+
+def test_a_stage_does_not_resume_another(tiny, policy, tmp_path, capfd):
+    small = ["--prompts", 1, "--rollouts", 2, "--max-new-tokens", 4, "--steps", 1, "--ckpt", policy]
+    assert stage("align", *small, "--data", tiny.align, "--out", tmp_path) == 0
+    before = content_of(tmp_path)
+    capfd.readouterr()
+    assert stage("rl", *small, "--data", tiny.rl, "--out", tmp_path, "--resume") == 2
+    assert "--resume: the state was made with stage align, not rl" in one_line(capfd)
+    assert content_of(tmp_path) == before
+
+
+def explode(monkeypatch, *steps):
+    """The loss of these calls of sft.update is not finite."""
+    update, calls = sft.update, []
+
+    def broken(*args):
+        calls.append(1)
+        loss, tokens = update(*args)
+        return (math.nan if len(calls) in steps else loss), tokens
+
+    monkeypatch.setattr(sft, "update", broken)
+
+
+def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd, monkeypatch):
+    """Three updates are tried on every rank, then one clear line. No state is saved while updates
+    are skipped: the newest is from before the first of them."""
+    flags = flags_of(tiny, tmp_path / "out", steps=9, save_every=2, keep=9)
+    explode(monkeypatch, 4, 5, 6)
     assert stage("sft", *flags) == 2
     captured = capfd.readouterr()
-    assert captured.err.count("not finite in 3 updates in a row, the last in step 3") == 1 and len(captured.err.splitlines()) == 1
-    assert [f"step {step}: update skipped" in captured.out for step in (1, 2, 3, 4)] == [True, True, True, False]
-    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
-    good = runtime.read_progress(runtime.find_states(tmp_path / "out")[0])
-    assert good["step"] == 2 and good["skips"] == [[2, 2]]
-    assert runtime.read_progress(runtime.find_states(tmp_path / "out" / "bad")[0])["step"] == 3
-    assert stage("sft", *flags, "--resume") == 2  # the count goes on where it stood
-    assert "the last in step 3" in capfd.readouterr().err
+    assert (
+        captured.err.count("not finite in 3 updates in a row, the last in step 6") == 1
+        and len(captured.err.splitlines()) == 1
+    )
+    assert [f"step {step}: update skipped" in captured.out for step in range(1, 8)] == [
+        False
+    ] * 3 + [True] * 3 + [False]
+    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [
+        0,
+        0,
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert [Path(state).name for state in runtime.find_states(tmp_path / "out")] == ["state.2"]
+    assert runtime.read_json(tmp_path / "out" / "state.2" / "progress.json")["skips"] == [[0, 0]]
+    assert runtime.read_json(tmp_path / "out" / "bad" / "state.6" / "progress.json")["skips"] == [
+        [3, 3]
+    ]
+    monkeypatch.undo()
+    explode(
+        monkeypatch, 2, 3, 6
+    )  # steps 4 and 5, and 8: what was due in step 4 is saved after step 6
+    assert stage("sft", *flags, "--resume") == 0
+    assert [Path(state).name for state in runtime.find_states(tmp_path / "out")] == [
+        "state.9",
+        "state.6",
+        "state.2",
+    ]
+    assert runtime.read_json(tmp_path / "out" / "state.9" / "progress.json")["skips"] == [[0, 3]]
+    assert not (tmp_path / "out" / "bad").exists()

@@ -4,6 +4,7 @@ golden losses, loggers; CPU only)
 GOLDEN=write pytest tests/test_survive.py -k golden          writes tests/golden anew
 """
 
+import fcntl
 import os
 import re
 import resource
@@ -28,6 +29,7 @@ from rows import set_attention
 import sft
 
 pytestmark = pytest.mark.slow
+LIMIT = 120  # seconds for two processes on a busy machine; a hang would last an hour
 GAME = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "log-rollouts": 1}
 
 
@@ -76,7 +78,7 @@ def two_nodes(tmp_path, script, flags):
 
 def newest(out):
     """The step of the newest state in a folder, None where there is none."""
-    return next((runtime.read_progress(state)["step"] for state in runtime.find_states(out)), None)
+    return next((runtime.step_of(state) for state in runtime.find_states(out)), None)
 
 
 def moments(out, work):
@@ -222,16 +224,17 @@ def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
     assert_same_run(tmp_path / "whole", tmp_path / "killed", "align")
 
 
-def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker):
-    """SIGTERM in the middle of a step: the step is finished and saved, the status is 143."""
+@pytest.mark.parametrize("strike, ends_with", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker, strike, ends_with):
+    """SIGTERM, or Ctrl-C, in the middle of a step: the step is finished and saved, the status is 143 or 130."""
     flags = lambda out: flags_of(tiny, policy, tmp_path / out, "rl", steps=6, save_every=0)
     assert stage("rl", *flags("whole")) == 0
     for out, resumed in (("told", []), ("told", ["--resume"])):
-        process = start(tmp_path / "log", "rl", flags(out) + resumed, **striker("sampling", passes=1, strike="SIGTERM"))
+        process = start(tmp_path / "log", "rl", flags(out) + resumed, **striker("sampling", passes=1, strike=strike))
         status, text = end(process, tmp_path / "log")
         step = len(read_jsonl(tmp_path / out / "metrics.jsonl"))
-        assert status == 143 and f"SIGTERM: the state of step {step} is saved" in text, text[-3000:]
-        assert newest(tmp_path / out) == step < 6
+        assert status == ends_with and f"{strike}: the state of step {step} is saved" in text, text[-3000:]
+        assert newest(tmp_path / out) == step < 6 and "Traceback" not in text
     assert stage("rl", *flags("told"), "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "told", "rl")
 
@@ -250,16 +253,47 @@ def test_two_processes_of_which_one_is_told_to_stop(tiny, policy, tmp_path, stri
     assert_close(whole, told)
 
 
-def test_torchrun_passes_sigterm_on(tiny, policy, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_the_signal_on(tiny, policy, tmp_path, number):
     log, out = tmp_path / "log", tmp_path / "out"
     process = start(log, "rl", flags_of(tiny, policy, out, "rl", steps=10**6, save_every=0), 2)
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # as a scheduler does, to torchrun alone
+    process.send_signal(number)  # as a scheduler does, to torchrun alone
     status, text = end(process, log, 60)
     step = len(read_jsonl(out / "metrics.jsonl"))
-    assert status != 0 and text.count(f"SIGTERM: the state of step {step} is saved") == 1, text[-3000:]
+    assert status != 0 and text.count(f"{number.name}: the state of step {step} is saved") == 1, text[-3000:]
     assert newest(out) == step
+
+
+# ------------------------------------------------------------------------------------------------------ two processes refuse
+def refusal(tmp_path, flags):
+    """Two processes that must end: the one line that they write."""
+    status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
+    lines = [line for line in text.splitlines() if line.startswith("sft.py: error: ")]
+    assert status not in (0, None) and len(lines) == 1 and "Traceback (most" not in text.partition(lines[0])[0], text[-3000:]
+    return lines[0]
+
+
+def test_two_processes_refuse_alike(tiny, tmp_path):
+    """A locked folder, another run's state, damaged states; of two states the damaged one is passed over."""
+    out = tmp_path / "out"
+    flags = lambda **more: flags_of(tiny, None, out, "sft", **{"steps": 2, "save_every": 1, "keep": 2} | more)
+    out.mkdir()
+    with open(out / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is at work there" in refusal(tmp_path, flags())
+    status, text = ranks(tmp_path, "sft", flags())
+    assert status == 0, text[-3000:]
+    assert "made with --seed 5, not 6" in refusal(tmp_path, flags(seed=6) + ["--resume"])
+    assert "holds a finished run" in refusal(tmp_path, flags())
+    shard = out / "state.2" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-4096] + bytes(4096))
+    status, text = ranks(tmp_path, "sft", flags(steps=3) + ["--resume"])
+    assert status == 0 and text.count(f"state.2 is damaged (__1_0.distcp): going back to {out}/state.1") == 1, text[-3000:]
+    for state in runtime.find_states(out):
+        os.remove(Path(state) / "__0_0.distcp")
+    assert "no whole state is left" in refusal(tmp_path, flags(steps=3) + ["--resume"])
 
 
 # -------------------------------------------------------------------------------------------------------------- write errors
@@ -287,9 +321,6 @@ def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, processes):
 
 
 # ----------------------------------------------------------------------------------------------------------------- no hangs
-LIMIT = 120  # seconds for two processes on a busy machine; a hang would last an hour
-
-
 def question(text, images=(), response=None):
     turns = [("system", SYSTEM), ("user", "<image>" * len(images) + text)]
     prompt = [{"role": role, "content": content} for role, content in turns]
