@@ -181,8 +181,8 @@ def main():
     disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     skips, disc_skips, steps = Skips(), Skips(), args.warmup_steps + args.steps
-    identity = {"data": found.examples.fingerprint()}
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=identity)
+    progress, metrics = begin(args, world, parts, steps, skips, disc_skips,
+                              identity={"data": found.examples.fingerprint()})
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(steps, args.prompts)
@@ -204,9 +204,8 @@ def main():
             if update > 0:
                 score_records(disc, records, tokenizer, args, world)
             disc_norm = disc_skips.step(disc, disc_optimizer, args.disc_lr, args.clip, world, 0.0)
-        scored_at = time.time()
+        scored_at, update, norm = time.time(), {}, None
         # update policy
-        update, norm = {}, None
         if step >= args.warmup_steps:
             update = accumulate_policy_gradient(policy, records, "grpo", args, world)
             if update["entropy"] is not None:  # otherwise no rank has anything to learn from

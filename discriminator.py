@@ -398,7 +398,7 @@ def parse_args():
     group = parser.add_argument_group("warm-up")
     group.add_argument("--batch", type=integer(1), default=128, help="pairs per step, in all")
     group.add_argument("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
-    group.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate, then a cosine")
+    group.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
     group.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
     group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")

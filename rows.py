@@ -338,22 +338,11 @@ def blank_features(backbone):
 
 
 # --------------------------------------------------------------------------------------- log-probs
-def set_vocabulary(model, size):
-    """Ban the ids from `size`, the tokenizer's length, up to the rows of the embedding, which is
-    padded (Qwen3-VL: 151,936 rows for 151,669 tokens) -> the model.
-
-    An attribute of the model and not of its config: a copy keeps it, but no checkpoint carries it
-    to a longer tokenizer. Raises ValueError when the tokenizer is longer than the embedding."""
-    rows = model.config.text_config.vocab_size
-    if size > rows:
-        raise ValueError(f"the tokenizer has {size} tokens, but the model embeds only {rows}")
-    model.usable_vocabulary = size
-    return model
-
-
 def banned_ids(model):
     """Ids that a policy must never emit: three vision tokens, after which the next forward would
-    look for pixels that are not there, and those beyond the tokenizer (see `set_vocabulary`)."""
+    look for pixels that are not there, and those beyond the tokenizer, where the embedding is padded
+    (Qwen3-VL: 151,936 rows for 151,669 tokens): from `model.usable_vocabulary` on. That is an
+    attribute of the model, not of its config: a copy keeps it, but no checkpoint carries it on."""
     config = model.config
     size = config.text_config.vocab_size
     beyond = range(getattr(model, "usable_vocabulary", size), size)

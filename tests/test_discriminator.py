@@ -326,7 +326,7 @@ BROKEN = {  # what is done to a stored discriminator: words of the line
         lambda f: (f / "model.safetensors").rename(f / "other.safetensors"),
         "model.safetensors",
     ),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "disc: "),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "incomplete"),
     "no head": (lambda f: change_weights(f, lambda w: w.pop(HEAD)), HEAD),
     "no matrix": (lambda f: change_weights(f, lambda w: w.pop(MATRIX)), MATRIX),
     "a weight too many": (

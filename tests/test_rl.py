@@ -269,6 +269,6 @@ def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):
 
 
 def test_a_new_run_does_not_keep_the_rollouts_of_an_old_one(tiny, policy, tmp_path):
-    for _ in range(2):
-        assert stage("rl", *flags_of(tiny, policy, tmp_path, steps=1)) == 0
+    for more in ([], ["--overwrite"]):
+        assert stage("rl", *flags_of(tiny, policy, tmp_path, steps=1), *more) == 0
     assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == 8

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import rollout
 from data import encode_response
 from rollout import parse_response, sample, split_segments
-from rows import pack_rows, set_vocabulary, target_logprobs
+from rows import pack_rows, target_logprobs
 
 GOOD = "<caption>\n1 red cross\n</caption>\n<think>\n1 + 1 = 2\n</think>\n<answer>\n2\n</answer>"
 
@@ -267,6 +267,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(tiny, temperature):
     on the last of 64 such rows."""
     model, size = biased(tiny, [0], 0.5), len(tiny.tokenizer)
     model.resize_token_embeddings(size + 64)
+    model.usable_vocabulary = size + 64
     weight = model.lm_head.weight.detach()
     with torch.no_grad():
         hidden = model.model(**pack_rows([tiny.prompts[0]], []).inputs).last_hidden_state[0, -1]
@@ -274,7 +275,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(tiny, temperature):
     settings = {"max_new_tokens": 4, "eos_id": tiny.eos, "temperature": temperature}
     draw = partial(sample, model, [tiny.prompts[0]], 16, **settings)
     assert all(r.ids[0] >= size for r in draw()[0])  # unbanned, it would sample nothing else
-    set_vocabulary(model, size)
+    model.usable_vocabulary = size
     groups = draw()
     assert max(token for r in groups[0] for token in r.ids) < size
     if temperature:

@@ -853,15 +853,15 @@ def test_a_stage_does_not_resume_another(tiny, policy, tmp_path, capfd):
 
 
 def explode(monkeypatch, *steps):
-    """The loss of these calls of sft.update is not finite."""
-    update, calls = sft.update, []
+    """The loss of these calls of sft.accumulate_gradient is not finite."""
+    update, calls = sft.accumulate_gradient, []
 
     def broken(*args):
         calls.append(1)
         loss, tokens = update(*args)
         return (math.nan if len(calls) in steps else loss), tokens
 
-    monkeypatch.setattr(sft, "update", broken)
+    monkeypatch.setattr(sft, "accumulate_gradient", broken)
 
 
 def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd, monkeypatch):
