@@ -33,8 +33,8 @@ from data import data_flags, encode_response, look, measure_prompt, system_promp
 from discriminator import SCORES, VARIANTS, Discriminator, Pairs, compare_tokenizers, expert_metrics
 from discriminator import load_discriminator, save_discriminator, score_and_backward
 from discriminator import visible_prompt
-from rl import accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
-from rl import rollout_flags, rollout_metrics, sample_records
+from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
+from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
@@ -81,7 +81,7 @@ def cut_segments(records, tokenizer):
     teachers = {}
     for r in records:
         if r.rollout.finished:
-            r.segments = split_segments(r.rollout.ids, tokenizer)
+            r.segments = split_segments(r.rollout.ids[:-1], tokenizer)  # whichever EOS it ends in
         if r.group not in teachers:
             ids = encode_response(r.example.response, tokenizer)
             teachers[r.group] = split_segments(ids, tokenizer)
@@ -176,13 +176,11 @@ def main():
     system, attn = system_prompt(args), choose_attention(args.attn, world)
     tools = tokenizer, image_processor, system, args
     found = look(args.data, lambda example: measure_taught(example, *tools), args, world)
-    policy, sampler, disc = load_players(args, attn, world)
-    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
-    parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
-    skips, disc_skips, steps = Skips(), Skips(), args.warmup_steps + args.steps
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips,
-                              identity={"data": found.examples.fingerprint()})
+    parts, sampler = load_players(args, attn, world)
+    (policy, optimizer), (disc, disc_optimizer) = parts.values()
+    skips, disc_skips, warn, steps = Skips(), Skips(), Warn(world), args.warmup_steps + args.steps
+    same = found.identity
+    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=same)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(steps, args.prompts)
@@ -196,6 +194,7 @@ def main():
         cut_segments(records, tokenizer)
         mine = score_records(disc, records, tokenizer, args, world)  # leaves disc's gradient of (2)
         scores = give_scores(records, mine, args, world)  # [B, N, 4] of all ranks
+        show_first(world, step, records, tokenizer)
         # advantage
         give_advantages(records, scores, args)
         # update discriminator
@@ -215,14 +214,15 @@ def main():
         progress = {"step": step + 1, **feed.progress()}
         valid = (~scores[..., 0].isnan()).float().mean().item()
         metrics = {"step": step + 1, "valid": valid, **experts, **update, "grad_norm": norm,
-                   "disc_grad_norm": disc_norm, **rollout_metrics(records, world),
-                   "dropped": feed.dropped, "bad": feed.bad,
+                   "disc_grad_norm": disc_norm, **rollout_metrics(records, world), **feed.counts,
                    "skipped_steps": skips.total + disc_skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds_disc": round(scored_at - sampled_at, 3),
                    "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         log_rollouts(world, args.out, step + 1, records, args.log_rollouts)
+        warn(valid == 0, "no rollout was valid, finished and with the three blocks: is --ckpt "
+             "trained on them, is --max-new-tokens too small?", records)
         # save
         end_step(args, world, parts, progress, step + 1 == steps, skips, disc_skips)
     feed.close()
@@ -231,7 +231,7 @@ def main():
 
 
 def load_players(args, attn, world):
-    """-> policy, the model to sample from, discriminator."""
+    """-> {name: (model, optimizer)} of policy and discriminator, and the model to sample from."""
     policy = set_attention(load_policy(args.ckpt), attn)
     sampler = make_sampler(policy, world)
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
@@ -239,7 +239,9 @@ def load_players(args, attn, world):
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
     units = [*disc.backbone.language_model.layers, disc.backbone.visual]
     shard(disc, units, world, Discriminator.scores, disc.heads.values(), args.checkpointing)
-    return policy, sampler, disc
+    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
+    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
+    return {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}, sampler
 
 
 if __name__ == "__main__":

@@ -762,6 +762,11 @@ class Found:
         """Indices of the examples that can be used."""
         return np.flatnonzero(self.prompt >= 0)
 
+    @property
+    def identity(self):
+        """What a run remembers of its data, for --resume."""
+        return {"data": self.examples.fingerprint()}
+
 
 def attempt(function, examples, i):
     """function(example i) -> (result, None), or (None, why the example cannot be used)."""
@@ -910,6 +915,11 @@ class Feed:
     @property
     def bad(self):
         return self.unusable + len(self.lost)
+
+    @property
+    def counts(self):
+        """For the log: rows of the data that are too long, and that cannot be used."""
+        return {"dropped": self.dropped, "bad": self.bad}
 
     def progress(self):
         return {"position": self.position, "lost": sorted(self.lost)}

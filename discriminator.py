@@ -455,8 +455,7 @@ def warm_up(args, world):
     if steps is None:
         steps = max(1, len(found.usable) // args.batch)
     parts, skips = {"discriminator": (disc, optimizer)}, Skips()
-    identity = {"data": found.examples.fingerprint()}
-    progress, metrics = begin(args, world, parts, steps, skips, identity=identity)
+    progress, metrics = begin(args, world, parts, steps, skips, identity=found.identity)
     feed = Feed(found, lambda example: encode_pair(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
     for step in range(progress["step"], steps):
@@ -471,7 +470,7 @@ def warm_up(args, world):
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **expert_metrics(torch.cat(world.gather(scores)))}
-        metrics |= {"grad_norm": norm, "lr": lr, "dropped": feed.dropped, "bad": feed.bad}
+        metrics |= {"grad_norm": norm, "lr": lr, **feed.counts}
         metrics |= {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         # save

@@ -43,8 +43,8 @@ from data import Example, Examples, File, check_text, encode_prompt, load_exampl
 from data import open_source, pixel_flags, read_file, resolve, system_prompt, to_example, undecoded
 from rollout import parse_response, sample
 from rows import ATTENTION, set_attention
-from runtime import InputError, InputErrorOfAll, Parser, check_checkpoint, choose_attention, integer
-from runtime import load_policy, load_tokenizer, real, run, setup, write_json, write_rows
+from runtime import InputError, InputErrorOfAll, Parser, check_checkpoint, choose_attention, eos_ids
+from runtime import integer, load_policy, load_tokenizer, real, run, setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
 
 
@@ -464,7 +464,7 @@ def generate(model, test_set, tokenizer, image_processor, args, world):
                 prompts[n] = prompt
         rollouts = sample(
             model, list(prompts.values()), args.samples, max_new_tokens=args.max_new_tokens,
-            slots=args.slots, eos_id=tokenizer.eos_token_id, temperature=args.temperature,
+            slots=args.slots, eos_id=eos_ids(tokenizer, model), temperature=args.temperature,
             seeds=[(args.seed, n) for n in prompts],
         )
         found = dict(zip(prompts, rollouts))

@@ -33,8 +33,8 @@ from data import Example, Feed, data_flags, encode_prompt, look, measure_prompt,
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
-from runtime import end_step, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import make_sampler, most, real, refresh, run, save, setup, shard
+from runtime import end_step, eos_ids, integer, load_policy, load_tokenizer, log, make_optimizer
+from runtime import make_sampler, most, quote, real, refresh, run, save, setup, shard
 from verify import verify
 
 ALGOS = {
@@ -162,7 +162,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
     prompts = {place: batch[place].encoded for place in numbers}
     rollouts = sample(
         sampler, list(prompts.values()), args.n, max_new_tokens=args.max_new_tokens,
-        eos_id=tokenizer.eos_token_id, temperature=args.temperature,
+        eos_id=eos_ids(tokenizer, sampler), temperature=args.temperature,
         seeds=[(args.seed, step, feed.position, place) for place in prompts],
         samples=list(numbers.values()), slots=args.slots, max_tokens=args.max_tokens,
         compiled=world.device.type == "cuda" if args.compile is None else args.compile,
@@ -293,6 +293,41 @@ def log_rollouts(world, out, step, records, every):
         append_rows(os.path.join(out, "rollouts.jsonl"), lines)
 
 
+def show_first(world, step, records, tokenizer):
+    """Print the first rollout of a run with its prompt, its gold and what was said of it."""
+    if step or world.rank or not records:
+        return
+    record = records[0]
+    prompt = tokenizer.decode(record.prompt.input_ids).replace("<|image_pad|>" * 2, "")
+    ids = record.rollout.ids
+    rollout = f">>>{tokenizer.decode(ids)}<<< (last id {ids[-1]})"
+    gold = f"gold {record.example.answer}, {record.scores}"
+    print(f"--- step 0, first rollout\n{prompt}{rollout}\n{gold}\n---", flush=True)
+
+
+class Warn:
+    """Says, once, what has been wrong in `after` steps in a row (on rank 0)."""
+
+    def __init__(self, world, after=10):
+        self.world, self.after, self.seen = world, after, {}
+
+    def __call__(self, wrong, what, records):
+        self.seen[what] = self.seen.get(what, 0) + 1 if wrong else 0
+        if self.seen[what] == self.after and self.world.rank == 0:
+            shown = quote(records[0].text, 300) if records else "none"
+            print(f"warning: {self.after} steps in a row {what}; a response: {shown}", flush=True)
+
+
+def warn_of_nothing(warn, metrics, records):
+    """Say why a run of rl.py may be learning nothing."""
+    warn(metrics["format"] == 0, "no response had the three blocks: is --ckpt trained on them, "
+         "is --max-new-tokens too small?", records)
+    warn(metrics["accuracy"] == 0, "no answer was right: are they too hard, is the gold in the "
+         "form of the answers?", records)
+    warn(metrics.get("entropy") is None, "all rewards in each group were equal: prompts that are "
+         "always or never solved teach nothing", records)
+
+
 def rollout_flags(parser, prompts, max_new_tokens):
     group = parser.add_argument_group("rollouts")
     group.add_argument("--prompts", type=integer(1), default=prompts,
@@ -329,8 +364,9 @@ def parse_args():
                         help="optimizer steps per rollout batch")
     parser.add_argument("--max-gen-batches", type=integer(1), default=10,
                         help="rounds of dynamic sampling per step (dapo)")
-    parser.add_argument("--overlong-buffer", type=integer(0), default=4096,
-                        help="tokens before the limit that are penalised (dapo)")
+    parser.add_argument("--overlong-buffer", type=integer(0), default=None,
+                        help="tokens before the limit that are penalised (dapo; default: half of "
+                        "--max-new-tokens, at most 4096)")
     parser.add_argument("--kl", type=real(0), default=0.0,
                         help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
@@ -340,6 +376,11 @@ def parse_args():
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide "
                          f"--prompts {args.prompts}")
+    if args.overlong_buffer is None:
+        args.overlong_buffer = min(4096, args.max_new_tokens // 2)
+    if args.overlong_buffer >= args.max_new_tokens:
+        raise InputError(f"--overlong-buffer {args.overlong_buffer} must be below --max-new-tokens "
+                         f"{args.max_new_tokens}: every response would be penalised")
     return args
 
 
@@ -434,22 +475,23 @@ def main():
         shard(reference, units, world, target_logprobs)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    identity = {"data": found.examples.fingerprint()}
-    progress, metrics = begin(args, world, parts, args.steps, skips, identity=identity)
+    progress, metrics = begin(args, world, parts, args.steps, skips, identity=found.identity)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(args.steps, args.prompts)
+    warn = Warn(world)
 
     for step in range(progress["step"], args.steps):
         began = time.time()
 
         # rollout
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)
-        records = draw()
+        sampled = draw()
         # reward
-        give_rewards(records, args)
-        records, metrics = keep_informative(records, draw, args, world)
+        give_rewards(sampled, args)
+        records, metrics = keep_informative(sampled, draw, args, world)
         sampled_at = time.time()
+        show_first(world, step, sampled, tokenizer)
         # advantage
         rewards = gather_table(records, [[r.reward] for r in records], args, world)[..., 0]
         advantages = group_advantages(rewards).flatten().tolist()  # the same on every rank
@@ -464,11 +506,12 @@ def main():
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,
                    "grad_norm": norm, **rollout_metrics(records, world),
-                   "dropped": feed.dropped, "bad": feed.bad, "skipped_steps": skips.total,
+                   **feed.counts, "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         log_rollouts(world, args.out, step + 1, records, args.log_rollouts)
+        warn_of_nothing(warn, metrics, sampled)
         # save
         end_step(args, world, parts, progress, step + 1 == args.steps, skips)
     feed.close()

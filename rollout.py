@@ -111,15 +111,16 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     whose attention was not chosen by `rows.set_attention`.
 
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
-    numbers of the samples wanted here, when a group of n is spread over ranks. temperature: 0 is
-    greedy. compiled: torch.compile the decode step (see decode_step)."""
+    numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
+    ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
+    (see decode_step)."""
     seeds = seeds or [(i,) for i in range(len(prompts))]
     samples = samples or [range(n)] * len(prompts)
     columns = max((len(p.input_ids) for p in prompts), default=0) + max_new_tokens
     if compiled:
         columns = -(-columns // 1024) * 1024  # another number is another shape to compile
     slots = min(slots, sum(map(len, samples)), max(1, SLOT_TOKENS * max_tokens // columns))
-    training = model.training
+    ends, training = {eos_id} if isinstance(eos_id, int) else set(eos_id), model.training
     model.eval()  # in train mode a model that recomputes activations is given no cache
     batch = Batch(model, slots, columns, compiled)
     queue = waiting(model, prompts, seeds, samples, max_new_tokens, max_tokens)
@@ -127,9 +128,10 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     done = [dict.fromkeys(numbers) for numbers in samples]
     while batch.refill(queue):
         logits = masked_logits(model.lm_head, batch.hidden, banned, temperature or 1.0)
+        logits = logits.nan_to_num()  # of exploded weights: their next update is skipped
         tokens, logprobs = choose(logits, batch.uniforms(), temperature)
-        for slot in batch.append(tokens, logprobs, eos_id, max_new_tokens):
-            finished = slot.ids[-1] == eos_id
+        for slot in batch.append(tokens, logprobs, ends, max_new_tokens):
+            finished = slot.ids[-1] in ends
             done[slot.prompt][slot.sample] = Rollout(slot.ids, slot.logprobs, finished)
         batch.step(model.model.language_model, tokens)
     model.train(training)
@@ -232,7 +234,7 @@ class Batch:
         numbers = [0.0 if slot is None else float(slot.noise[len(slot.ids)]) for slot in self.slots]
         return torch.tensor(numbers, dtype=torch.float32, device=self.hidden.device)
 
-    def append(self, tokens, logprobs, eos_id, max_new_tokens):
+    def append(self, tokens, logprobs, ends, max_new_tokens):
         """Write a token and its log-prob to each slot -> the finished ones, which leave theirs."""
         finished = []
         for s, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
@@ -241,7 +243,7 @@ class Batch:
                 continue
             slot.ids.append(token)
             slot.logprobs.append(logprob)
-            if token == eos_id or len(slot.ids) == max_new_tokens:
+            if token in ends or len(slot.ids) == max_new_tokens:
                 finished.append(slot)
                 self.slots[s] = None
         return finished

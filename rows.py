@@ -340,9 +340,10 @@ def blank_features(backbone):
 # --------------------------------------------------------------------------------------- log-probs
 def banned_ids(model):
     """Ids that a policy must never emit: three vision tokens, after which the next forward would
-    look for pixels that are not there, and those beyond the tokenizer, where the embedding is padded
-    (Qwen3-VL: 151,936 rows for 151,669 tokens): from `model.usable_vocabulary` on. That is an
-    attribute of the model, not of its config: a copy keeps it, but no checkpoint carries it on."""
+    look for pixels that are not there, and those beyond the tokenizer, where the embedding is
+    padded (Qwen3-VL: 151,936 rows for 151,669 tokens): from `model.usable_vocabulary` on. That is
+    an attribute of the model, not of its config: a copy keeps it, but no checkpoint carries it on.
+    """
     config = model.config
     size = config.text_config.vocab_size
     beyond = range(getattr(model, "usable_vocabulary", size), size)

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -463,13 +463,10 @@ def load_tokenizer(path, args=None):
     return tokenizer, processor
 
 
-def eos_ids(tokenizer, ckpt):
+def eos_ids(tokenizer, model):
     """The ids that end a response: the tokenizer's EOS, which is the one that is trained, then the
-    others of generation_config.json."""
-    try:
-        more = GenerationConfig.from_pretrained(ckpt).eos_token_id
-    except OSError:
-        more = None
+    others of the checkpoint's generation_config.json."""
+    more = model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
     return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
 

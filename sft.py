@@ -26,6 +26,7 @@ import numpy as np
 
 from data import Feed, data_flags, encode_prompt, encode_response, look, measure_prompt
 from data import system_prompt
+from rollout import parse_response
 from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine
 from runtime import end_step, integer, load_policy, load_tokenizer, log, make_optimizer, most
@@ -106,6 +107,17 @@ def show_example(prompt, ids, tokenizer):
     print(f"--- step 0, first example\n{text}{response}\n---", flush=True)
 
 
+def warn_of_format(found, system):
+    """Print a warning where the prompts ask for three blocks and the responses have none."""
+    first = [found.examples[i] for i in found.usable[:100]]
+    asked = [e for e in first if "<caption>" in (system or "") + e.prompt[0]["content"]]
+    without = [e for e in asked if parse_response(e.response) is None]
+    if len(without) > len(asked) / 2:
+        print(f"warning: {len(without)} of the first {len(asked)} responses lack the blocks "
+              "<caption>, <think>, <answer> that their prompts ask for; the first is "
+              f"{without[0].id}", flush=True)
+
+
 # --------------------------------------------------------------------------------------- update
 def accumulate_gradient(policy, batch, args, world):
     """Backward of L_SFT over one global batch; batch: this rank's (Prompt, ids) pairs -> (loss,
@@ -142,10 +154,11 @@ def main():
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    identity = {"data": found.examples.fingerprint()}
-    progress, metrics = begin(args, world, parts, steps, skips, identity=identity)
+    progress, metrics = begin(args, world, parts, steps, skips, identity=found.identity)
     feed = Feed(found, lambda example: encode_demonstration(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
+    if world.rank == 0:
+        warn_of_format(found, tools[2])
 
     for step in range(progress["step"], steps):
         began = time.time()
@@ -160,8 +173,8 @@ def main():
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
-                   "tokens": int(tokens), "dropped": feed.dropped, "bad": feed.bad,
-                   "skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
+                   "tokens": int(tokens), **feed.counts, "skipped_steps": skips.total,
+                   "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         # save
         end_step(args, world, parts, progress, step + 1 == steps, skips)

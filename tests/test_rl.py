@@ -227,7 +227,7 @@ def flags_of(tiny, policy, out, algo="grpo", **more):
 
 
 def test_rewards_in_the_log_are_those_of_the_rollouts(tiny, policy, tmp_path):
-    more = {"overlong_buffer": 24, "max_gen_batches": 20}
+    more = {"overlong_buffer": 23, "max_gen_batches": 20}
     assert stage("rl", *flags_of(tiny, policy, tmp_path, algo="dapo", **more)) == 0
     rows, log = read_jsonl(tmp_path / "rollouts.jsonl"), read_jsonl(tmp_path / "metrics.jsonl")
     for step in (1, 2):
@@ -237,8 +237,8 @@ def test_rewards_in_the_log_are_those_of_the_rollouts(tiny, policy, tmp_path):
         for i in range(0, len(here), 4):
             assert {row["accuracy"] for row in here[i : i + 4]} == {0.0, 1.0}
         assert all(row["score"] == 0.8 * row["accuracy"] + 0.2 * row["format"] for row in here)
-        # the buffer is the whole limit: every token costs the same
-        penalty = log[step - 1]["length"] / 24
+        # the buffer is all of the limit but one token: every token after the first costs the same
+        penalty = (log[step - 1]["length"] - 1) / 23
         assert np.mean([row["score"] - row["reward"] for row in here]) == pytest.approx(penalty)
         assert log[step - 1]["reward"] == pytest.approx(np.mean([row["reward"] for row in here]))
 

@@ -390,7 +390,7 @@ def test_every_eos_of_the_generation_config_ends_a_response(tiny, tmp_path, give
     (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     if given == "gone":
         (Path(folder) / "generation_config.json").unlink()
-    assert runtime.eos_ids(tiny.tokenizer, folder) == [own, *expected]
+    assert runtime.eos_ids(tiny.tokenizer, runtime.load_policy(folder)) == [own, *expected]
 
 
 def test_weights_are_written_with_the_mode_of_any_file(tiny, tmp_path):
