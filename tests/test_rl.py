@@ -1,6 +1,7 @@
 """Run: pytest tests/test_rl.py   (advantages, policy loss, normalisation, dynamic sampling; CPU)"""
 
 import argparse
+import ast
 import math
 import shutil
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from conftest import (
     ONE,
+    ROOT,
     assert_same_grads,
     grads,
     ids_of,
     read_jsonl,
+    run_alone,
     stage,
     stock_logprobs,
     untimed,
@@ -272,3 +275,35 @@ def test_a_new_run_does_not_keep_the_rollouts_of_an_old_one(tiny, policy, tmp_pa
     for more in ([], ["--overwrite"]):
         assert stage("rl", *flags_of(tiny, policy, tmp_path, steps=1), *more) == 0
     assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == 8
+
+
+# --------------------------------------------------------------------------------------- to copy
+ALONE = """
+import torch
+PIECES
+rewards = torch.tensor([[1.0, 0.2, 0.2], [0.5, 0.5, 0.5]])
+advantages = group_advantages(rewards)
+assert advantages[1].tolist() == [0.0, 0.0, 0.0] and advantages[0, 0] > 0 > advantages[0, 1]
+logp = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [5]])
+for algo in ALGOS:
+    loss, _ = policy_loss(logp, logp.detach(), advantages.flatten(), mask, algo)
+    loss.backward()
+    weight = mask / mask.sum() if algo != "gspo" else mask / mask.sum(1, keepdim=True) / 6
+    assert (logp.grad + advantages.flatten()[:, None] * weight).abs().max() < 1e-6
+    logp.grad = None
+print("copied")
+"""
+
+
+def test_the_loss_can_be_copied_out_with_torch_alone(tmp_path):
+    """ALGOS, group_advantages and policy_loss as they stand in rl.py; with one update per rollout
+    batch the gradient is minus the advantage times the weight of the token."""
+    text = (ROOT / "rl.py").read_text()
+    pieces = []
+    for node in ast.parse(text).body:
+        named = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
+        if named in ("ALGOS", "group_advantages", "policy_loss"):
+            pieces.append(ast.get_source_segment(text, node))
+    script = ALONE.replace("PIECES", "\n\n".join(pieces))
+    assert run_alone(tmp_path, [], script).strip() == "copied"

@@ -2,12 +2,15 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rollout import parse_response
@@ -364,3 +367,21 @@ def test_the_table_comes_out_of_eval(tmp_path):
     report.print_table(report.table(str(tmp_path)), str(tmp_path))
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 10 and lines[2].startswith("| greedy | SFT | 25.0 [12.5, 50.0] | 66.7 [")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_toy_ends_its_stages(tmp_path, number):
+    """The stage saves its state first, and --resume goes on with it."""
+    command = [sys.executable, "-m", "toy", "--quick", "--out", tmp_path / "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("step 20 "):  # of sft
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == 128 + number and "toy: stopped in sft" in rest
+    processes = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in processes
+    assert list((tmp_path / "out" / "sft").glob("state.*"))

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -124,16 +125,25 @@ def run_stage(out, name, command, processes, resume):
     os.makedirs(out, exist_ok=True)
     log = os.path.join(out, f"{name}.log")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=HERE, **pipes)
-        for line in process.stdout:
-            file.write(line)
-            if worth_printing(line):
-                print(line, end="", flush=True)
-    if process.wait():
+    with open(log, "w") as file, subprocess.Popen(command, cwd=HERE, **pipes) as process:
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if worth_printing(line):
+                    print(line, end="", flush=True)
+        except (KeyboardInterrupt, SystemExit):  # the stage saves its state before we return
+            process.terminate()
+            process.wait()
+            print(f"toy: stopped in {name}; --resume continues", flush=True)
+            raise
+    if process.returncode:
         status = f"failed with status {process.returncode}"
         raise SystemExit(f"toy: {name} {status}; its output is in {log}")
     print(f"[{name}] {time.time() - began:.0f} s", flush=True)
+
+
+def stop(number, frame):
+    raise SystemExit(128 + number)
 
 
 def worth_printing(line):
@@ -173,6 +183,8 @@ def main():
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.resume:
         parser.error(f"--out {args.out} exists; pass --resume to continue it, or another folder")
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     sizes, out, began = QUICK if args.quick else FULL, args.out, time.time()
     if not os.path.exists(os.path.join(out, "base", "preprocessor_config.json")):
         print(f"writing data and the base checkpoint to {out}", flush=True)
