@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -239,10 +240,8 @@ def is_saved(folder):
 def load_saved(folder, split):
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with reading(f"{folder}: not a readable folder of save_to_disk"):
         saved = load_from_disk(folder)
-    except Exception as error:
-        raise InputError(f"{folder}: not a readable folder of save_to_disk ({error})") from error
     if isinstance(saved, DatasetDict):
         if (split or "train") not in saved:
             raise InputError(f"{folder}: choose one with --split: {', '.join(saved)}")
@@ -261,11 +260,18 @@ def load_from_hub(source, split):
     from datasets import load_dataset  # imported here: the local formats do not need it
 
     name, _, file = source.partition(":")
-    try:
+    with reading(f"{source}: neither a local file nor a data set that the Hub gives"):
         return undecoded(load_dataset(name, data_files=file or None, split=split or "train"))
+
+
+@contextmanager
+def reading(what):
+    """Whatever datasets raises in the block becomes one line that begins with `what`."""
+    try:
+        yield
     except Exception as error:
-        raise InputError(f"{source}: neither a local file nor a data set that the Hub gives "
-                         f"({error})") from error
+        why = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{what} ({why[0]})") from error
 
 
 class JsonLines(Sequence):
@@ -314,7 +320,10 @@ def read_file(path):
     if magic.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a Git-LFS pointer, not the file itself; run git lfs pull")
     if magic.startswith(b"PAR1") or path.endswith(".parquet"):
-        return read_parquet(path)
+        from datasets import Dataset
+
+        with reading(f"{path}: not a readable parquet file"):
+            return undecoded(Dataset.from_parquet(path))
     try:
         if magic[:2] == b"\x1f\x8b":
             plain = tempfile.TemporaryFile()
@@ -331,16 +340,6 @@ def read_file(path):
         why = f"{error}; JSON lines, or one JSON array of objects, are needed"
         raise InputError(f"{path}: {why}") from error
     return JsonLines(file, path)
-
-
-def read_parquet(path):
-    from datasets import Dataset
-
-    try:
-        return undecoded(Dataset.from_parquet(path))
-    except Exception as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable parquet file ({why})") from error
 
 
 def array_lines(file, chunk=1 << 20):

@@ -5,6 +5,7 @@ GOLDEN=write pytest tests/test_survive.py -k golden          writes tests/golden
 """
 
 import fcntl
+import io
 import os
 import re
 import resource
@@ -404,6 +405,30 @@ def test_all_rows_of_one_rank_are_skipped(tiny, tmp_path):
     status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
     assert status == 0, text[-3000:]
     assert [row["dropped"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")][0] >= 2
+
+
+@pytest.mark.parametrize("script", ["sft", "align", "rl"])
+def test_a_picture_that_is_cut_leaves_its_batch_on_every_rank(tiny, policy, tmp_path, script):
+    """Its header is fine, so the look lets it pass. The others are used as if nothing was, and one
+    process and two do the same."""
+    picture = io.BytesIO()
+    noise(np.random.default_rng(0), (96, 96)).save(picture, "PNG")
+    (tmp_path / "cut.png").write_bytes(picture.getvalue()[:2000])
+    rows = []
+    for i in range(4):
+        rows.append(question(f"how many {i}?", [str(tmp_path / "cut.png")] if i == 2 else []))
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    logs = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = flags_of(tiny, policy, out, script, data=data, steps=4, max_bad=1)
+        status, text = ranks(tmp_path, script, flags, processes=processes, limit=LIMIT)
+        assert status == 0, text[-3000:]
+        [skipped] = read_jsonl(out / "skipped.jsonl")
+        assert skipped["row"] == 3 and "cannot be read" in skipped["reason"]
+        logs.append(untimed(read_jsonl(out / "metrics.jsonl")))
+        assert [metrics["bad"] for metrics in logs[-1]][-1] == 1
+    assert_close(*logs, 1e-4)
 
 
 def test_a_rank_that_raises_ends_the_others(tiny, policy, tmp_path, striker):
