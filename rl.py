@@ -232,6 +232,8 @@ def store_logprobs(model, records, name, args, world):
         logp, _, _ = logprobs_of(model, part, args, world)
         for line, record in zip(logp, part):
             setattr(record, name, line[: len(record.rollout.ids)])
+    if hasattr(model, "reshard"):  # without a backward FSDP leaves the root's weights gathered
+        model.reshard()
 
 
 def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):

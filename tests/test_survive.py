@@ -386,6 +386,18 @@ def test_dynamic_sampling_keeps_nothing(tiny, tmp_path):
     assert [(row["groups"], row["gen_batches"]) for row in log] == [(0, 2)] * 2 and rows == []
 
 
+def test_several_updates_in_a_step_that_teaches_nothing(tiny, tmp_path):
+    """Only the pass without a gradient runs then; it leaves the weights gathered, and the sampler's
+    copy of them failed ('Parameter' object has no attribute 'full_tensor')."""
+    flags = flags_of(tiny, tiny.base, tmp_path / "out", "rl", steps=2, updates_per_rollout=2, kl=0.1)
+    status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
+    assert status == 0, text[-3000:]
+    flags = flags_of(tiny, tiny.base, tmp_path / "plain", "rl", steps=2, updates_per_rollout=2)
+    status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
+    assert status == 0, text[-3000:]
+    assert "loss" not in read_jsonl(tmp_path / "plain" / "metrics.jsonl")[0]
+
+
 @pytest.mark.parametrize("script", ["align", "rl"])
 def test_rollouts_of_one_rank_are_far_longer(tiny, lopsided, tmp_path, script):
     """One rank samples, and with --kl trains, long after the other. In alignment all its rollouts are invalid, and all of the
