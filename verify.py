@@ -87,7 +87,7 @@ SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The third angle is 5'
 )
 LEAD = re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; up to the last one
     r"(?is).*(?:"
-    + one_of("""is~equal~to is are was were be equals? has have had shows? contains? choose select
+    + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select
     pick get gets gives? got find found obtain becomes? measures? takes? needs? costs? counted?
     so thus hence therefore answer option choice""")
     + r"|(?<=[a-z]{2}):)[\s:,]*"
@@ -204,9 +204,11 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # arguments without braces; x between digits is a multiplication
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
     (r"\s*([\^_])\s*(?:(-?\d+|[A-Za-z])|\{([^{}]*)\})", r"\1{\2\3}"), (r"(?<=\d)\s*x\s*(?=\d)", "*"),
+    (r"\s+", " "),
     # '3:45 p.m.' -> '3:45 pm'
     (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
-    (CHINESE_LEAD.pattern, ""), (r"(?<=[A-J])\)?\s*(?:选?项)?(?:是?正确的?|对)?$", ""),
+    (CHINESE_LEAD.pattern, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
+    (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),
     # spoken numbers, at the start only: 'six, so 5' says six
     (rf"(?i)^{SPOKEN}(?: hundred(?: (?:and )?{SPOKEN})?)?(?![\w])(?!-(?!{'|'.join(PARTS)}))", spoken),
     (rf"(?i)^(?:(\d+) and (?:an?|1) |(?:(\d+)|an?|one)[ -])({'|'.join(PARTS)})s?$|^half$", part),
@@ -829,13 +831,14 @@ def same_choice(prediction, letter, options):
         chosen = parse_choice(said)
         if not chosen and ending:
             chosen = ending[2] or ending[3], ending[1]
-        if not chosen and spaced and same_answer(spaced[2], texts[LETTERS.index(spaced[1])], False):
-            chosen = spaced[1], spaced[2]
-        if chosen and LETTERS.index(chosen[0]) < len(texts):
+        if not chosen and spaced and spaced[1] in LETTERS[: len(texts)]:
+            if same_answer(spaced[2], texts[LETTERS.index(spaced[1])], False):
+                chosen = spaced[1], spaced[2]
+        if chosen:
             return chosen[0] == letter and fits_option(chosen[1], text, list(map(plain_words, texts)))
     if prediction.split() == options[LETTERS.index(letter)].split():
         return True
-    return same_answer(p, text)
+    return not letters_in(p) - letters_in(text) - {letter} and same_answer(p, text)
 
 
 # ------------------------------------------------------------------------------------------ verify

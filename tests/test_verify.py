@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rl import reward  # noqa: E402
-from verify import start_server, verify  # noqa: E402
+from verify import verify  # noqa: E402
 
 BOUND = 1.0  # seconds for one answer, whatever it is
 
@@ -859,12 +859,3 @@ assert before == state()
 def test_fresh_process():
     """The first symbolic answer waits for sympy; this process never imports the parser, nor sets a signal handler."""
     subprocess.run([sys.executable, "-c", FRESH, str(Path(__file__).parents[1])], check=True, timeout=120)
-
-
-def test_killed_server():
-    """A symbolic process that somebody killed costs one answer at most."""
-    verify(r"\sqrt{4}", "2")
-    start_server()[1].kill()
-    start_server()[1].wait()
-    verify(r"\sqrt{50}", r"5\sqrt{2}")
-    assert verify(r"\sqrt{50}", r"5\sqrt{2}")
