@@ -1,51 +1,55 @@
-r"""Is an answer right?  `verify(prediction, gold, options)`; needs mpmath alone, can be copied alone.
+r"""Is an answer right?  verify(prediction, gold, options); imports nothing of ours, can be copied.
 
-A wrong acceptance is a reward hack that the policy will find, a wrong rejection is a lost signal: strict about what an
-answer says, lenient about how it is written.  A word beside the answer that is not known to be harmless means no.
-The steps, in order, each one screen below:
+A wrong acceptance is a reward hack that the policy will find, a wrong rejection is a lost signal:
+strict about what an answer says, lenient about how it is written.  A word beside the answer that
+is not known to be harmless means no.  The steps, in order, one section each:
 
-1. clean       any text -> one notation: unicode forms, LaTeX mark-up, spacing, spoken numbers, Chinese phrasing
-2. choice      where there are options, a clear letter decides; else the option's text stands for it
-3. same_answer the same words; yes / no; the content of both; the content of a sentence, if it says one thing alone
-4. content     lists, sets, points, intervals and solutions -> their items; named values -> the value
-5. statement   ranges, times, ratios, equations and inequalities, quantities with units
-6. expression  what is left is computed: exactly, or at so many digits that other numbers of its length differ
+    words       what may stand beside an answer, and what makes it another; names of units
+    clean       any text -> one notation: unicode, LaTeX mark-up, spacing, spoken numbers, Chinese
+    expression  sums, powers, roots, functions: computed exactly, or with so many digits that no
+                other number of this length has them
+    statement   one item: a range, a time, an equation or inequality, a quantity with its unit
+    content     points, intervals, sets, matrices, solutions -> their items
+    answer      the same words; yes or no; the same content; a sentence that says one thing
+    choice      with options a clear letter decides, else the option's text stands for it
 
-What is accepted, as a grammar ([] optional, * repeated; words of sentences, units and functions are in the tables):
+What is accepted, as a grammar ([] is optional, * repeated, | or):
 
-    answer      [lead] content [judgement]            'So the answer is 5.'  'B is correct'  '答案是 5'
-    choice      letter [mark text] | text (letter)    'B'  '(B) 40'  'B: 40'  '20 (B)'
-    content     [name =] (item | opening item [, item]* closing | item [, | and | or item]* | item ± item)
-    item        range | time | ratio | relation | quantity | content
-    relation    sum [operator sum]*                   'y = 2x + 1'  '1 <= x < 3' = '[1, 3)'  '6 * 7 = 42'
-    quantity    [currency] sum [scale] [unit]         '$5 million'  '3 apples'  '45 degrees'  '20%' = 1/5
-    sum         [-] product [(+ | -) product]*
-    product     power [[* | / | :] power]*            left to right: 1/2x is (1/2)x
-    power       atom [^ exponent | ! | °]*            exponents from the right; ° is read below sin, cos, tan
-    atom        number | letter[_index] | (sum) | |sum| | \frac ab | \sqrt[n]a | \binom nk | function [^n] power
+    answer     [lead] content [judgement]           'So the answer is 5.'  'B is correct'  '答案是 5'
+    choice     letter [mark text] | text (letter)   'B'  '(B) 40'  'B: 40'  'C, the car'  '20 (B)'
+    content    [name =] (item | [open] item [, item]* [close])   '(x, y) = (3, 4)'  'x_1=2, x_2=3'
+    item       range | relation | quantity | content      '18-29'  '1 <= x < 3', which is [1, 3)
+    relation   sum [operator sum]*                        'y = 2x + 1'  '6 * 7 = 42'
+    quantity   [currency] sum [scale] [unit]              '$5 million'  '3 red apples'  '20%' is 1/5
+    sum        [-] product [(+ | -) product]*
+    product    power [[* | / | :] power]*                 from the left: 1/2x is (1/2)x
+    power      atom [^ atom | ! | °]*
+    atom       number | letter[_index] | (sum) | |sum| | \frac ab | \sqrt[n]a | \binom nk
+               | function [^n] power*                     \sin 2x \cos x is (\sin 2x)(\cos x)
 
-Letters are numbers: two expressions are equal if they agree at every one of a few fixed points at which both are real,
-two at least.  Some points have positive letters only, as lengths are, so `\sqrt{ab}` is `\sqrt{a}\sqrt{b}` and `2\ln x`
-is `\ln x^2`, whose two sides are not both real elsewhere; but `\sqrt{x^2}` is not `x`.  A decimal stands for another
-value from six significant digits on; 1e-9 is not 0.  Nothing is converted: '50 mm' is not '5 cm'.
+Letters are numbers: expressions are equal if they agree at all of six fixed points at which both
+are real, two at least.  At the last two all letters are positive, as lengths are: that admits
+\sqrt{ab} = \sqrt a \sqrt b and \ln x^2 = 2 \ln x, of which one side is not real elsewhere, but not
+\sqrt{x^2} = x.  A decimal stands for another value from six significant digits on; 1e-9 is not 0.
+An interval may be written as a point (1, 3), so 1 < x < 3 is that too.  Nothing is converted.
 
-Time: there is no clock.  Numbers beyond 8192 bits, or beyond 1e250 where roots are taken, and deep nesting are refused,
-which bounds the work, so that a verdict depends on neither load nor threads.  `timeouts` counts these refusals.
+No clock runs: numbers beyond 8192 bits (1e250 where roots are taken), long irrational expressions
+and deep nesting are refused.  So a verdict depends on no load, thread or process; `timeouts` counts
+the refusals.  Unlike the authors' verifier: units, brackets and the whole expression count.
 """
 
 import math
 import operator
 import re
-import threading
 import unicodedata
 import zlib
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from mpmath.ctx_mp import MPContext
-
 
 MAX_CHARS, MAX_SET = 1000, 12  # longer answers are compared as text, larger sets in order
 MAX_BITS, MAX_DEPTH = 8192, 30  # of a numerator or denominator; of brackets in each other
@@ -62,34 +66,36 @@ def one_of(words):
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMERALS = {word: str(i) for i, word in enumerate(ONES)}
+NUMERALS |= {ten: f"{i}0" for i, ten in enumerate(TENS, 2)}
+NUMERALS |= {f"{t}-{ONES[i]}": f"{NUMERALS[t][0]}{i}" for t in TENS for i in range(1, 10)}
 PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()  # 1/2, 1/3, ..
-PARTS = {part: i for i, part in enumerate(PARTS, 2)} | {"halve": 2, "fourth": 4}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 HEDGE = re.compile(  # says two things, nothing, or the opposite
     r"[?±不非没無无未除或]|(?i:\w+n't\b)|"
-    + one_of("""or n?either nor maybe perhaps possibly probably might could unsure not no never
-    cannot wrong incorrect false but except exclud\\w+ instead rather without unless unlikely hardly
-    doubt\\w* impossible opposite other~than far~from such~as beside besides if else versus vs any
+    + one_of(r"""or n?either nor maybe perhaps possibly probably might could unsure not no never
+    cannot wrong incorrect false but except exclud\w+ instead rather without unless unlikely hardly
+    doubt\w* impossible opposite other~than far~from such~as beside besides if else versus vs any
     anything everything everyone all every none some guess one~of""")
 )
 CHANGE = re.compile(  # beside a number they make it another: 'half of 5', 'after 5', '5 fewer'
-    one_of("""than least most more less fewer under over above below up~to within exceed\\w* too
-    squared? cubed? factorial roots? log minus plus negative times twice double\\w* triple\\w*
+    one_of(r"""than least most more less fewer under over above below up~to within exceed\w* too
+    squared? cubed? factorial roots? log minus plus negative times twice double\w* triple\w*
     hal(?:f|ves) thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? dozens?
-    grand hundreds? thousands? [mbtr]+illions? divided multipl\\w+ factors? divisors? reciprocal
+    grand hundreds? thousands? [mbtr]+illions? divided multipl\w+ factors? divisors? reciprocal
     inverse complement supplement negation sum product difference after before until till since past
     almost nearly between short off out and point modulo remainder base power through minimum
-    maximum ago later earlier pairs?""" + " ".join(ONES + TENS))
+    maximum ago later earlier pairs? """ + " ".join(ONES + TENS))
 )  # fmt: skip
-SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The third angle is 5'
+SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The area under the third curve is 5'
     one_of("""hal(?:f|ves) twice double triple minus plus times than less fewer more multiples?
     divisors? factors? reciprocal inverse negation before after until remainder""")
 )
 LEAD = re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; up to the last one
-    r"(?is).*(?:"
-    + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select
-    pick get gets gives? got find found obtain becomes? measures? takes? needs? costs? counted?
-    so thus hence therefore answer option choice""")
+    r"(?s).*(?:"
+    + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select pick
+    get gets gives? got find found obtain becomes? measures? takes? needs? costs? counted? so thus
+    hence therefore answer option choice""")
     + r"|(?<=[a-z]{2}):)[\s:,]*"
 )
 LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
@@ -99,48 +105,37 @@ JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
     r"|correct|right)$"
 )
-CHINESE_LEAD = re.compile(  # '所以答案是', '应选', '约'; nothing that denies
-    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|"
-    r"共|一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])"
+CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing that denies
+    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|"
+    r"一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])"
 )
-
-PREFIXES = "k kilo;c centi;d deci;m milli;μ micro;n nano;mega mega;g giga"
-METRIC = """m meter metre 米;g gram 克;l liter litre 升;s sec second 秒;hz hertz;n newton;j joule;
-    w watt;v volt;a amp ampere;ω ohm;pa pascal;f farad;mol mole;b byte;ev;cal calorie"""
-UNITS = """in inch inches;ft foot feet;yd yard;mi mile;t ton tonne 吨;lb pound lbs;oz ounce;
-    min minute 分钟;h hr hour 小时;day 天 日;week 周;month 月;yr year 年;° deg degree 度;rad radian;
-    °c celsius 摄氏度;°f fahrenheit;k kelvin;mph;kph;kwh;% percent pct percentage;¢ cent;
-    $ dollar usd;€ euro eur;£ gbp;¥ yuan 元 rmb;km 公里 千米;kg 千克 公斤;cm 厘米;mm 毫米;dm 分米;
-    ml 毫升;ha hectare;acre;gal gallon"""
-
-
-def unit_names():
-    """Every name of a unit -> its canonical one; nothing is converted: '50 mm' is not '5 cm'."""
-    rows = [row.split() for row in (METRIC + ";" + UNITS).split(";")]
-    for row in METRIC.split(";"):
-        symbol, *names = [name for name in row.split() if name.isascii() or name == "ω"]
-        for prefix, word in (pair.split() for pair in PREFIXES.split(";")):
-            rows.append([prefix + symbol, *(word + name for name in names)])
-    return {name + s: row[0] for row in rows for name in row for s in ("", "s")[: len(name)]}
-
-
-ALIAS = unit_names()
+UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
+    m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
+    ft foot feet;yd yard;mi mile;mg milligram;g gram 克;kg kilogram 千克 公斤;t ton tonne 吨;lb pound
+    lbs;oz ounce;ms millisecond;s sec second 秒;min minute 分钟;h hr hour 小时;day 天;week 周;month 月;
+    yr year 年;ml milliliter millilitre 毫升;l liter litre 升;gal gallon;° deg degree 度;rad radian;
+    °c celsius 摄氏度;°f fahrenheit;k kelvin;hz hertz;khz;megahz;ghz;n newton;kn;j joule;kj;megaj;
+    w watt;kw kilowatt;mw;megaw megawatt;kwh;v volt;kv;mv;a amp ampere;ma;ω ohm;kω;megaω;pa pascal;
+    kpa;megapa;mol mole;cal calorie;kcal;mph;% percent pct percentage;$ dollar usd;€ euro eur;
+    £ gbp;¥ yuan 元 rmb;¢ cent"""
+ALIAS = {name + s: row.split()[0] for row in UNITS.split(";") for name in row.split()
+         for s in ("", "s")[: len(name)]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- clean
-GREEK = "alpha beta gamma delta theta lambda pi rho sigma tau phi omega mu".split()
+GREEK = "alpha beta gamma delta theta lambda pi rho sigma tau phi omega".split()
 CHARACTERS = str.maketrans(
-    dict(zip("−–—⁄÷∶×·⋅∙≈∈’‘“”。、⟨⟩掳∅", "---//:****==''\"\".,()°∅"))
+    dict(zip("−–—⁄÷∶×·⋅∙≈∈’‘“”。、⟨⟩掳", "---//:****==''\"\".,()°"))
     | {"∞": r"\infty ", "∠": "angle ", "△": "triangle ", "√": r"\sqrt ", "∴": " ", "或": " or "}
-    | {"和": " and ", "Ω": "Ω", "μ": "μ"}
+    | {"和": " and "}
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", " ")  # not seen: no letter
     | {unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('bd', 'd')}"): f"\\{name} "
-       for name in GREEK if name != "mu"}
+       for name in GREEK}
 )  # fmt: skip
-COMMANDS = r"""times * cdot * div / ** ^ approx = sim = in = <= ≤ le ≤ leq ≤ leqslant ≤ >= ≥ ge ≥
-    geq ≥ geqslant ≥ ne ≠ neq ≠ lt < gt > == = cup ∪ pm ± circ ° degree ° dfrac \frac tfrac \frac
+COMMANDS = r"""times * cdot * div / ** ^ approx = sim = in = == = <= ≤ le ≤ leq ≤ leqslant ≤ >= ≥
+    ge ≥ geq ≥ geqslant ≥ ne ≠ neq ≠ lt < gt > cup ∪ pm ± circ ° degree ° dfrac \frac tfrac \frac
     cfrac \frac Omega Ω mu μ emptyset ∅ varnothing ∅ lbrace { rbrace } langle ( rangle ) vert |
-    lvert | rvert | mid | colon : infinity \infty""".split()
+    lvert | rvert | colon :""".split()
 COMMANDS = dict(zip(COMMANDS[::2], COMMANDS[1::2])) | {"angle": "angle ", "triangle": "triangle "}
 COMMANDS |= dict.fromkeys("left right quad qquad displaystyle therefore because".split(), " ")
 
@@ -154,69 +149,57 @@ def repeating(match):
 
 def matrix(match):
     """The inside of a LaTeX matrix, or '1 2; 3 4' -> '[[1, 2],[3, 4]]'."""
-    rows = re.split(r"\\\\|;", match[1] or match[2])
-    cells = [re.split(r"\s*&\s*" if match[1] else r"\s*,\s*|\s+", row.strip()) for row in rows]
-    return "[" + ",".join("[" + ", ".join(row) + "]" for row in cells if row != [""]) + "]"
-
-
-def spoken(match):
-    """'two hundred and twenty-one' -> '221'."""
-    total = 0
-    for word in re.findall(r"[a-z]+", match[0].lower()):
-        total *= 100 if word == "hundred" else 1
-        total += ONES.index(word) if word in ONES else 0
-        total += 10 * TENS.index(word) + 20 if word in TENS else 0
-    return str(total)
+    rows = [row.strip() for row in re.split(r"\\\\|;", match[1] or match[2]) if row.strip()]
+    between = r"\s*&\s*" if match[1] else r"\s*,\s*|\s+"
+    return "[" + ",".join(f"[{', '.join(re.split(between, row))}]" for row in rows) + "]"
 
 
 def part(match):
-    """'3 quarters' -> '3/4', 'a third' -> '1/3', '2 and a half' -> '(2+1/2)'."""
+    """'3 quarters' -> '3/4', 'a third' -> '1/3', '2 and a half' -> '(2+1/2)', 'half' -> '1/2'."""
     whole, count, name = match.groups()
-    name = (name or "half").lower()
-    size = PARTS[name if name in PARTS else name.removesuffix("s")]
+    size = PARTS.index(name.lower()) + 2 if name else 2
     return f"({whole}+1/{size})" if whole else f"{count or 1}/{size}"
 
 
-SPOKEN = rf"(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(ONES[1:10])})\b)?|(?:{'|'.join(ONES)})\b)"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    # matrices: the rows of a LaTeX environment, or of '[1 2; 3 4]'
+    # matrices: an environment of LaTeX, or '[1 2; 3 4]'
     (r"(?s)\\begin\s*\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\}"
      r"|^\[\s*((?:[^\s;,\[\]()]+[ ,]+)+[^\s;,\[\]()]+\s*;[^\[\]()]*)\]$", matrix),
-    # math mode, spaces and what is not seen in print
+    # math mode and spaces; bold, quoted, a heading or the mark of a final answer
     (r"(?<!\\)\$(.*?)(?<!\\)\$|\\[\[\]()!]|\\[,;: ]|[~\s]+", r" \1 "),
-    # bold, quoted, a heading or a mark of a final answer
     (r"(?<![\w)])\*\*(?=\S)(.+?)\*\*(?![\w(])|^['`](.*)['`]$", r"\1\2"),
-    (r"^(?:#+ |(?i:final answer) (?=[^\s:]))", ""),
+    (r"^(?:#+ +|(?i:final answer) +(?=[^\s:]))", ""),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", repeating),
-    # fonts and words inside of formulas; \overline only over two letters, else it is a complement
+    # fonts and words inside of formulas; \overline over two letters, over one it is a complement
     (r"\\(?:text\w*|math\w+|operatorname|mbox|underline|emph|boldsymbol|bm)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\(?:vec|hat|(?:overline|bar)(?=\s*\{[A-Za-z]{2}))\s*\{([A-Za-z][^{}]*)\}", r" \1 "),
-    (r"\\([%${}&#])|\{(,)\}", r"\1\2"),
+    (r"\\([%${}&#])|\{(,)\}", r"\1\2"), (r"\\\|", "|"),
     (r"\\([A-Za-z]+)|[<>=]=|\*\*", lambda match: COMMANDS.get(match[1] or match[0], match[0])),
-    # degrees; a true bearing; '25 degrees Celsius'
+    (r"\s+", " "),
+    # degrees, of a temperature, or of a true bearing
     (r"\s*\^\s*\{?\s*°\s*\}?|\s+°", "°"), (r"°\s*T(?![A-Za-z])", "°"),
-    (r"(?i)(?:°|\bdegrees?) ?(?:celsius\b|c(?![a-z]))", "°C"),
-    (r"(?i)(?:°|\bdegrees?) ?(?:fahrenheit\b|f(?![a-z]))", "°F"),
-    # functions without their backslash; infinity has no sign but minus
+    (r"(?i)(?:°| ?\bdegrees?) ?(c(?:elsius)?|f(?:ahrenheit)?)\b", lambda match: f"°{match[1][0]}"),
+    # infinity has no sign but minus; functions without their backslash
     (r"(?i)(?<![\\a-z])(?:positive )?infinity(?![a-z])", r"\\infty "),
     (r"(?i)\bnegative (?=\\infty|[\d\\])", "-"), (r"(?<![\w)}\]])\+\s*(?=\\infty)", ""),
-    (r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp|pi)(?![A-Za-z])", r"\\\1 "),
-    # arguments without braces; x between digits is a multiplication
+    (r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp|pi)(?![A-Za-z])",
+     r"\\\1 "),
+    # arguments without braces; x between digits is a multiplication; '1 234' is a number
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
     (r"\s*([\^_])\s*(?:(-?\d+|[A-Za-z])|\{([^{}]*)\})", r"\1{\2\3}"), (r"(?<=\d)\s*x\s*(?=\d)", "*"),
-    (r"\s+", " "),
-    # '3:45 p.m.' -> '3:45 pm'
-    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
-    (CHINESE_LEAD.pattern, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),
+    # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
+    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"), (r"^0(?=\d:\d\d)", ""),
+    (CHINESE, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
-    (rf"(?i)^{SPOKEN}(?: hundred(?: (?:and )?{SPOKEN})?)?(?![\w])(?!-(?!{'|'.join(PARTS)}))", spoken),
+    (rf"(?i)^(?:{'|'.join(sorted(NUMERALS, key=len, reverse=True)).replace('-', '[- ]')})\b(?!-[^hqtfsen])",
+     lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),
     (rf"(?i)^(?:(\d+) and (?:an?|1) |(?:(\d+)|an?|one)[ -])({'|'.join(PARTS)})s?$|^half$", part),
-    (r"(?i)\b(?:approximately|approx\.?|about|around|roughly)\s+(?=[-\d$\\.])|\b(?:because|since)\b.*",
+    # what says nothing: 'about 5', '5 because ..'
+    (r"(?i)\b(?:approximately|approx\.?|about|around|roughly) (?=[-\d$\\.])|\b(?:because|since)\b.*",
      ""),
-    (r"\s+", " "),
 ]]  # fmt: skip
-BOX = re.compile(r"(?<!\w)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!\w)")
+BOX = re.compile(r"(?<!\w)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!\w)")  # braces in 2
 
 
 @lru_cache(maxsize=1 << 14)
@@ -236,8 +219,8 @@ def clean(text):
 
 
 def plain_words(text):
-    """Text without case, articles and punctuation: 'The red car!' -> 'red car'.  Marks between
-    digits stay."""
+    """Text without case, articles and punctuation, but for marks between digits: 'The red car!' ->
+    'red car'."""
     between = r"(?<=[a-z]{2})-(?=[a-z]{2})|(?<!\d)[.,:;!\"]+|[.,:;!\"]+(?!\d)"
     text = re.sub(between, " ", text.casefold())
     return " ".join(re.sub(r"\b(?:an?|the)\s+(?=\w)", "", text).split())
@@ -246,18 +229,20 @@ def plain_words(text):
 # -------------------------------------------------------------------------------------- expression
 FUNCTIONS = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "log": "log10", "lg": "log10"}
 FUNCTIONS |= {name: name for name in "sin cos tan cot sec csc ln exp".split()}
-INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan"}
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 OPERATORS |= {":": operator.truediv, "": operator.mul}  # "": side by side
-BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "": 2, "^": 4, "!": 5, "°": 5}
-CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
+BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "": 2, "^": 3, "!": 3, "°": 3}
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
 TOKEN = re.compile(  # a number, a command or letters, either with an index, or any other mark
     rf"{DIGITS}(?:[eE][-+]?\d{{1,3}}(?![\d.]))?|(?:\\[A-Za-z]+|[A-Za-z]+)(?:_\{{\w*\}})?|\S"
 )
 MIXED = re.compile(r"(?<![\d.}])(\d+)(?: ?\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+)(?![\d.]))")
+UNCLEAR = re.compile(  # numbers side by side, 5!!, 9^9^9, 1:2:3, signs in a row, a function f(x)
+    r"\)\s+[\d(]|\d\s+[\d.]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|[-+]\s*[-+]\s*[-+]|^[-+]\s*[-+]|[fgh]\s?\("
+)
 PRECISIONS = (0, 200, 1000)  # digits, 0 is exact: at least 4 for each character of both sides
-SCALES = (-1, 1, -1, 1, 20, Fraction(1, 2))  # of the points; the letters are positive from the third
+POINTS = (-1, 1, -1, 1, 20, Fraction(1, 2))  # scales; letters have either sign at the first four
 
 
 class Unreadable(Exception):
@@ -275,13 +260,12 @@ class Reader:
 
     def __init__(self, tokens, digits):
         self.tokens, self.at, self.depth, self.letters = tokens, 0, 0, {}
-        self.in_bars = self.in_argument = False
         self.mp = MPContext() if digits else None  # its own: threads share no precision
         if digits:
             self.mp.dps = digits
 
     def settle(self, value):
-        """Every number passes here: bounds it."""
+        """Every number passes here."""
         if self.mp is None:
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
                 raise Beyond
@@ -303,18 +287,26 @@ class Reader:
             raise ArithmeticError("0^0")
         if self.mp:
             return self.settle(self.mp.power(base, exponent))
-        n = exponent.denominator
-        parts = base.numerator, base.denominator
+        n, parts = exponent.denominator, (base.numerator, base.denominator)
         bits = max(part.bit_length() for part in parts)
-        if abs(exponent.numerator) * bits > MAX_BITS or n > 1 and (base < 0 or bits > 300 or n > 99):
+        if abs(exponent.numerator) * bits > MAX_BITS or n > 1 and (base < 0 or bits > 300):
             raise Beyond
-        roots = [math.isqrt(part) if n == 2 else round(part ** (1 / n)) for part in parts]
-        if n > 1 and tuple(root**n for root in roots) != parts:
+        if n > 1:
+            roots = [math.isqrt(part) if n == 2 else round(part ** (1 / n)) for part in parts]
+            if tuple(root**n for root in roots) != parts:
+                raise Beyond
+            base = Fraction(*roots)
+        return base**exponent.numerator
+
+    def factorial(self, value):
+        if not 0 <= value <= 1000 or value != int(value):
             raise Beyond
-        return (base if n == 1 else Fraction(*roots)) ** exponent.numerator
+        return self.number(math.factorial(int(value)))
 
     def call(self, name, value):
-        """A function of mpmath: not exact."""
+        """A function of mpmath."""
+        if name == "abs":
+            return abs(value)
         if self.mp is None:
             raise Beyond
         return self.settle(getattr(self.mp, name)(value))
@@ -333,12 +325,8 @@ class Reader:
         """The next operator, "" for a product without a sign; None if there is none.  A number is
         no factor without a sign: '2 3' is not 6."""
         token = self.peek()
-        if token in BINDING:
-            return token
-        if self.in_argument and token[1:].partition("_")[0] in FUNCTIONS:  # \sin x \cos x
-            return None
-        is_factor = token in "([{" or token == "|" and not self.in_bars or token[0] == "\\"
-        return "" if is_factor or token[0].isalpha() and token != "end" else None
+        is_factor = token in CLOSING or token[0] == "\\" or token[0].isalpha() and token != "end"
+        return token if token in BINDING else "" if is_factor else None
 
     def value(self, binding=0):
         """All that binds more than `binding`."""
@@ -348,9 +336,7 @@ class Reader:
         sign = self.take() if self.peek() in ("+", "-") else ""
         value = self.value(2) if sign else self.atom()
         value = -value if sign == "-" else value
-        while (symbol := self.operator()) is not None:
-            if (3 if symbol == "" and self.in_argument else BINDING[symbol]) <= binding:
-                break
+        while (symbol := self.operator()) is not None and BINDING[symbol] > binding:
             self.at += symbol != ""
             value = self.settle(self.apply(symbol, value))
         self.depth -= 1
@@ -360,53 +346,47 @@ class Reader:
         if symbol == "°":
             return self.call("radians", value)
         if symbol == "!":
-            if not 0 <= value <= 1000 or self.peek() == "!":
-                raise Beyond
-            if value != int(value):
-                raise ArithmeticError("factorial of a fraction")
-            return self.number(math.factorial(int(value)))
+            return self.factorial(value)
         if symbol == "^":
             exponent = self.atom()
-            if self.peek() == "^":
-                raise Unreadable  # a tower without braces
             return self.power(value, exponent)
         return OPERATORS[symbol](value, self.value(BINDING[symbol]))
 
     def atom(self):
         token = self.take()
         if token in CLOSING:
-            outside = self.in_bars, self.in_argument
-            self.in_bars, self.in_argument = token == "|", False
             value = self.value()
             self.take(CLOSING[token])
-            self.in_bars, self.in_argument = outside
-            return abs(value) if token == "|" else value
+            return value
         if token in self.letters:
             return self.letters[token]
         if token[0] in ".0123456789":
-            return self.number(re.sub("[, ]", "", token))
+            return self.number(re.sub(",", "", token))
         if token == "e":
             return self.call("exp", self.number(1))
         if token == r"\pi":
             return self.call("radians", self.number(180))
         if token == r"\frac":
             return self.settle(self.atom() / self.atom())
+        if token == r"\binom":
+            n, k = self.atom(), self.atom()
+            return self.factorial(n) / self.factorial(k) / self.factorial(n - k)
         if token == r"\sqrt":
             degree = self.atom() if self.peek() == "[" else self.number(2)
             return self.power(self.atom(), 1 / degree)
         return self.function(token)
 
     def function(self, token):
-        r"""\sin x, \sin^{2} x, \sin^{-1} x, \log_{2} 8: of a bracket, or of factors side by side."""
+        r"""\sin x, \sin^{2} x, \log_{2} 8: of a bracket, or of factors side by side."""
         name, _, base = token.removeprefix("\\").partition("_")
-        if name not in FUNCTIONS or base and (name != "log" or not base[1:-1].isdigit()):
+        if name not in FUNCTIONS and name != "abs" or base and not (name == "log" and base[1:-1].isdigit()):
             raise Unreadable
         exponent = self.atom() if self.peek() == "^" and self.take() else self.number(1)
-        if exponent == -1 and name in INVERSE:
-            name, exponent = INVERSE[name], self.number(1)
-        outside, self.in_argument = self.in_argument, True
-        value = self.atom() if self.peek() in CLOSING else self.value(2)
-        self.in_argument = outside
+        if exponent < 0:
+            raise Unreadable  # \sin^{-1}: two meanings
+        in_brackets, value = self.peek() in CLOSING, self.value(2)
+        while not in_brackets and self.operator() == "" and self.peek()[1:] not in FUNCTIONS:
+            value = self.settle(value * self.value(2))
         value = self.call(FUNCTIONS.get(name, name), value)
         if base:
             value /= self.call("log10", self.number(base[1:-1]))
@@ -415,15 +395,14 @@ class Reader:
 
 @lru_cache(maxsize=1 << 13)
 def tokenize(text):
-    """Text -> tokens, names of the letters among them; no tokens if it is no expression: it holds
-    words, or a number beside a number."""
+    """Text -> tokens, names of the letters among them; no tokens if it is no expression."""
     text = MIXED.sub(lambda match: f"({match[1]}+{match[2] or match[4]}/{match[3] or match[5]})", text)
-    if re.search(r"\)\s+[\d(]|\d\s+[\d.]|[-+]\s*[-+]\s*[-+]|^\s*[-+]\s*[-+]|[fgh]\s?\(", text):
+    if UNCLEAR.search(text):
         return (), frozenset()
     tokens = []
-    for token in TOKEN.findall(text):
+    for token in TOKEN.findall(re.sub(r"\|([^|]*)\|", r"\\abs(\1)", text)):
         name = token.partition("_")[0]
-        if name.isalpha() and len(name) > 1:  # a run of letters is a product of at most two, or abc
+        if name.isalpha() and len(name) > 1:  # a run of letters is a product of two, or abc
             if len(name) > 2 and name not in ("abc", "xyz"):
                 return (), frozenset()
             tokens += name[:-1]
@@ -439,12 +418,12 @@ def values(text, digits):
     if it is not to be computed with so many digits."""
     tokens, letters = tokenize(text)
     reader, found = Reader(tokens, digits), []
-    for i, scale in enumerate(SCALES if letters else SCALES[:1]):
+    for i, scale in enumerate(POINTS if letters else POINTS[:1]):
         try:
             for name in letters:
                 random = zlib.crc32(f"{name}{i}".encode())
-                sign = -1 if random & 1 and i < 2 else 1
-                reader.letters[name] = reader.number(sign * Fraction(random % 1999 + 1, 997) * scale)
+                sign = -1 if random & 1 and i < 4 else 1
+                reader.letters[name] = reader.number(sign * Fraction(random % 1999 + 1, 997) * abs(scale))
             reader.at = reader.depth = 0
             found.append(reader.value())
             if reader.at < len(tokens):
@@ -459,21 +438,19 @@ def values(text, digits):
 
 
 def aligned(left, right):
-    """Two expressions -> their values where both are defined, and the digits; nothing if one is no
-    expression, or they have other letters, or are defined together at one point alone."""
-    global given_up
+    """Two expressions -> their values where both are defined, and the digits; no values if one is
+    no expression, or they have other letters, or are defined together at one point alone."""
+    global refusals
     if tokenize(left)[1] != tokenize(right)[1]:
         return [], 0
     for digits in PRECISIONS:
-        if digits and 4 * len(left + right) > digits:
-            continue
         sides = values(left, digits), values(right, digits)
         if () in sides:
             return [], 0
-        if None not in sides:
+        if None not in sides and (not digits or 4 * len(left + right) <= digits):
             pairs = [pair for pair in zip(*sides) if None not in pair]
             return pairs if len(pairs) > 1 or len(sides[0]) == 1 else [], digits
-    given_up += 1
+    refusals += 1
     return [], 0
 
 
@@ -481,41 +458,53 @@ def equal(left, right, digits):
     return left == right if digits == 0 else abs(left - right) * 10 ** (digits // 2) < 1
 
 
+refusals = 0
+
+
+def timeouts():
+    """How many comparisons of this process were given up because they would take too long."""
+    return refusals
+
+
 # --------------------------------------------------------------------------------------- statement
 HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi, ..
-    r"([-+]?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi)(?![a-z])|[eE](?=[-+]?\d))+)"
+    r"([-+]?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
+    r"[eE](?=[-+]?\d))+)"
 )
 TAIL = re.compile(  # '5 cm long', '3 apples in the basket'
     r"(?<=[\w}])\s(?:long|wide|tall|high|deep|old|left|each|altogether|(?:in|on|at|of|from) [a-z ]+)$"
 )
+SPELLED = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"\bper cent\b", "percent"), (r"\s*\bper\s+|\s*/\s*", "/"),
+    (r"(?:\b(?:square|sq\.?|cubic) +)?\bunits?\b(?: squared|\^\{\d\})?", ""),  # '12 square units'
+    (r"\b(?:square|sq\.?) +([a-z]+)|平方(\w+)", r"\1\2^{2}"), (r" squared\b|(?<=[a-z])2\b", "^{2}"),
+    (r"\bcubic +([a-z]+)|立方(\w+)", r"\1\2^{3}"), (r" cubed\b|(?<=[a-z])3\b", "^{3}"),
+    (r"[ *](\w+)\^\{-(\d)\}", r"/\1^{\2}"), (r"\^\{1\}", ""),  # m s^{-1}
+]]  # fmt: skip
 
 
 class Quantity(NamedTuple):
-    value: Fraction | str  # a fraction, or the expression if it is not exact
+    value: Fraction | str  # the expression, if it is not exact
     unit: str
     ulp: Fraction  # the last place of a decimal with at least six significant digits, else 0
 
 
 def parse_unit(text, is_one=False):
-    """What follows a number -> canonical unit, None if that is no unit: ' square metres' -> 'm^{2}'.
-    Plural words are units too, in front of which more may stand: '3 red apples'."""
-    text = re.sub(r"^\s*M(?=(?:W|Ω|Hz|Pa|J|N|V|A|eV|B)\b)", " mega", text).casefold().strip()
-    text = re.sub(r"\bper cent\b", "percent", TAIL.sub("", text)).strip(" .")
-    text = re.sub(r"\s*\bper\s+|\s*/\s*", "/", text)
-    text = re.sub(r"(?:\b(?:square|sq\.?|cubic) +)?\bunits?\b(?: squared|\^\{\d\})?", "", text)
-    text = re.sub(r"\b(?:square|sq\.?) +([a-z]+)|平方(\w+)", r"\1\2^{2}", text)
-    text = re.sub(r"\bcubic +([a-z]+)|立方(\w+)", r"\1\2^{3}", text)
-    text = re.sub(r" squared\b|(?<=[a-z])2\b", "^{2}", text)
-    text = re.sub(r" cubed\b|(?<=[a-z])3\b", "^{3}", text)
-    text = re.sub(r"[ *](\w+)\^\{-(\d)\}", r"/\1^{\2}", text).replace("^{1}", "")
+    """What follows a number -> canonical unit, None if that is none: ' square metres' -> 'm^{2}'.
+    A plural is a unit too, and more words may stand before it: '3 red apples' -> '#red apple'."""
+    text = re.sub(r"^\s*M(?=(?:W|Ω|Hz|Pa|J)\b)", " mega", text).casefold().strip(" .")
+    text = TAIL.sub("", text)
+    for pattern, replacement in SPELLED:
+        text = pattern.sub(replacement, text).strip()
     parts = re.split(r"(/|[ *]|\^\{\d\})", text)
-    names = [ALIAS.get(part.strip(), "") for part in parts[::2]]
-    if all(names[i] or not part.strip() for i, part in enumerate(parts[::2])) or not text:
-        return "".join(x for pair in zip(names, [*parts[1::2], ""]) for x in pair).strip()
+    names = [ALIAS.get(name, "" if name else None) for name in parts[::2]]
+    if "" not in names:
+        return "".join(x for pair in zip(names, [*parts[1::2], ""]) for x in pair if x)
     words = text.split()
-    plural = words[-1].endswith("s") or words[-1] in ("people", "children", "men", "women") or is_one
-    fits = plural and all(re.fullmatch(r"[^\W\d_]{3,}", word) for word in words) or "一" <= text < "龥"
-    if not fits or HEDGE.search(text) or CHANGE.search(text):
+    counts = is_one or re.search(r"s$|^(?:people|children|men|women)$", words[-1]) or text > "一"
+    if not counts or not all(re.fullmatch(r"[a-z]{3,}|[一-龥]+", word) for word in words):
+        return None
+    if HEDGE.search(text) or CHANGE.search(text):
         return None
     return "#" + " ".join(word.removesuffix("s") for word in words)
 
@@ -524,104 +513,87 @@ def parse_unit(text, is_one=False):
 def parse_quantity(text):
     """'1 1/2 cm' -> (3/2, 'cm', 0), '50%' -> (1/2, '', 0), '$5 million' -> (5000000, '$', 0)."""
     head = HEAD.match(text)
-    if not head or not re.search(r"\d|\\pi", head[3]):
-        return Quantity(text, "", 0)
-    sign, currency, number = head[1], head[2], head[3].strip()
-    tail, factor = text[head.end() :], Fraction(1)
+    if not head or not re.search(r"\d|\\pi", head[3]) or re.search(r"\d[kKM]$", text):
+        return Quantity(text, "", Fraction(0))
+    sign, number, tail, factor = head[1], head[3].strip(), text[head.end() :], Fraction(1)
     if scale := re.match(r"(?i)(hundred|thousand|million|billion|trillion)s?\b|[万亿]", tail):
         factor, tail = Fraction(10) ** SCALES[scale[0].lower().removesuffix("s")], tail[scale.end() :]
     exact = values(number, 0)
-    is_one = bool(exact) and exact[0] == 1
-    unit = parse_unit(tail, is_one)
-    if unit is None or re.search(r"\d[kKM]$", text):  # not a unit; thousands or millions
-        return Quantity(text, "", 0)
+    unit = parse_unit(tail, is_one=exact == (1,))
+    if unit is None:
+        return Quantity(text, "", Fraction(0))
     if unit.startswith("%"):
         factor, unit = factor / 100, unit[1:].strip()
-    digits = re.fullmatch(rf"\d[\d, ]*\.(\d*)|\.(\d+)", number)
-    is_long = digits and len(re.sub(r"^[0.]+|\D", "", number)) >= 6
-    ulp = factor / 10 ** len(digits[1] or digits[2]) if is_long else 0
-    unit = f"{ALIAS.get(currency, '')} {unit}".strip()
+    decimals = re.fullmatch(r"[\d,]*\.(\d*)", number)
+    is_long = decimals and len(re.sub(r"^[0.]+|\D", "", number)) >= 6
+    ulp = factor / 10 ** len(decimals[1]) if is_long else Fraction(0)
+    unit = f"{ALIAS.get(head[2], '')} {unit}".strip()
     if exact and exact[0] is not None:
-        return Quantity((-1 if sign == "-" else 1) * factor * exact[0], unit, ulp)
+        return Quantity(exact[0] * factor * (-1 if sign == "-" else 1), unit, ulp)
     return Quantity(f"{sign}{number}" if factor == 1 else f"{sign}({number})*{factor}", unit, ulp)
 
 
 def same_unit(a, b):
     """One may be missing; '3 red apples' are 3 apples."""
-    counted = a.startswith("#") and b.startswith("#")
-    words = set(a[1:].split()), set(b[1:].split())
-    return not a or not b or a == b or counted and (words[0] < words[1] or words[1] < words[0])
+    more, less = sorted((set(a[1:].split()), set(b[1:].split())), key=len, reverse=True)
+    return not a or not b or a == b or a[0] == b[0] == "#" and less < more
 
 
 def same_quantity(p, g):
     a, b = parse_quantity(p), parse_quantity(g)
+    slack = a.ulp if "." not in g else b.ulp if "." not in p else 0
     if not same_unit(a.unit, b.unit):
         return False
-    slack = a.ulp if "." not in g else b.ulp if "." not in p else 0
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         return a.value == b.value or abs(a.value - b.value) < slack
     left, right = str(a.value), str(b.value)
     if not re.search(r"[\d\\+*/^|!-]", left + right):  # words are no products: 'no' is not 'on'
         return False
     pairs, digits = aligned(left, right)
-    close = all(equal(x, y, digits) for x, y in pairs)
-    if pairs and not close and slack and len(pairs) == 1:
-        close = abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator
-    return bool(pairs) and close
+    if len(pairs) == 1 and slack and abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator:
+        return True
+    return bool(pairs) and all(equal(x, y, digits) for x, y in pairs)
 
 
 RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
-NAME = re.compile(  # x, x_{1}, f(2), \angle ABC, area, (x, y); no formula
-    r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?(?:\([^()]*\))?"
-    r"|\([a-z](?:, ?[a-z])+\)"
-)
 
 
 def same_relation(p, g):
-    """Equations and inequalities whose left - right agree up to a factor, positive for < and <=."""
-    left, right = RELATION.split(p), RELATION.split(g)
-    turned = [[z, "<≤"[o == "≥"], x] if o in ">≥" else [x, o, z] for x, o, z in (left, right)]
+    """Two equations or inequalities whose left - right agree up to a factor, a positive one for <."""
+    turned = [[z, "<≤"[o == "≥"], x] if o in ">≥" else [x, o, z] for x, o, z in map(RELATION.split, (p, g))]
     (a, symbol, b), (c, other, d) = turned
     pairs, digits = aligned(f"{a}-({b})", f"{c}-({d})")
-    if symbol != other or not pairs or 0 in pairs[0]:
+    if symbol != other or len(pairs) < 2 or 0 in pairs[0]:
         return False
     x, y = pairs[0]
-    same = all(equal(x * w, y * v, digits) for v, w in pairs)
-    return same and len({v for v, w in pairs}) > 1 and (symbol in "=≠" or x / y > 0)
+    return (symbol in "=≠" or x / y > 0) and all(equal(x * w, y * v, digits) for v, w in pairs)
 
 
-TIME = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?(?: ([ap]m))?")
+TIME = re.compile(r"(\d\d?:[0-5]\d)( [ap]m)?")
 END = rf"[$€£¥]?{DIGITS} ?[%°]?"
-RANGE = re.compile(rf"(?:(?:from|between) )?({END})\s*(-|to|and)\s*({END})((?: ?[a-z]+)?)")
+RANGE = re.compile(rf"(?:(?:from|between) )?({END}) ?(-|to|and) ?({END}(?: [a-z]+)?)")
 
 
 def same_statement(p, g):
-    """Single statements: times, ranges ('18-29' is no difference), ratios, relations, quantities."""
-    times = TIME.fullmatch(p), TIME.fullmatch(g)
+    """Ranges have the same ends ('18-29' is no difference), '3 to 4' may be the ratio 3:4."""
+    times, ranges = (TIME.fullmatch(p), TIME.fullmatch(g)), (RANGE.fullmatch(p), RANGE.fullmatch(g))
     if all(times):
-        hours = [(int(t[1]) % 12 + 12 * (t[4] == "pm") if t[4] else int(t[1])) for t in times]
-        if not (times[0][4] and times[1][4]):  # one of them names no half of the day
-            hours = [int(t[1]) for t in times] if hours[0] != hours[1] else hours
-        return hours[0] == hours[1] and all(times[0][i] == times[1][i] for i in (2, 3))
-    ranges = RANGE.fullmatch(p), RANGE.fullmatch(g)
-    if any(match and match[2] == "-" for match in ranges) or all(ranges):
-        return all(ranges) and all(
-            same_quantity(ranges[0][i] + ranges[0][4], ranges[1][i] + ranges[1][4]) for i in (1, 3)
-        )
-    if ranges[0] and ranges[0][2] == "to":
-        p = f"{ranges[0][1]}:{ranges[0][3]}"
-    if p.count(":") == g.count(":") > 1:  # 3:4:5
-        terms = [[parse_quantity(term.strip()).value for term in x.split(":")] for x in (p, g)]
-        exact = all(isinstance(term, Fraction) for term in terms[0] + terms[1])
-        return exact and all(a * terms[1][0] == b * terms[0][0] for a, b in zip(*terms))
-    left, right = RELATION.split(p), RELATION.split(g)
-    if len(left) == len(right) == 3:
-        return same_relation(p, g)
-    return same_quantity(p, g)
+        return times[0][1] == times[1][1] and (None in (times[0][2], times[1][2]) or p == g)
+    if all(ranges):
+        return all(same_quantity(ranges[0][i], ranges[1][i]) for i in (1, 3))
+    if "-" in (ranges[0] and ranges[0][2], ranges[1] and ranges[1][2]):
+        return False
+    p = f"{ranges[0][1]}:{ranges[0][3]}" if ranges[0] and ranges[0][2] == "to" else p
+    relations = len(RELATION.split(p)) == len(RELATION.split(g)) == 3
+    return same_relation(p, g) if relations else same_quantity(p, g)
 
 
 # ----------------------------------------------------------------------------------------- content
 SEPARATOR = re.compile(r"(?i)([(\[{])|([)\]}])|\s*[,;]\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|\s*∪\s*")
+NAME = re.compile(  # x, x_{1}, f(2), \angle ABC, area, (x, y); no formula
+    r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?(?:\([^()]*\))?"
+    r"|\([a-z](?:, ?[a-z])+\)"
+)
 
 
 class Items(NamedTuple):
@@ -650,7 +622,7 @@ def as_interval(text):
     if set(chain[1::2]) <= {">", "≥"}:
         chain = [{">": "<", "≥": "≤"}.get(part, part) for part in reversed(chain)]
     if len(chain) == 3:
-        chain = ["-\\infty", "<", *chain] if len(chain[0]) == 1 else [*chain, "<", "\\infty"]
+        chain = ["-\\infty", "<", *chain] if chain[0].isalpha() else [*chain, "<", "\\infty"]
     if len(chain) != 5 or not {chain[1], chain[3]} <= {"<", "≤"} or not chain[2].isalpha():
         return ""
     return "[("[chain[1] == "<"] + f"{chain[0]}, {chain[4]}" + "])"[chain[3] == "<"]
@@ -665,63 +637,69 @@ def parse_named(text):
     return (name if name[0] == "(" else name.split()[-1]), rest[1::2]
 
 
+def parse_solutions(parts):
+    """'x = 2', 'x = 5' or 'x_1 = 2', 'x_2 = 5' -> values in any order; 'x = 3', 'y = 4' -> a point."""
+    found = [parse_named(part) for part in parts]
+    names = {re.sub(r"_?\{?\d\}?$", "", name) for name, values in found}
+    if len(parts) < 2 or "" in names or any(len(values) > 1 for name, values in found):
+        return None
+    if len(names) == 1:
+        return Items(("", "{}"), [values[0] for name, values in found], False, *names)
+    point = [values[0] for name, values in sorted(found)]
+    return Items(("", "()"), point, True, ",".join(sorted(names))) if len(names) == len(parts) else None
+
+
 def parse_items(text):
-    """'(1, 2]' -> '(]', [1, 2]; 'x=1 or x=2' -> [1, 2] in any order; '(5)' -> '5'; '1<x<3' ->
-    '1<x', 'x<3'; '(1) 5; (2) 6' -> [5, 6]; all else is one part."""
-    text = re.sub(r"\}\s*∪\s*\{", ", ", re.sub(r"^(?i:point )?[A-Z]\s?(?=\(.*,.*\)$)", "", text))
+    """'(1, 2]' -> 1, 2 in order; '{1, 2}', '1 or 2' and '±1' in any; '(5)' is 5; '(1) 5; (2) 6' is
+    5, 6; '1 < x < 3y' is 1 < x and x < 3y; anything else is one part."""
+    text = re.sub(r"\}\s*∪\s*\{", ", ", re.sub(r"^(?:[Pp]oint )?[A-Z] ?(?=\(.*,.*\)$)", "", text))
     if text.count("±") == 1:
         return Items(("", "{}"), [text.replace("±", "+"), text.replace("±", "-")], False)
     numbered = re.split(r"\s*[,;]?\s*\((\d)\)\s*", text)
-    if len(numbered) > 3 and all(numbered[2::2]) and not numbered[0]:
-        if numbered[1::2] == [str(i + 1) for i in range(len(numbered) // 2)]:
+    if numbered[1::2] == [str(i) for i in range(1, 1 + len(numbered) // 2)] and len(numbered) > 3:
+        if not numbered[0] and all(numbered[2::2]):
             return Items(("",), numbered[2::2], True)
     if text[:1] in "([{" and text[-1:] in ")]}" and (inner := split_top(text[1:-1])):
-        if len(inner) == 1:
-            return parse_items(inner[0])
-        return Items((text[0] + text[-1],), inner, text[0] != "{")
+        if len(inner) > 1:
+            return Items((text[0] + text[-1],), inner, text[0] != "{")
+        return parse_items(inner[0])
     parts = split_top(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)) or [text]
-    named = dict(map(parse_named, parts)) if len(parts) > 1 else {}
-    names = sorted(named)
-    single = {re.sub(r"_?\{?\d\}?$", "", name) for name in names}
-    if names and names[0] and all(len(values) == 1 for values in named.values()):
-        if len(names) == len(parts) > len(single) == 1 or len(names) == 1:
-            found = [parse_named(part)[1][0] for part in parts]
-            return Items(("", "{}"), found, False, *single)
-        if len(names) == len(parts) == len(single):  # x = 3, y = 4
-            return Items(("", "()"), [named[name][0] for name in names], True, ",".join(names))
     chain = RELATION.split(text)
     if len(parts) == 1 and len(chain) > 3 and set(chain[1::2]) != {"="}:
-        halves = ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)]
-        return Items(("",), halves, False)
+        return Items(("",), ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)], False)
     is_ordered = not re.search(r"(?i)\bor\b|∪", text)
-    return Items(("", "{}"), parts, is_ordered)
+    return parse_solutions(parts) or Items(("", "{}"), parts, is_ordered)
 
 
 def same_content(p, g, top):
-    """Named values, lists and sets (in any order only at the top, which bounds the work), and
-    single statements."""
-    (name, values), (other, golds) = parse_named(p), parse_named(g)
+    """Named values; lists and sets, in any order only at the top, which bounds the work; else a
+    single statement."""
+    (name, said), (other, golds) = parse_named(p), parse_named(g)
     if (name or other) and (not name or not other or name == other):
-        if all(same_answer(value, golds[-1], False) for value in values):  # x = 4 = 5 is a hedge
+        if all(same_answer(value, golds[-1], False) for value in said):  # x = 4 = 5 is a hedge
             return True
     chain = RELATION.split(p)
-    if set(chain[1::2]) == {"="} and not re.search("[=<>≤≥≠]", g):  # 6 * 7 = 42
+    if set(chain[1::2]) == {"="} and not RELATION.search(g):  # 6 * 7 = 42
         if all(same_quantity(part, g) for part in chain[::2]):
             return True
     if as_interval(p) and g[-1] in ")]":
         p = as_interval(p)
-    if as_interval(g) and p[-1] in ")]":
+    elif as_interval(g) and p[-1] in ")]":
         g = as_interval(g)
-    if "[[" in (p[:2], g[:2]) and p[:2].strip("([{") == g[:2].strip("([{") == "":  # matrices
+    if "[[" in (p[:2], g[:2]) and not (p[:2] + g[:2]).strip("([{"):  # matrices
         p, g = (text.translate(str.maketrans("({})", "[[]]")) for text in (p, g))
-    left, right = parse_items(p), parse_items(g)
+    return same_items(parse_items(p), parse_items(g), top)
+
+
+def same_items(left, right, top):
     if len(left.parts) == len(right.parts) == 1:
         return same_statement(left.parts[0], right.parts[0])
-    if not set(left.brackets) & set(right.brackets) or len(left.parts) != len(right.parts):
-        return False
-    if left.name and right.name and left.name != right.name:
+    other_name = left.name and right.name and left.name != right.name
+    if other_name or not set(left.brackets) & set(right.brackets):
         return False
     rest = list(right.parts)
+    if len(left.parts) != len(rest):
+        return False
     if left.is_ordered and right.is_ordered or not top or len(rest) > MAX_SET:
         return all(same_answer(a, b, False) for a, b in zip(left.parts, rest))
     for a in left.parts:
@@ -733,15 +711,19 @@ def same_content(p, g, top):
 
 
 # ------------------------------------------------------------------------------------------ answer
+AGREES = re.compile(  # 'No, it is not', 'Yes they are'
+    r"(?i)(yes|no|true|false)(?:[,.;:!]|$| (?=(?:it|they|there|this|that|the|we|you)\b))"
+)
+DOUBT = re.compile(r"(?i)\b(?:yes|true|or|maybe|perhaps|possibly|probably|unsure)\b|\?")
 FORMULA = re.compile(r"\d?(?:[A-Z][a-z]?\d*|[()\[\]]\d*)+(?:\^?\d*[+-])?")  # H2O, SO4^2-
 
 
 def statements(text):
     """What a sentence may say: after 'the answer is', after 'Year', before 'is correct'.  What is
-    cut off holds no number, no hedge, and no word that changes a number."""
+    cut off says nothing else: it holds no number, no hedge, and no word that changes a number."""
     lead = LEAD.match(text)
     cut = lead[0] if lead else ""
-    claims = re.findall(r"(?i)\b(?:is|are|was|were|equals?)\b:?|:|[.;!]\s", cut)
+    claims = re.findall(r"(?i)\b(?:is|are|was|were|equals?(?! to))\b:?|:|[.;!]\s", cut)
     changed = re.search(r"(?i)[\d<>≤≥≠]|\byes\b", cut) or HEDGE.search(cut) or SUBJECT.search(cut)
     if cut and len(claims) < 2 and not changed:
         yield text[len(cut) :]
@@ -776,17 +758,14 @@ def same_answer(p, g, top=True):
     return top and any(same_answer(text, g) for text in statements(p) if text != p)
 
 
-AGREES = re.compile(r"(?i)(yes|no|true|false)(?:[,.;:!]|$| (?=(?:it|they|there|this|that|the|we|you)\b))")
-DOUBT = re.compile(r"(?i)\b(?:yes|true|or|maybe|perhaps|possibly|probably|unsure)\b|\?")
-
-
 # ------------------------------------------------------------------------------------------ choice
 CHOICE = re.compile(  # '(B) 40', 'B) 40', 'B. 40', 'B: 40', 'B, blue', 'B (40)', 'B'
-    r"(?i)(?:option |choice )?(?:[(\[]([A-J])[)\]][.:,]?\s*(.*)|([A-J])(?:\)\s*(.*)|[.:,](?:\s+(.*))?|"
-    r"\s+\((.*)\))?)"
+    r"(?i)(?:option |choice )?(?:[(\[]([A-J])[)\]][.:,]?\s*(.*)|"
+    r"([A-J])(?:\)\s*(.*)|[.:,](?:\s+(.*))?|\s+\((.*)\))?)"
 )
-SECOND = re.compile(
-    r"(?i)^(?:or|and)\b|^[,/&]|(?:^|\s)\([A-J]\)|\b(?:or|and|but|actually|rather|wait),? \(?[A-J]\)?\W*$"
+SECOND = re.compile(  # in what follows a letter: another one
+    r"(?i)^(?:or|and)\b|^[,/&]|(?:^|\s)\([A-J]\)|"
+    r"\b(?:or|and|but|actually|rather|wait),? \(?[A-J]\)?\W*$"
 )
 
 
@@ -796,78 +775,63 @@ def letters_in(text):
 
 
 def parse_choice(text):
-    """'(B) 40', 'option B', 'b' -> (letter, what follows); None if this is no choice, or more than
-    one."""
+    """'(B) 40', 'option B', 'b' -> (letter, what follows); None if it is no choice, or two."""
     match = CHOICE.fullmatch(text)
-    if not match:
-        return None
-    rest = match[2] or match[4] or match[5] or match[6] or ""
-    return None if SECOND.search(rest) else ((match[1] or match[3]).upper(), rest)
+    rest = match and (match[2] or match[4] or match[5] or match[6] or "")
+    return None if rest is None or SECOND.search(rest) else ((match[1] or match[3]).upper(), rest)
 
 
-def fits_option(rest, text, texts):
-    """May `rest` stand after the letter of the option `text`?  Also misspelt or cut, but with no
-    other number, letter or option, and no denial."""
-    if not rest or same_answer(rest, text) or same_answer(f"X is {rest}", "X"):
+def find_choice(text, options):
+    """Where there are options, also 'B 40' if option B is 40, and '20 (B)'."""
+    ending = re.fullmatch(r"(.+?),?\s*(?:\(([A-J])\)|(?:option|choice|answer) ([A-J]))", text)
+    spaced = re.fullmatch(r"([A-J])(?: -)? (.+)", text)
+    if ending and not parse_choice(text):
+        return ending[2] or ending[3], ending[1]
+    if spaced and spaced[1] in LETTERS[: len(options)]:
+        if same_answer(spaced[2], options[LETTERS.index(spaced[1])], False):
+            return spaced[1], spaced[2]
+    return parse_choice(text)
+
+
+def fits_option(rest, text, options):
+    """May `rest` follow the letter of the option `text`?  Also misspelt or cut, but with no other
+    number, letter or option, and no denial."""
+    if not rest or same_answer(rest, text) or JUDGEMENT.fullmatch(" " + rest):
         return True
     said, words = plain_words(rest), plain_words(text)
-    numbers = [sorted(re.findall(r"\d+", x)) for x in (said, words)]
-    if numbers[0] != numbers[1] or letters_in(rest) - letters_in(text) or not said:
+    if re.findall(r"\d+", said) != re.findall(r"\d+", words) or letters_in(rest) - letters_in(text):
         return False
-    if bool(HEDGE.search(rest)) > bool(HEDGE.search(text)):
+    if HEDGE.search(rest) and not HEDGE.search(text):
         return False
-    cut = len(said) > 2 and words.startswith(said)
-    return cut or get_close_matches(said[:200], [x[:200] for x in texts], 1, 0.7) == [words[:200]]
+    closest = get_close_matches(said, [plain_words(option) for option in options], 1, 0.7)
+    return len(said) > 2 and (words.startswith(said) or closest == [words])
 
 
 def same_choice(prediction, letter, options):
-    """Does an answer choose the option with this letter: does it name the letter, alone or with
-    the option's text, or else the text?"""
-    texts = [(parse_choice(text) or ("", ""))[1] or text for text in map(clean, options)]
-    text, p = texts[LETTERS.index(letter)], clean(prediction)
+    """Does an answer choose the option with this letter: by its letter, alone or with the option's
+    text, or else by the text?"""
+    options = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
+    text, p = options[LETTERS.index(letter)], clean(prediction)
     for said in (p, *statements(p)):
-        ending = re.fullmatch(r"(.+?),?\s*(?:\(([A-J])\)|(?:option|choice|answer) ([A-J]))", said)
-        spaced = re.fullmatch(r"([A-J])\s+(.+)", said)
-        chosen = parse_choice(said)
-        if not chosen and ending:
-            chosen = ending[2] or ending[3], ending[1]
-        if not chosen and spaced and spaced[1] in LETTERS[: len(texts)]:
-            if same_answer(spaced[2], texts[LETTERS.index(spaced[1])], False):
-                chosen = spaced[1], spaced[2]
-        if chosen:
-            return chosen[0] == letter and fits_option(chosen[1], text, list(map(plain_words, texts)))
-    if prediction.split() == options[LETTERS.index(letter)].split():
-        return True
+        if found := find_choice(said, options):
+            return found[0] == letter and fits_option(found[1], text, options)
     return not letters_in(p) - letters_in(text) - {letter} and same_answer(p, text)
 
 
 # ------------------------------------------------------------------------------------------ verify
-given_up = 0
-
-
-def timeouts():
-    """How many comparisons of this process were given up because they would have taken too long."""
-    return given_up
-
-
 def accepts(prediction, gold, options):
     """One prediction against one gold."""
     if not prediction.strip() or prediction.split() == gold.split() and not options:
         return bool(prediction.strip())
-    depth = deepest = 0
-    for text in (prediction, gold):
-        for mark in text[:MAX_CHARS]:
-            depth += (mark in "([{") - (mark in ")]}")
-            deepest = max(deepest, abs(depth))
-    if max(len(prediction), len(gold)) > MAX_CHARS or deepest > MAX_DEPTH:
+    steps = ((mark in "([{") - (mark in ")]}") for mark in prediction[:MAX_CHARS] + gold[:MAX_CHARS])
+    if max(len(prediction), len(gold)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
         return prediction.casefold().split() == gold.casefold().split()
-    gold = re.sub(r"(?s)^.*####|</?answer>", " ", gold)
-    g = clean(gold)
+    g = clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
     choice = parse_choice(g)
-    if options and choice and LETTERS.index(choice[0]) < len(options):
+    if options and choice and choice[0] in LETTERS[: len(options)]:
         return same_choice(prediction, choice[0], options)
-    for letter, text in zip(LETTERS, options):
-        if text.split() == gold.split() or same_answer(clean(text), g, False):
+    for letter, option in zip(LETTERS, options):
+        if option.split() == gold.split() or same_answer(clean(option), g, False):
             return same_choice(prediction, letter, options)
     return same_answer(clean(prediction), g)
 
