@@ -72,7 +72,7 @@ NUMERALS |= {f"{t}-{ONES[i]}": f"{NUMERALS[t][0]}{i}" for t in TENS for i in ran
 PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()  # 1/2, 1/3, ..
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 HEDGE = re.compile(  # says two things, nothing, or the opposite
-    r"[?±不非没無无未除或]|(?i:\w+n't\b)|"
+    r"[?±不非没無无未除或以余多几超至]|(?i:\w+n't\b)|"
     + one_of(r"""or n?either nor maybe perhaps possibly probably might could unsure not no never
     cannot wrong incorrect false but except exclud\w+ instead rather without unless unlikely hardly
     doubt\w* impossible opposite other~than far~from such~as beside besides if else versus vs any
@@ -99,7 +99,7 @@ LEAD = re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; 
     + r"|(?<=[a-z]{2}):)[\s:,]*"
 )
 LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
-    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?year |a total of |(?:total|exactly|only|just|precisely) )?"
+    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?year |a total of |(?:total|exactly|only|just|precisely|it|they|it's) )?"
 )
 JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
@@ -264,16 +264,16 @@ class Reader:
         if digits:
             self.mp.dps = digits
 
-    def settle(self, value):
-        """Every number passes here."""
+    def settle(self, value, is_sum=False):
+        """Every number passes here; what is left of a difference of equal numbers becomes 0."""
         if self.mp is None:
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
                 raise Beyond
             return value
         if isinstance(value, self.mp.mpc) or not self.mp.isfinite(value):
             raise ArithmeticError("not real")
-        if not value or self.mp.mag(value) < -0.75 * self.mp.prec:
-            return self.mp.zero  # what is left of a difference of equal numbers
+        if not value or is_sum and self.mp.mag(value) < -0.75 * self.mp.prec:
+            return self.mp.zero
         if abs(self.mp.mag(value)) > self.mp.prec / 4:
             raise Beyond
         return value
@@ -338,7 +338,7 @@ class Reader:
         value = -value if sign == "-" else value
         while (symbol := self.operator()) is not None and BINDING[symbol] > binding:
             self.at += symbol != ""
-            value = self.settle(self.apply(symbol, value))
+            value = self.settle(self.apply(symbol, value), symbol in ("+", "-"))
         self.depth -= 1
         return value
 
@@ -542,11 +542,9 @@ def same_unit(a, b):
 def same_quantity(p, g):
     a, b = parse_quantity(p), parse_quantity(g)
     slack = a.ulp if "." not in g else b.ulp if "." not in p else 0
-    if not same_unit(a.unit, b.unit):
-        return False
-    if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
+    if same_unit(a.unit, b.unit) and isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         return a.value == b.value or abs(a.value - b.value) < slack
-    left, right = str(a.value), str(b.value)
+    left, right = (str(a.value), str(b.value)) if same_unit(a.unit, b.unit) else (p, g)
     if not re.search(r"[\d\\+*/^|!-]", left + right):  # words are no products: 'no' is not 'on'
         return False
     pairs, digits = aligned(left, right)
@@ -583,7 +581,7 @@ def same_statement(p, g):
         return all(same_quantity(ranges[0][i], ranges[1][i]) for i in (1, 3))
     if "-" in (ranges[0] and ranges[0][2], ranges[1] and ranges[1][2]):
         return False
-    p = f"{ranges[0][1]}:{ranges[0][3]}" if ranges[0] and ranges[0][2] == "to" else p
+    p, g = (re.sub(r"^([\d.]+) to ([\d.]+)$", r"\1:\2", text) for text in (p, g))
     relations = len(RELATION.split(p)) == len(RELATION.split(g)) == 3
     return same_relation(p, g) if relations else same_quantity(p, g)
 
@@ -637,7 +635,7 @@ def parse_named(text):
     return (name if name[0] == "(" else name.split()[-1]), rest[1::2]
 
 
-def parse_solutions(parts):
+def parse_solutions(parts, is_either):
     """'x = 2', 'x = 5' or 'x_1 = 2', 'x_2 = 5' -> values in any order; 'x = 3', 'y = 4' -> a point."""
     found = [parse_named(part) for part in parts]
     names = {re.sub(r"_?\{?\d\}?$", "", name) for name, values in found}
@@ -645,6 +643,8 @@ def parse_solutions(parts):
         return None
     if len(names) == 1:
         return Items(("", "{}"), [values[0] for name, values in found], False, *names)
+    if is_either:
+        return None
     point = [values[0] for name, values in sorted(found)]
     return Items(("", "()"), point, True, ",".join(sorted(names))) if len(names) == len(parts) else None
 
@@ -668,7 +668,7 @@ def parse_items(text):
     if len(parts) == 1 and len(chain) > 3 and set(chain[1::2]) != {"="}:
         return Items(("",), ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)], False)
     is_ordered = not re.search(r"(?i)\bor\b|∪", text)
-    return parse_solutions(parts) or Items(("", "{}"), parts, is_ordered)
+    return parse_solutions(parts, not is_ordered) or Items(("", "{}"), parts, is_ordered)
 
 
 def same_content(p, g, top):
@@ -688,6 +688,8 @@ def same_content(p, g, top):
         g = as_interval(g)
     if "[[" in (p[:2], g[:2]) and not (p[:2] + g[:2]).strip("([{"):  # matrices
         p, g = (text.translate(str.maketrans("({})", "[[]]")) for text in (p, g))
+        if p.count("[") != g.count("["):
+            return False  # a row is no column
     return same_items(parse_items(p), parse_items(g), top)
 
 
@@ -748,8 +750,8 @@ def same_answer(p, g, top=True):
     if word in YES_NO and (start := AGREES.match(p)) and start[1].lower() == word:
         doubt = HEDGE if YES_NO[word] else DOUBT  # 'No, it is not' denies nothing
         return not doubt.search(p[start.end() :])
-    formula = re.sub(r"[_{}\s]", "", p)
-    if formula == re.sub(r"[_{}\s]", "", g) and FORMULA.fullmatch(formula):
+    formulas = {re.sub(r"[_{}\s]|\^(?=[+-])", "", text) for text in (p, g)}
+    if len(formulas) == 1 and FORMULA.fullmatch(*formulas):
         return True
     if word and plain_words(p) == word and not (tokenize(p)[0] and re.search(r"[\d\\!]", p + g)):
         return True
@@ -771,7 +773,7 @@ SECOND = re.compile(  # in what follows a letter: another one
 
 def letters_in(text):
     """The letters of options in a text; an A before a word is an article."""
-    return set(re.findall(r"\b(?:[B-HJ]|A(?! (?!is\b)[a-z]))\b", text))
+    return set(re.findall(r"\b(?:[B-HJ]|A(?! (?!is\b|the\b)[a-z]))\b", text))
 
 
 def parse_choice(text):
