@@ -163,7 +163,8 @@ def part(match):
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # matrices: an environment of LaTeX, or '[1 2; 3 4]'
-    (r"(?s)\\begin\s*\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\}"
+    (r"(?s)(?:\\left\s*[(\[]\s*)?\\begin\s*\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*?)"
+     r"\\end\s*\{\w+\}(?:\s*\\right\s*[)\]])?"
      r"|^\[\s*((?:[^\s;,\[\]()]+[ ,]+)+[^\s;,\[\]()]+\s*;[^\[\]()]*)\]$", matrix),
     # math mode and spaces; bold, quoted, a heading or the mark of a final answer
     (r"(?<!\\)\$(.*?)(?<!\\)\$|\\[\[\]()!]|\\[,;: ]|[~\s]+", r" \1 "),
@@ -540,17 +541,22 @@ def same_unit(a, b):
 
 
 def same_quantity(p, g):
+    """With equal values, and equal units where both have one; or equal as formulas: 'mv' is no
+    millivolt there."""
     a, b = parse_quantity(p), parse_quantity(g)
-    slack = a.ulp if "." not in g else b.ulp if "." not in p else 0
-    if same_unit(a.unit, b.unit) and isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
-        return a.value == b.value or abs(a.value - b.value) < slack
-    left, right = (str(a.value), str(b.value)) if same_unit(a.unit, b.unit) else (p, g)
-    if not re.search(r"[\d\\+*/^|!-]", left + right):  # words are no products: 'no' is not 'on'
-        return False
-    pairs, digits = aligned(left, right)
-    if len(pairs) == 1 and slack and abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator:
-        return True
-    return bool(pairs) and all(equal(x, y, digits) for x, y in pairs)
+    fits, slack = same_unit(a.unit, b.unit), a.ulp if "." not in g else b.ulp if "." not in p else 0
+    if fits and isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
+        if a.value == b.value or abs(a.value - b.value) < slack:
+            return True
+    for left, right in ((str(a.value), str(b.value)), (p, g))[not fits :]:
+        pairs, digits = aligned(left, right)
+        if len(pairs) == 1 and digits and slack:
+            return abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator
+        # words are no products of letters: 'no' is not 'on'
+        if pairs and re.search(r"[\d\\+*/^|!-]", left + right):
+            if all(equal(x, y, digits) for x, y in pairs):
+                return True
+    return False
 
 
 RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
@@ -573,17 +579,20 @@ RANGE = re.compile(rf"(?:(?:from|between) )?({END}) ?(-|to|and) ?({END}(?: [a-z]
 
 
 def same_statement(p, g):
-    """Ranges have the same ends ('18-29' is no difference), '3 to 4' may be the ratio 3:4."""
+    """'3 to 4' may be the ratio 3:4."""
+    p, g = (re.sub(r"^([\d.]+) to ([\d.]+)$", r"\1:\2", text) for text in (p, g))
+    relations = len(RELATION.split(p)) == len(RELATION.split(g)) == 3
+    return same_relation(p, g) if relations else same_quantity(p, g)
+
+
+def same_range(p, g):
+    """Times and ranges, which are no ratios and no differences: None if neither side is one."""
     times, ranges = (TIME.fullmatch(p), TIME.fullmatch(g)), (RANGE.fullmatch(p), RANGE.fullmatch(g))
     if all(times):
         return times[0][1] == times[1][1] and (None in (times[0][2], times[1][2]) or p == g)
     if all(ranges):
         return all(same_quantity(ranges[0][i], ranges[1][i]) for i in (1, 3))
-    if "-" in (ranges[0] and ranges[0][2], ranges[1] and ranges[1][2]):
-        return False
-    p, g = (re.sub(r"^([\d.]+) to ([\d.]+)$", r"\1:\2", text) for text in (p, g))
-    relations = len(RELATION.split(p)) == len(RELATION.split(g)) == 3
-    return same_relation(p, g) if relations else same_quantity(p, g)
+    return False if any(match and match[2] == "-" for match in ranges) else None
 
 
 # ----------------------------------------------------------------------------------------- content
@@ -674,6 +683,8 @@ def parse_items(text):
 def same_content(p, g, top):
     """Named values; lists and sets, in any order only at the top, which bounds the work; else a
     single statement."""
+    if (verdict := same_range(p, g)) is not None:
+        return verdict
     (name, said), (other, golds) = parse_named(p), parse_named(g)
     if (name or other) and (not name or not other or name == other):
         if all(same_answer(value, golds[-1], False) for value in said):  # x = 4 = 5 is a hedge
@@ -688,7 +699,7 @@ def same_content(p, g, top):
         g = as_interval(g)
     if "[[" in (p[:2], g[:2]) and not (p[:2] + g[:2]).strip("([{"):  # matrices
         p, g = (text.translate(str.maketrans("({})", "[[]]")) for text in (p, g))
-        if p.count("[") != g.count("["):
+        if len(re.findall(r"\], ?\[", p)) != len(re.findall(r"\], ?\[", g)):
             return False  # a row is no column
     return same_items(parse_items(p), parse_items(g), top)
 
@@ -750,7 +761,7 @@ def same_answer(p, g, top=True):
     if word in YES_NO and (start := AGREES.match(p)) and start[1].lower() == word:
         doubt = HEDGE if YES_NO[word] else DOUBT  # 'No, it is not' denies nothing
         return not doubt.search(p[start.end() :])
-    formulas = {re.sub(r"[_{}\s]|\^(?=[+-])", "", text) for text in (p, g)}
+    formulas = {re.sub(r"[_{}\s]|\^(?=\{?[+-])", "", text) for text in (p, g)}
     if len(formulas) == 1 and FORMULA.fullmatch(*formulas):
         return True
     if word and plain_words(p) == word and not (tokenize(p)[0] and re.search(r"[\d\\!]", p + g)):
