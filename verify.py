@@ -91,13 +91,13 @@ SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The area under the thir
     one_of("""hal(?:f|ves) twice double triple minus plus times than less fewer more multiples?
     divisors? factors? reciprocal inverse negation before after until remainder""")
 )
-LEAD = re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; up to the last one
-    r"(?s).*(?:"
+LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; to the last, the first
+    rf"(?s).*{lazy}(?:"
     + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select pick
     get gets gives? got find found obtain becomes? measures? takes? needs? costs? counted? so thus
-    hence therefore answer option choice""")
+    hence therefore (?:answer|option|choice)(?:~is)?""")
     + r"|(?<=[a-z]{2}):)[\s:,]*"
-)
+) for lazy in ("", "?")]  # fmt: skip
 LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
     r"(?i)(?:(?:in|on|at) )?(?:(?:the )?year |a total of |(?:total|exactly|only|just|precisely|it|they|it's) )?"
 )
@@ -215,7 +215,7 @@ def clean(text):
     boxes = BOX.findall(text)
     if len(boxes) == 1 and not HEDGE.search(text.replace(boxes[0], "")):
         text = boxes[0]
-    bare = text.strip(' `*"=').rstrip(".,;:").strip(' `*"')
+    bare = text.lstrip(' `*"=').rstrip(' `*".,;:')
     return bare or text.strip()  # '=' may be an answer
 
 
@@ -548,7 +548,8 @@ def same_quantity(p, g):
     if fits and isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         if a.value == b.value or abs(a.value - b.value) < slack:
             return True
-    for left, right in ((str(a.value), str(b.value)), (p, g))[not fits :]:
+    readings = [(str(a.value), str(b.value))] * fits + [(p, g)] * ("°" not in p + g)
+    for left, right in dict.fromkeys(readings):
         pairs, digits = aligned(left, right)
         if len(pairs) == 1 and digits and slack:
             return abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator
@@ -687,7 +688,7 @@ def same_content(p, g, top):
         return verdict
     (name, said), (other, golds) = parse_named(p), parse_named(g)
     if (name or other) and (not name or not other or name == other):
-        if all(same_answer(value, golds[-1], False) for value in said):  # x = 4 = 5 is a hedge
+        if all(same_answer(value, golds[-1], 0) for value in said):  # x = 4 = 5 is a hedge
             return True
     chain = RELATION.split(p)
     if set(chain[1::2]) == {"="} and not RELATION.search(g):  # 6 * 7 = 42
@@ -714,9 +715,9 @@ def same_items(left, right, top):
     if len(left.parts) != len(rest):
         return False
     if left.is_ordered and right.is_ordered or not top or len(rest) > MAX_SET:
-        return all(same_answer(a, b, False) for a, b in zip(left.parts, rest))
+        return all(same_answer(a, b, 0) for a, b in zip(left.parts, rest))
     for a in left.parts:
-        match = next((i for i, b in enumerate(rest) if same_answer(a, b, False)), None)
+        match = next((i for i, b in enumerate(rest) if same_answer(a, b, 0)), None)
         if match is None:
             return False
         del rest[match]
@@ -734,29 +735,29 @@ FORMULA = re.compile(r"\d?(?:[A-Z][a-z]?\d*|[()\[\]]\d*)+(?:\^?\d*[+-])?")  # H2
 def statements(text):
     """What a sentence may say: after 'the answer is', after 'Year', before 'is correct'.  What is
     cut off says nothing else: it holds no number, no hedge, and no word that changes a number."""
-    lead = LEAD.match(text)
-    cut = lead[0] if lead else ""
-    claims = re.findall(r"(?i)\b(?:is|are|was|were|equals?(?! to))\b:?|:|[.;!]\s", cut)
-    changed = re.search(r"(?i)[\d<>≤≥≠]|\byes\b", cut) or HEDGE.search(cut) or SUBJECT.search(cut)
-    if cut and len(claims) < 2 and not changed:
-        yield text[len(cut) :]
-    yield text[LABEL.match(text).end() :]
-    yield JUDGEMENT.sub("", text)
+    bodies = [text]
+    for lead in filter(None, (pattern.match(text) for pattern in LEADS)):
+        claims = re.findall(r"(?i)\b(?:is|are|was|were|equals?(?! to))\b:?|:|[.;!]\s", lead[0])
+        changed = HEDGE.search(lead[0]) or SUBJECT.search(lead[0])
+        if len(claims) < 2 and not changed and not re.search(r"(?i)[\d<>≤≥≠]|\byes\b", lead[0]):
+            bodies.append(text[lead.end() :])
+    cut = {JUDGEMENT.sub("", body)[LABEL.match(body).end() :] for body in bodies}
+    return [*bodies[1:], *cut.difference(bodies)]
 
 
-def same_answer(p, g, top=True):
-    """Is p the answer g?  Both cleaned.  Sentences only at the top."""
+def same_answer(p, g, top=2):
+    """Is p the answer g?  Both cleaned.  top: 2 as a whole, 1 what a sentence says, 0 an item."""
     if not p or not g:
         return False
     if re.sub(r"\s*([^\w\s,.])\s*", r"\1", p) == re.sub(r"\s*([^\w\s,.])\s*", r"\1", g):
         return True
     said, right, word = parse_choice(p), parse_choice(g), plain_words(g)
     if said and right:
-        fits = same_answer(said[1], right[1], False) if right[1] else not parse_choice(said[1])
+        fits = same_answer(said[1], right[1], 0) if right[1] else not parse_choice(said[1])
         return said[0] == right[0] and (not said[1] or fits)  # 'B. C' is no choice
     if right and letters_in(p) - {right[0]} - letters_in(right[1]):
         return False  # two letters are no choice, and '13 (A)' is not '(B) 13'
-    if said and same_answer(said[1], g, False) or right and same_answer(p, right[1], top):
+    if said and same_answer(said[1], g, 0) or right and same_answer(p, right[1], top):
         return True
     if word in YES_NO and (start := AGREES.match(p)) and start[1].lower() == word:
         doubt = HEDGE if YES_NO[word] else DOUBT  # 'No, it is not' denies nothing
@@ -768,7 +769,7 @@ def same_answer(p, g, top=True):
         return True
     if same_content(p, g, top):
         return True
-    return top and any(same_answer(text, g) for text in statements(p) if text != p)
+    return top > 1 and any(same_answer(text, g, 1) for text in statements(p))
 
 
 # ------------------------------------------------------------------------------------------ choice
@@ -801,7 +802,7 @@ def find_choice(text, options):
     if ending and not parse_choice(text):
         return ending[2] or ending[3], ending[1]
     if spaced and spaced[1] in LETTERS[: len(options)]:
-        if same_answer(spaced[2], options[LETTERS.index(spaced[1])], False):
+        if same_answer(spaced[2], options[LETTERS.index(spaced[1])], 0):
             return spaced[1], spaced[2]
     return parse_choice(text)
 
@@ -844,7 +845,7 @@ def accepts(prediction, gold, options):
     if options and choice and choice[0] in LETTERS[: len(options)]:
         return same_choice(prediction, choice[0], options)
     for letter, option in zip(LETTERS, options):
-        if option.split() == gold.split() or same_answer(clean(option), g, False):
+        if option.split() == gold.split() or same_answer(clean(option), g, 0):
             return same_choice(prediction, letter, options)
     return same_answer(clean(prediction), g)
 
