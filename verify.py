@@ -229,21 +229,22 @@ def plain_words(text):
 
 # -------------------------------------------------------------------------------------- expression
 FUNCTIONS = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "log": "log10", "lg": "log10"}
-FUNCTIONS |= {name: name for name in "sin cos tan cot sec csc ln exp".split()}
+FUNCTIONS |= {name: name for name in "sin cos tan cot sec csc ln exp fabs".split()}  # of mpmath
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 OPERATORS |= {":": operator.truediv, "": operator.mul}  # "": side by side
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "": 2, "^": 3, "!": 3, "°": 3}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
 TOKEN = re.compile(  # a number, a command or letters, either with an index, or any other mark
-    rf"{DIGITS}(?:[eE][-+]?\d{{1,3}}(?![\d.]))?|(?:\\[A-Za-z]+|[A-Za-z]+)(?:_\{{\w*\}})?|\S"
+    rf"{DIGITS}(?:[eE][-+]?\d{{1,3}}(?![\d.]))?|\\?[A-Za-z]+(?:_\{{\w*\}})?|\S"
 )
 MIXED = re.compile(r"(?<![\d.}])(\d+)(?: ?\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+)(?![\d.]))")
-UNCLEAR = re.compile(  # numbers side by side, 5!!, 9^9^9, 1:2:3, signs in a row, a function f(x)
-    r"\)\s+[\d(]|\d\s+[\d.]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|[-+]\s*[-+]\s*[-+]|^[-+]\s*[-+]|[fgh]\s?\("
+UNCLEAR = re.compile(  # numbers side by side, 5!!, 9^9^9, 1:2:3; signs in a row, a function f(x)
+    r"\)\s+[\d(]|\d\s+[\d.]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|"
+    r"[-+]\s*[-+]\s*[-+]|^[-+]\s*[-+]|[fgh]\s?\("
 )
 PRECISIONS = (0, 200, 1000)  # digits, 0 is exact: at least 4 for each character of both sides
-POINTS = (-1, 1, -1, 1, 20, Fraction(1, 2))  # scales; letters have either sign at the first four
+POINTS = (1, 1, 1, 1, 20, Fraction(1, 2))  # scales; at the first four letters have either sign
 
 
 class Unreadable(Exception):
@@ -254,13 +255,11 @@ class Beyond(Exception):
     """Not to be computed so: too large, too small, too deep, or irrational where all is exact."""
 
 
-class Reader:
-    """Computes what tokens say while it reads them (the grammar is on top of this file): fractions
-    of bounded size, or real numbers with so many digits, none beyond a fourth of them, so that the
-    others tell two numbers apart.  Raises ArithmeticError where a value is not defined or real."""
+class Numbers:
+    """Fractions of bounded size, or real numbers with so many digits; none is beyond a fourth of
+    them, so that the others tell two apart.  ArithmeticError: a value is not defined or not real."""
 
-    def __init__(self, tokens, digits):
-        self.tokens, self.at, self.depth, self.letters = tokens, 0, 0, {}
+    def __init__(self, digits):
         self.mp = MPContext() if digits else None  # its own: threads share no precision
         if digits:
             self.mp.dps = digits
@@ -272,31 +271,31 @@ class Reader:
                 raise Beyond
             return value
         if isinstance(value, self.mp.mpc) or not self.mp.isfinite(value):
-            raise ArithmeticError("not real")
+            raise ArithmeticError
         if not value or is_sum and self.mp.mag(value) < -0.75 * self.mp.prec:
             return self.mp.zero
         if abs(self.mp.mag(value)) > self.mp.prec / 4:
             raise Beyond
         return value
 
-    def number(self, text):
-        value = Fraction(text)
+    def number(self, value):
+        value = Fraction(value)
         return self.settle(self.mp.mpf(value.numerator) / value.denominator if self.mp else value)
 
     def power(self, base, exponent):
         if base == 0 and exponent <= 0:
-            raise ArithmeticError("0^0")
+            raise ArithmeticError
         if self.mp:
             return self.settle(self.mp.power(base, exponent))
-        n, parts = exponent.denominator, (base.numerator, base.denominator)
+        root, parts = exponent.denominator, (base.numerator, base.denominator)
         bits = max(part.bit_length() for part in parts)
-        if abs(exponent.numerator) * bits > MAX_BITS or n > 1 and (base < 0 or bits > 300):
+        if abs(exponent.numerator) * bits > MAX_BITS or root > 1 and (base < 0 or bits > 300):
             raise Beyond
-        if n > 1:
-            roots = [math.isqrt(part) if n == 2 else round(part ** (1 / n)) for part in parts]
-            if tuple(root**n for root in roots) != parts:
+        if root > 1:
+            found = [math.isqrt(x) if root == 2 else round(x ** (1 / root)) for x in parts]
+            if tuple(x**root for x in found) != parts:
                 raise Beyond
-            base = Fraction(*roots)
+            base = Fraction(*found)
         return base**exponent.numerator
 
     def factorial(self, value):
@@ -305,27 +304,28 @@ class Reader:
         return self.number(math.factorial(int(value)))
 
     def call(self, name, value):
-        """A function of mpmath."""
-        if name == "abs":
+        if name == "fabs":
             return abs(value)
         if self.mp is None:
             raise Beyond
         return self.settle(getattr(self.mp, name)(value))
 
-    def peek(self):
-        return self.tokens[self.at] if self.at < len(self.tokens) else "end"
 
-    def take(self, expected=""):
-        token = self.peek()
-        if token == "end" or expected not in ("", token):
-            raise Unreadable
+class Reader:
+    """Computes what tokens say while it reads them; the grammar is on top of this file."""
+
+    def __init__(self, tokens, numbers, letters):
+        self.tokens, self.numbers, self.letters = [*tokens, "end"], numbers, letters
+        self.at = self.depth = 0
+
+    def take(self):
         self.at += 1
-        return token
+        return self.tokens[self.at - 1]
 
     def operator(self):
         """The next operator, "" for a product without a sign; None if there is none.  A number is
         no factor without a sign: '2 3' is not 6."""
-        token = self.peek()
+        token = self.tokens[self.at]
         is_factor = token in CLOSING or token[0] == "\\" or token[0].isalpha() and token != "end"
         return token if token in BINDING else "" if is_factor else None
 
@@ -334,78 +334,77 @@ class Reader:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Beyond
-        sign = self.take() if self.peek() in ("+", "-") else ""
+        sign = self.take() if self.tokens[self.at] in ("+", "-") else ""
         value = self.value(2) if sign else self.atom()
         value = -value if sign == "-" else value
         while (symbol := self.operator()) is not None and BINDING[symbol] > binding:
             self.at += symbol != ""
-            value = self.settle(self.apply(symbol, value), symbol in ("+", "-"))
+            if symbol == "°":
+                value = self.numbers.call("radians", value)
+            elif symbol == "!":
+                value = self.numbers.factorial(value)
+            elif symbol == "^":
+                value = self.numbers.power(value, self.atom())
+            else:
+                value = OPERATORS[symbol](value, self.value(BINDING[symbol]))
+                value = self.numbers.settle(value, symbol in ("+", "-"))
         self.depth -= 1
         return value
 
-    def apply(self, symbol, value):
-        if symbol == "°":
-            return self.call("radians", value)
-        if symbol == "!":
-            return self.factorial(value)
-        if symbol == "^":
-            exponent = self.atom()
-            return self.power(value, exponent)
-        return OPERATORS[symbol](value, self.value(BINDING[symbol]))
-
     def atom(self):
-        token = self.take()
+        token, numbers = self.take(), self.numbers
         if token in CLOSING:
             value = self.value()
-            self.take(CLOSING[token])
+            if self.take() != CLOSING[token]:
+                raise Unreadable
             return value
         if token in self.letters:
             return self.letters[token]
         if token[0] in ".0123456789":
-            return self.number(re.sub(",", "", token))
+            return numbers.number(token.replace(",", ""))
         if token == "e":
-            return self.call("exp", self.number(1))
+            return numbers.call("exp", numbers.number(1))
         if token == r"\pi":
-            return self.call("radians", self.number(180))
+            return numbers.call("radians", numbers.number(180))
         if token == r"\frac":
-            return self.settle(self.atom() / self.atom())
+            return numbers.settle(self.atom() / self.atom())
         if token == r"\binom":
             n, k = self.atom(), self.atom()
-            return self.factorial(n) / self.factorial(k) / self.factorial(n - k)
+            return numbers.factorial(n) / numbers.factorial(k) / numbers.factorial(n - k)
         if token == r"\sqrt":
-            degree = self.atom() if self.peek() == "[" else self.number(2)
-            return self.power(self.atom(), 1 / degree)
+            root = self.atom() if self.tokens[self.at] == "[" else numbers.number(2)
+            return numbers.power(self.atom(), 1 / root)
         return self.function(token)
 
     def function(self, token):
         r"""\sin x, \sin^{2} x, \log_{2} 8: of a bracket, or of factors side by side."""
-        name, _, base = token.removeprefix("\\").partition("_")
-        if name not in FUNCTIONS and name != "abs" or base and not (name == "log" and base[1:-1].isdigit()):
-            raise Unreadable
-        exponent = self.atom() if self.peek() == "^" and self.take() else self.number(1)
-        if exponent < 0:
-            raise Unreadable  # \sin^{-1}: two meanings
-        in_brackets, value = self.peek() in CLOSING, self.value(2)
-        while not in_brackets and self.operator() == "" and self.peek()[1:] not in FUNCTIONS:
-            value = self.settle(value * self.value(2))
-        value = self.call(FUNCTIONS.get(name, name), value)
+        name, _, base = token[1:].partition("_")
+        power, numbers = self.numbers.number(1), self.numbers
+        if self.tokens[self.at] == "^" and self.take():
+            power = self.atom()
+        if name not in FUNCTIONS or base and not re.fullmatch(r"log\d+", name + base[1:-1]) or power < 0:
+            raise Unreadable  # \sin^{-1} has two meanings
+        in_brackets, value = self.tokens[self.at] in CLOSING, self.value(2)
+        while not in_brackets and self.operator() == "" and self.tokens[self.at][1:] not in FUNCTIONS:
+            value = numbers.settle(value * self.value(2))
+        value = numbers.call(FUNCTIONS[name], value)
         if base:
-            value /= self.call("log10", self.number(base[1:-1]))
-        return self.power(value, exponent)
+            value /= numbers.call("log10", numbers.number(base[1:-1]))
+        return numbers.power(value, power)
 
 
 @lru_cache(maxsize=1 << 13)
 def tokenize(text):
     """Text -> tokens, names of the letters among them; no tokens if it is no expression."""
-    text = MIXED.sub(lambda match: f"({match[1]}+{match[2] or match[4]}/{match[3] or match[5]})", text)
+    text = MIXED.sub(lambda match: "({}+{}/{})".format(*filter(None, match.groups())), text)
     if UNCLEAR.search(text):
         return (), frozenset()
     tokens = []
-    for token in TOKEN.findall(re.sub(r"\|([^|]*)\|", r"\\abs(\1)", text)):
+    for token in TOKEN.findall(re.sub(r"\|([^|]*)\|", r"\\fabs(\1)", text)):
         name = token.partition("_")[0]
-        if name.isalpha() and len(name) > 1:  # a run of letters is a product of two, or abc
-            if len(name) > 2 and name not in ("abc", "xyz"):
-                return (), frozenset()
+        if len(name) > 2 and name.isalpha() and name not in ("abc", "xyz"):
+            return (), frozenset()
+        if name.isalpha():  # letters side by side are a product
             tokens += name[:-1]
             token = token[len(name) - 1 :]
         tokens.append(token)
@@ -417,19 +416,20 @@ def tokenize(text):
 def values(text, digits):
     """Expression -> its values at the points, None where it is not defined; () if it is none, None
     if it is not to be computed with so many digits."""
-    tokens, letters = tokenize(text)
-    reader, found = Reader(tokens, digits), []
-    for i, scale in enumerate(POINTS if letters else POINTS[:1]):
+    (tokens, names), numbers, found = tokenize(text), Numbers(digits), []
+    for i, scale in enumerate(POINTS if names else POINTS[:1]):
+        random = {name: zlib.crc32(f"{name}{i}".encode()) for name in names}
+        sign = {name: -1 if random[name] & 1 and i < 4 else 1 for name in names}
         try:
-            for name in letters:
-                random = zlib.crc32(f"{name}{i}".encode())
-                sign = -1 if random & 1 and i < 4 else 1
-                reader.letters[name] = reader.number(sign * Fraction(random % 1999 + 1, 997) * abs(scale))
-            reader.at = reader.depth = 0
+            letters = {
+                name: numbers.number(Fraction(random[name] % 1999 + 1, 997) * scale * sign[name])
+                for name in names
+            }
+            reader = Reader(tokens, numbers, letters)
             found.append(reader.value())
             if reader.at < len(tokens):
                 return ()
-        except Unreadable:
+        except (Unreadable, IndexError):
             return ()
         except Beyond:
             return None
@@ -576,7 +576,9 @@ def same_relation(p, g):
 
 TIME = re.compile(r"(\d\d?:[0-5]\d)( [ap]m)?")
 END = rf"[$€£¥]?{DIGITS} ?[%°]?"
-RANGE = re.compile(rf"(?:(?:from|between) )?({END}) ?(-|to|and) ?({END}(?: [a-z]+)?)")
+RANGE = re.compile(  # '18-29', 'from 18 to 29', 'between 18 and 29'
+    rf"(?:from )?({END}) ?(-|to) ?({END}(?: [a-z]+)?)|between ({END}) and ({END})"
+)
 
 
 def same_statement(p, g):
@@ -592,7 +594,8 @@ def same_range(p, g):
     if all(times):
         return times[0][1] == times[1][1] and (None in (times[0][2], times[1][2]) or p == g)
     if all(ranges):
-        return all(same_quantity(ranges[0][i], ranges[1][i]) for i in (1, 3))
+        ends = [(match[1] or match[4], match[3] or match[5]) for match in ranges]
+        return all(map(same_quantity, *ends))
     return False if any(match and match[2] == "-" for match in ranges) else None
 
 
@@ -757,7 +760,7 @@ def same_answer(p, g, top=2):
         return said[0] == right[0] and (not said[1] or fits)  # 'B. C' is no choice
     if right and letters_in(p) - {right[0]} - letters_in(right[1]):
         return False  # two letters are no choice, and '13 (A)' is not '(B) 13'
-    if said and same_answer(said[1], g, 0) or right and same_answer(p, right[1], top):
+    if top and said and same_answer(said[1], g, 0) or right and same_answer(p, right[1], top):
         return True
     if word in YES_NO and (start := AGREES.match(p)) and start[1].lower() == word:
         doubt = HEDGE if YES_NO[word] else DOUBT  # 'No, it is not' denies nothing
@@ -837,8 +840,9 @@ def accepts(prediction, gold, options):
     """One prediction against one gold."""
     if not prediction.strip() or prediction.split() == gold.split() and not options:
         return bool(prediction.strip())
-    steps = ((mark in "([{") - (mark in ")]}") for mark in prediction[:MAX_CHARS] + gold[:MAX_CHARS])
-    if max(len(prediction), len(gold)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
+    texts = [unicodedata.normalize("NFKC", text[: MAX_CHARS + 1]) for text in (prediction, gold)]
+    steps = ((mark in "([{") - (mark in ")]}") for mark in "".join(texts))
+    if max(map(len, texts)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
         return prediction.casefold().split() == gold.casefold().split()
     g = clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
     choice = parse_choice(g)
