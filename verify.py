@@ -824,11 +824,10 @@ def fits_option(rest, text, options):
     return len(said) > 2 and (words.startswith(said) or closest == [words])
 
 
-def same_choice(prediction, letter, options):
+def same_choice(p, letter, options):
     """Does an answer choose the option with this letter: by its letter, alone or with the option's
     text, or else by the text?"""
-    options = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
-    text, p = options[LETTERS.index(letter)], clean(prediction)
+    text = options[LETTERS.index(letter)]
     for said in (p, *statements(p)):
         if found := find_choice(said, options):
             return found[0] == letter and fits_option(found[1], text, options)
@@ -844,14 +843,15 @@ def accepts(prediction, gold, options):
     steps = ((mark in "([{") - (mark in ")]}") for mark in "".join(texts))
     if max(map(len, texts)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
         return prediction.casefold().split() == gold.casefold().split()
-    g = clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
-    choice = parse_choice(g)
-    if options and choice and choice[0] in LETTERS[: len(options)]:
-        return same_choice(prediction, choice[0], options)
+    p, g = clean(prediction), clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
+    if not options:
+        return same_answer(p, g)
+    options = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
+    named = (parse_choice(g) or "?")[0]
     for letter, option in zip(LETTERS, options):
-        if option.split() == gold.split() or same_answer(clean(option), g, 0):
-            return same_choice(prediction, letter, options)
-    return same_answer(clean(prediction), g)
+        if letter == named or named not in LETTERS[: len(options)] and same_answer(option, g, 0):
+            return same_choice(p, letter, options)
+    return same_answer(p, g)
 
 
 def to_golds(gold):
