@@ -72,7 +72,7 @@ NUMERALS |= {f"{t}-{ONES[i]}": f"{NUMERALS[t][0]}{i}" for t in TENS for i in ran
 PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()  # 1/2, 1/3, ..
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 HEDGE = re.compile(  # says two things, nothing, or the opposite
-    r"[?±不非没無无未除或以余多几超至]|(?i:\w+n't\b)|"
+    r"[?±不非没無无未除或以余多几超至百千十左]|(?i:\w+n't\b)|"
     + one_of(r"""or n?either nor maybe perhaps possibly probably might could unsure not no never
     cannot wrong incorrect false but except exclud\w+ instead rather without unless unlikely hardly
     doubt\w* impossible opposite other~than far~from such~as beside besides if else versus vs any
@@ -99,14 +99,14 @@ LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'
     + r"|(?<=[a-z]{2}):)[\s:,]*"
 ) for lazy in ("", "?")]  # fmt: skip
 LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
-    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?year |a total of |(?:total|exactly|only|just|precisely|it|they|it's) )?"
+    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?(?:year|point) |a total of |(?:total|exactly|only|just|precisely|it|they|it's) )?"
 )
 JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
     r"|correct|right)$"
 )
 CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing that denies
-    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|"
+    r"^(?:(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)|所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|"
     r"一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])"
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
@@ -469,11 +469,12 @@ def timeouts():
 
 # --------------------------------------------------------------------------------------- statement
 HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi, ..
-    r"([-+]?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
+    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
     r"[eE](?=[-+]?\d))+)"
 )
 TAIL = re.compile(  # '5 cm long', '3 apples in the basket'
-    r"(?<=[\w}])\s(?:long|wide|tall|high|deep|old|left|each|altogether|(?:in|on|at|of|from) [a-z ]+)$"
+    r"(?:^|\s)(?:long|wide|tall|high|deep|old|left|each|total|remaining|altogether|in (?:total|all)|"
+    r"(?<=[\w}%°]\s)(?:in|on|at|of|from) [a-z ]+)$"
 )
 SPELLED = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\bper cent\b", "percent"), (r"\s*\bper\s+|\s*/\s*", "/"),
@@ -493,8 +494,10 @@ class Quantity(NamedTuple):
 def parse_unit(text, is_one=False):
     """What follows a number -> canonical unit, None if that is none: ' square metres' -> 'm^{2}'.
     A plural is a unit too, and more words may stand before it: '3 red apples' -> '#red apple'."""
-    text = re.sub(r"^\s*M(?=(?:W|Ω|Hz|Pa|J)\b)", " mega", text).casefold().strip(" .")
-    text = TAIL.sub("", text)
+    if re.fullmatch(r"\s*[anwvjkt]", text):
+        return None  # '5a' is a formula, '5A' a current
+    text = re.sub(r"^\s*M(?=(?:W|Ω|Hz|Pa|J)\b)", " mega", text).casefold()
+    text = TAIL.sub("", text.rstrip(" .")).strip()
     for pattern, replacement in SPELLED:
         text = pattern.sub(replacement, text).strip()
     parts = re.split(r"(/|[ *]|\^\{\d\})", text)
@@ -514,7 +517,7 @@ def parse_unit(text, is_one=False):
 def parse_quantity(text):
     """'1 1/2 cm' -> (3/2, 'cm', 0), '50%' -> (1/2, '', 0), '$5 million' -> (5000000, '$', 0)."""
     head = HEAD.match(text)
-    if not head or not re.search(r"\d|\\pi", head[3]) or re.search(r"\d[kKM]$", text):
+    if not head or not re.search(r"\d|\\pi", head[3]) or re.search(r"\d[kKM]$|\d{4}s$", text):
         return Quantity(text, "", Fraction(0))
     sign, number, tail, factor = head[1], head[3].strip(), text[head.end() :], Fraction(1)
     if scale := re.match(r"(?i)(hundred|thousand|million|billion|trillion)s?\b|[万亿]", tail):
@@ -591,6 +594,8 @@ def same_statement(p, g):
 def same_range(p, g):
     """Times and ranges, which are no ratios and no differences: None if neither side is one."""
     times, ranges = (TIME.fullmatch(p), TIME.fullmatch(g)), (RANGE.fullmatch(p), RANGE.fullmatch(g))
+    if times[1] and ":" in p and not times[0]:
+        return False
     if all(times):
         return times[0][1] == times[1][1] and (None in (times[0][2], times[1][2]) or p == g)
     if all(ranges):
@@ -691,7 +696,7 @@ def same_content(p, g, top):
         return verdict
     (name, said), (other, golds) = parse_named(p), parse_named(g)
     if (name or other) and (not name or not other or name == other):
-        if all(same_answer(value, golds[-1], 0) for value in said):  # x = 4 = 5 is a hedge
+        if all(same_answer(value, golds[-1], min(top, 1)) for value in said):  # x = 4 = 5 is a hedge
             return True
     chain = RELATION.split(p)
     if set(chain[1::2]) == {"="} and not RELATION.search(g):  # 6 * 7 = 42
@@ -765,7 +770,7 @@ def same_answer(p, g, top=2):
     if word in YES_NO and (start := AGREES.match(p)) and start[1].lower() == word:
         doubt = HEDGE if YES_NO[word] else DOUBT  # 'No, it is not' denies nothing
         return not doubt.search(p[start.end() :])
-    formulas = {re.sub(r"[_{}\s]|\^(?=\{?[+-])", "", text) for text in (p, g)}
+    formulas = {re.sub(r"[_{}\s]|\^(?=\{?\d?\}?[+-])", "", text) for text in (p, g)}
     if len(formulas) == 1 and FORMULA.fullmatch(*formulas):
         return True
     if word and plain_words(p) == word and not (tokenize(p)[0] and re.search(r"[\d\\!]", p + g)):
