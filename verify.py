@@ -15,7 +15,7 @@ is not known to be harmless means no.  The steps, in order, one section each:
 
 What is accepted, as a grammar ([] is optional, * repeated, | or):
 
-    answer     [lead] content [judgement]           'So the answer is 5.'  'B is correct'  '答案是 5'
+    answer     [lead] content [judgement]           'So the answer is 5.'  'B is correct'  '答案是5'
     choice     letter [mark text] | text (letter)   'B'  '(B) 40'  'B: 40'  'C, the car'  '20 (B)'
     content    [name =] (item | [open] item [, item]* [close])   '(x, y) = (3, 4)'  'x_1=2, x_2=3'
     item       range | relation | quantity | content      '18-29'  '1 <= x < 3', which is [1, 3)
@@ -69,6 +69,7 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMERALS = {word: str(i) for i, word in enumerate(ONES)}
 NUMERALS |= {ten: f"{i}0" for i, ten in enumerate(TENS, 2)}
 NUMERALS |= {f"{t}-{ONES[i]}": f"{NUMERALS[t][0]}{i}" for t in TENS for i in range(1, 10)}
+SPOKEN = "|".join(sorted(NUMERALS, key=len, reverse=True)).replace("-", "[- ]")
 PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()  # 1/2, 1/3, ..
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 HEDGE = re.compile(  # says two things, nothing, or the opposite
@@ -91,7 +92,7 @@ SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The area under the thir
     one_of("""hal(?:f|ves) twice double triple minus plus times than less fewer more multiples?
     divisors? factors? reciprocal inverse negation before after until remainder""")
 )
-LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; to the last, the first
+LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; last, first
     rf"(?s).*{lazy}(?:"
     + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select pick
     get gets gives? got find found obtain becomes? measures? takes? needs? costs? counted? so thus
@@ -99,7 +100,8 @@ LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'
     + r"|(?<=[a-z]{2}):)[\s:,]*"
 ) for lazy in ("", "?")]  # fmt: skip
 LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
-    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?(?:year|point) |a total of |(?:total|exactly|only|just|precisely|it|they|it's) )?"
+    r"(?i)(?:(?:in|on|at) )?(?:(?:the )?(?:year|point) |a total of |"
+    r"(?:total|exactly|only|just|precisely|it|they|it's) )?"
 )
 JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
@@ -111,13 +113,13 @@ CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing t
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
     m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
-    ft foot feet;yd yard;mi mile;mg milligram;g gram 克;kg kilogram 千克 公斤;t ton tonne 吨;lb pound
-    lbs;oz ounce;ms millisecond;s sec second 秒;min minute 分钟;h hr hour 小时;day 天;week 周;month 月;
-    yr year 年;ml milliliter millilitre 毫升;l liter litre 升;gal gallon;° deg degree 度;rad radian;
-    °c celsius 摄氏度;°f fahrenheit;k kelvin;hz hertz;khz;megahz;ghz;n newton;kn;j joule;kj;megaj;
-    w watt;kw kilowatt;mw;megaw megawatt;kwh;v volt;kv;mv;a amp ampere;ma;ω ohm;kω;megaω;pa pascal;
-    kpa;megapa;mol mole;cal calorie;kcal;mph;% percent pct percentage;$ dollar usd;€ euro eur;
-    £ gbp;¥ yuan 元 rmb;¢ cent"""
+    ft foot feet;yd yard;mi mile;mg milligram;g gram 克;kg kilogram 千克 公斤;t ton tonne 吨;
+    lb pound lbs;oz ounce;ms millisecond;s sec second 秒;min minute 分钟;h hr hour 小时;day 天;
+    week 周;month 月;yr year 年;ml milliliter millilitre 毫升;l liter litre 升;gal gallon;
+    ° deg degree 度;rad radian;°c celsius 摄氏度;°f fahrenheit;k kelvin;hz hertz;khz;megahz;ghz;
+    n newton;kn;j joule;kj;megaj;w watt;kw kilowatt;mw;megaw megawatt;kwh;v volt;kv;mv;a amp ampere;
+    ma;ω ohm;kω;megaω;pa pascal;kpa;megapa;mol mole;cal calorie;kcal;mph;% percent pct percentage;
+    $ dollar usd;€ euro eur;£ gbp;¥ yuan 元 rmb;¢ cent"""
 ALIAS = {name + s: row.split()[0] for row in UNITS.split(";") for name in row.split()
          for s in ("", "s")[: len(name)]}  # fmt: skip
 
@@ -163,8 +165,8 @@ def part(match):
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # matrices: an environment of LaTeX, or '[1 2; 3 4]'
-    (r"(?s)(?:\\left\s*[(\[]\s*)?\\begin\s*\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*?)"
-     r"\\end\s*\{\w+\}(?:\s*\\right\s*[)\]])?"
+    (r"(?s)(?:\\left\s*[(\[]\s*)?\\begin\s*\{(?:[pbB]?matrix|smallmatrix|array)\}"
+     r"(?:\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\}(?:\s*\\right\s*[)\]])?"
      r"|^\[\s*((?:[^\s;,\[\]()]+[ ,]+)+[^\s;,\[\]()]+\s*;[^\[\]()]*)\]$", matrix),
     # math mode and spaces; bold, quoted, a heading or the mark of a final answer
     (r"(?<!\\)\$(.*?)(?<!\\)\$|\\[\[\]()!]|\\[,;: ]|[~\s]+", r" \1 "),
@@ -172,7 +174,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^(?:#+ +|(?i:final answer) +(?=[^\s:]))", ""),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", repeating),
     # fonts and words inside of formulas; \overline over two letters, over one it is a complement
-    (r"\\(?:text\w*|math\w+|operatorname|mbox|underline|emph|boldsymbol|bm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text\w*|math\w+|operatorname|mbox|underline|emph|boldsymbol|bm)\s*\{([^{}]*)\}",
+     r" \1 "),
     (r"\\(?:vec|hat|(?:overline|bar)(?=\s*\{[A-Za-z]{2}))\s*\{([A-Za-z][^{}]*)\}", r" \1 "),
     (r"\\([%${}&#])|\{(,)\}", r"\1\2"), (r"\\\|", "|"),
     (r"\\([A-Za-z]+)|[<>=]=|\*\*", lambda match: COMMANDS.get(match[1] or match[0], match[0])),
@@ -187,20 +190,25 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
      r"\\\1 "),
     # arguments without braces; x between digits is a multiplication; '1 234' is a number
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
-    (r"\s*([\^_])\s*(?:(-?\d+|[A-Za-z])|\{([^{}]*)\})", r"\1{\2\3}"), (r"(?<=\d)\s*x\s*(?=\d)", "*"),
-    (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),
+    (r"\s*([\^_])\s*(?:(-?\d+|[A-Za-z])|\{([^{}]*)\})", r"\1{\2\3}"),
+    (r"(?<=\d)\s*x\s*(?=\d)", "*"),
+    (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
+     lambda match: match[0].replace(" ", "")),
     # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
-    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"), (r"^0(?=\d:\d\d)", ""),
+    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
+    (r"^0(?=\d:\d\d)", ""),
     (CHINESE, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
-    (rf"(?i)^(?:{'|'.join(sorted(NUMERALS, key=len, reverse=True)).replace('-', '[- ]')})\b(?!-[^hqtfsen])",
+    (rf"(?i)^(?:{SPOKEN})\b(?!-[^hqtfsen])",
      lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),
     (rf"(?i)^(?:(\d+) and (?:an?|1) |(?:(\d+)|an?|one)[ -])({'|'.join(PARTS)})s?$|^half$", part),
     # what says nothing: 'about 5', '5 because ..'
-    (r"(?i)\b(?:approximately|approx\.?|about|around|roughly) (?=[-\d$\\.])|\b(?:because|since)\b.*",
-     ""),
+    (r"(?i)\b(?:approximately|approx\.?|about|around|roughly) (?=[-\d$\\.])", ""),
+    (r"(?i)\b(?:because|since)\b.*", ""),
 ]]  # fmt: skip
-BOX = re.compile(r"(?<!\w)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!\w)")  # braces in 2
+BOX = re.compile(  # \boxed{..}, alone, with braces inside that are at most two deep
+    r"(?<!\w)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?!\w)"
+)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -257,7 +265,8 @@ class Beyond(Exception):
 
 class Numbers:
     """Fractions of bounded size, or real numbers with so many digits; none is beyond a fourth of
-    them, so that the others tell two apart.  ArithmeticError: a value is not defined or not real."""
+    them, so that the others tell two apart.  ArithmeticError: a value is not defined, or not real.
+    """
 
     def __init__(self, digits):
         self.mp = MPContext() if digits else None  # its own: threads share no precision
@@ -309,6 +318,11 @@ class Numbers:
         if self.mp is None:
             raise Beyond
         return self.settle(getattr(self.mp, name)(value))
+
+
+WARM = MPContext()  # mpmath's store of constants is safe between threads if it is never enlarged
+WARM.dps = 3 * PRECISIONS[-1]
+CONSTANTS = [+WARM.pi, +WARM.ln2, +WARM.ln10, +WARM.degree]
 
 
 class Reader:
@@ -382,10 +396,12 @@ class Reader:
         power, numbers = self.numbers.number(1), self.numbers
         if self.tokens[self.at] == "^" and self.take():
             power = self.atom()
-        if name not in FUNCTIONS or base and not re.fullmatch(r"log\d+", name + base[1:-1]) or power < 0:
+        if name not in FUNCTIONS or base and not re.fullmatch(r"log\d+", name + base[1:-1]):
+            raise Unreadable
+        if power < 0:
             raise Unreadable  # \sin^{-1} has two meanings
-        in_brackets, value = self.tokens[self.at] in CLOSING, self.value(2)
-        while not in_brackets and self.operator() == "" and self.tokens[self.at][1:] not in FUNCTIONS:
+        is_open, value = self.tokens[self.at] not in CLOSING, self.value(2)
+        while is_open and self.operator() == "" and self.tokens[self.at][1:] not in FUNCTIONS:
             value = numbers.settle(value * self.value(2))
         value = numbers.call(FUNCTIONS[name], value)
         if base:
@@ -468,13 +484,13 @@ def timeouts():
 
 
 # --------------------------------------------------------------------------------------- statement
-HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi, ..
+HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi
     r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
     r"[eE](?=[-+]?\d))+)"
 )
 TAIL = re.compile(  # '5 cm long', '3 apples in the basket'
-    r"(?:^|\s)(?:long|wide|tall|high|deep|old|left|each|total|remaining|altogether|in (?:total|all)|"
-    r"(?<=[\w}%°]\s)(?:in|on|at|of|from) [a-z ]+)$"
+    r"(?:^|\s)(?:long|wide|tall|high|deep|old|left|each|total|remaining|altogether|"
+    r"in (?:total|all)|(?<=[\w}%°]\s)(?:in|on|at|of|from) [a-z ]+)$"
 )
 SPELLED = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\bper cent\b", "percent"), (r"\s*\bper\s+|\s*/\s*", "/"),
@@ -521,7 +537,8 @@ def parse_quantity(text):
         return Quantity(text, "", Fraction(0))
     sign, number, tail, factor = head[1], head[3].strip(), text[head.end() :], Fraction(1)
     if scale := re.match(r"(?i)(hundred|thousand|million|billion|trillion)s?\b|[万亿]", tail):
-        factor, tail = Fraction(10) ** SCALES[scale[0].lower().removesuffix("s")], tail[scale.end() :]
+        factor *= 10 ** SCALES[scale[0].lower().removesuffix("s")]
+        tail = tail[scale.end() :]
     exact = values(number, 0)
     unit = parse_unit(tail, is_one=exact == (1,))
     if unit is None:
@@ -567,9 +584,12 @@ RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
 
 
 def same_relation(p, g):
-    """Two equations or inequalities whose left - right agree up to a factor, a positive one for <."""
-    turned = [[z, "<≤"[o == "≥"], x] if o in ">≥" else [x, o, z] for x, o, z in map(RELATION.split, (p, g))]
-    (a, symbol, b), (c, other, d) = turned
+    """Equations and inequalities whose left - right agree up to a factor, a positive one for <."""
+    (a, symbol, b), (c, other, d) = RELATION.split(p), RELATION.split(g)
+    if symbol in ">≥":
+        a, symbol, b = b, "<≤"[symbol == "≥"], a
+    if other in ">≥":
+        c, other, d = d, "<≤"[other == "≥"], c
     pairs, digits = aligned(f"{a}-({b})", f"{c}-({d})")
     if symbol != other or len(pairs) < 2 or 0 in pairs[0]:
         return False
@@ -605,10 +625,12 @@ def same_range(p, g):
 
 
 # ----------------------------------------------------------------------------------------- content
-SEPARATOR = re.compile(r"(?i)([(\[{])|([)\]}])|\s*[,;]\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|\s*∪\s*")
+SEPARATOR = re.compile(  # a bracket that opens, one that closes, or ', and', 'or', ∪
+    r"(?i)([(\[{])|([)\]}])|\s*[,;]\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|\s*∪\s*"
+)
 NAME = re.compile(  # x, x_{1}, f(2), \angle ABC, area, (x, y); no formula
-    r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?(?:\([^()]*\))?"
-    r"|\([a-z](?:, ?[a-z])+\)"
+    r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?"
+    r"(?:\([^()]*\))?|\([a-z](?:, ?[a-z])+\)"
 )
 
 
@@ -654,17 +676,18 @@ def parse_named(text):
 
 
 def parse_solutions(parts, is_either):
-    """'x = 2', 'x = 5' or 'x_1 = 2', 'x_2 = 5' -> values in any order; 'x = 3', 'y = 4' -> a point."""
+    """'x = 2', 'x = 5' or 'x_1 = 2', 'x_2 = 5' -> values in any order; 'x = 3', 'y = 4' -> a point;
+    anything else -> None."""
     found = [parse_named(part) for part in parts]
     names = {re.sub(r"_?\{?\d\}?$", "", name) for name, values in found}
     if len(parts) < 2 or "" in names or any(len(values) > 1 for name, values in found):
         return None
     if len(names) == 1:
         return Items(("", "{}"), [values[0] for name, values in found], False, *names)
-    if is_either:
+    if is_either or len(names) < len(parts):
         return None
     point = [values[0] for name, values in sorted(found)]
-    return Items(("", "()"), point, True, ",".join(sorted(names))) if len(names) == len(parts) else None
+    return Items(("", "()"), point, True, ",".join(sorted(names)))
 
 
 def parse_items(text):
@@ -696,7 +719,8 @@ def same_content(p, g, top):
         return verdict
     (name, said), (other, golds) = parse_named(p), parse_named(g)
     if (name or other) and (not name or not other or name == other):
-        if all(same_answer(value, golds[-1], min(top, 1)) for value in said):  # x = 4 = 5 is a hedge
+        top_of_value = min(top, 1)
+        if all(same_answer(value, golds[-1], top_of_value) for value in said):  # not x = 4 = 5
             return True
     chain = RELATION.split(p)
     if set(chain[1::2]) == {"="} and not RELATION.search(g):  # 6 * 7 = 42
