@@ -119,7 +119,7 @@ UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm de
     ° deg degree 度;rad radian;°c celsius 摄氏度;°f fahrenheit;k kelvin;hz hertz;khz;megahz;ghz;
     n newton;kn;j joule;kj;megaj;w watt;kw kilowatt;mw;megaw megawatt;kwh;v volt;kv;mv;a amp ampere;
     ma;ω ohm;kω;megaω;pa pascal;kpa;megapa;mol mole;cal calorie;kcal;mph;% percent pct percentage;
-    $ dollar usd;€ euro eur;£ gbp;¥ yuan 元 rmb;¢ cent"""
+    $ dollar usd;unit;€ euro eur;£ gbp;¥ yuan 元 rmb;¢ cent"""
 ALIAS = {name + s: row.split()[0] for row in UNITS.split(";") for name in row.split()
          for s in ("", "s")[: len(name)]}  # fmt: skip
 
@@ -191,7 +191,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # arguments without braces; x between digits is a multiplication; '1 234' is a number
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
     (r"\s*([\^_])\s*(?:(-?\d+|[A-Za-z])|\{([^{}]*)\})", r"\1{\2\3}"),
-    (r"(?<=\d)\s*x\s*(?=\d)", "*"),
+    (r"(?<=\d)(?<!\b0)\s*x\s*(?=\d)", "*"),
     (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
      lambda match: match[0].replace(" ", "")),
     # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
@@ -248,7 +248,7 @@ TOKEN = re.compile(  # a number, a command or letters, either with an index, or 
 )
 MIXED = re.compile(r"(?<![\d.}])(\d+)(?: ?\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+)(?![\d.]))")
 UNCLEAR = re.compile(  # numbers side by side, 5!!, 9^9^9, 1:2:3; signs in a row, a function f(x)
-    r"\)\s+[\d(]|\d\s+[\d.]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|"
+    r"[\d)]\s+[\d.(]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|"
     r"[-+]\s*[-+]\s*[-+]|^[-+]\s*[-+]|[fgh]\s?\("
 )
 PRECISIONS = (0, 200, 1000)  # digits, 0 is exact: at least 4 for each character of both sides
@@ -488,13 +488,17 @@ HEAD = re.compile(  # the longest beginning without letters: [currency] digits, 
     r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
     r"[eE](?=[-+]?\d))+)"
 )
+FORMULA_TAIL = re.compile(  # letters, no units: '\frac{1}{2}mv^{2}', '2\pi h', '5a', '2mg'
+    r"\\.*[ })](?!(?:cm|mm|dm|km|kg|ft|m)\b)[a-zA-Z]{1,2}(?:\^\{\d\})?$|"
+    r"[ \d](?:[anwvjkt]|(?<=\d)m[gva])(?:\^\{\d\})?$"
+)
 TAIL = re.compile(  # '5 cm long', '3 apples in the basket'
     r"(?:^|\s)(?:long|wide|tall|high|deep|old|left|each|total|remaining|altogether|"
     r"in (?:total|all)|(?<=[\w}%°]\s)(?:in|on|at|of|from) [a-z ]+)$"
 )
 SPELLED = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\bper cent\b", "percent"), (r"\s*\bper\s+|\s*/\s*", "/"),
-    (r"(?:\b(?:square|sq\.?|cubic) +)?\bunits?\b(?: squared|\^\{\d\})?", ""),  # '12 square units'
+    (r"^units?$", ""),
     (r"\b(?:square|sq\.?) +([a-z]+)|平方(\w+)", r"\1\2^{2}"), (r" squared\b|(?<=[a-z])2\b", "^{2}"),
     (r"\bcubic +([a-z]+)|立方(\w+)", r"\1\2^{3}"), (r" cubed\b|(?<=[a-z])3\b", "^{3}"),
     (r"[ *](\w+)\^\{-(\d)\}", r"/\1^{\2}"), (r"\^\{1\}", ""),  # m s^{-1}
@@ -510,8 +514,6 @@ class Quantity(NamedTuple):
 def parse_unit(text, is_one=False):
     """What follows a number -> canonical unit, None if that is none: ' square metres' -> 'm^{2}'.
     A plural is a unit too, and more words may stand before it: '3 red apples' -> '#red apple'."""
-    if re.fullmatch(r"\s*[anwvjkt]", text):
-        return None  # '5a' is a formula, '5A' a current
     text = re.sub(r"^\s*M(?=(?:W|Ω|Hz|Pa|J)\b)", " mega", text).casefold()
     text = TAIL.sub("", text.rstrip(" .")).strip()
     for pattern, replacement in SPELLED:
@@ -540,11 +542,11 @@ def parse_quantity(text):
         factor *= 10 ** SCALES[scale[0].lower().removesuffix("s")]
         tail = tail[scale.end() :]
     exact = values(number, 0)
-    unit = parse_unit(tail, is_one=exact == (1,))
+    unit = None if FORMULA_TAIL.search(text) else parse_unit(tail, is_one=exact == (1,))
     if unit is None:
         return Quantity(text, "", Fraction(0))
     if unit.startswith("%"):
-        factor, unit = factor / 100, unit[1:].strip()
+        factor /= 100
     decimals = re.fullmatch(r"[\d,]*\.(\d*)", number)
     is_long = decimals and len(re.sub(r"^[0.]+|\D", "", number)) >= 6
     ulp = factor / 10 ** len(decimals[1]) if is_long else Fraction(0)
@@ -594,6 +596,8 @@ def same_relation(p, g):
     if symbol != other or len(pairs) < 2 or 0 in pairs[0]:
         return False
     x, y = pairs[0]
+    if len(tokenize(f"{a}-({b})")[1]) == 1 and x not in (y, -y):
+        return False  # 2x = 8 is no solution
     return (symbol in "=≠" or x / y > 0) and all(equal(x * w, y * v, digits) for v, w in pairs)
 
 
@@ -634,8 +638,11 @@ NAME = re.compile(  # x, x_{1}, f(2), \angle ABC, area, (x, y); no formula
 )
 
 
+EITHER = ("or", "∪", "{}")  # 'x < 1 or x > 3' may be a union or a set, but no list
+
+
 class Items(NamedTuple):
-    brackets: tuple  # that the other side may have
+    kinds: tuple  # brackets, or "" for a list; the other side has one of them too
     parts: list
     is_ordered: bool
     name: str = ""  # of the variable that takes these values
@@ -683,9 +690,9 @@ def parse_solutions(parts, is_either):
     if len(parts) < 2 or "" in names or any(len(values) > 1 for name, values in found):
         return None
     if len(names) == 1:
-        return Items(("", "{}"), [values[0] for name, values in found], False, *names)
+        return Items(("", "or", "{}"), [values[0] for name, values in found], False, *names)
     if is_either or len(names) < len(parts):
-        return None
+        return Items((), [], False)  # x = 3 or y = 4: neither
     point = [values[0] for name, values in sorted(found)]
     return Items(("", "()"), point, True, ",".join(sorted(names)))
 
@@ -695,7 +702,7 @@ def parse_items(text):
     5, 6; '1 < x < 3y' is 1 < x and x < 3y; anything else is one part."""
     text = re.sub(r"\}\s*∪\s*\{", ", ", re.sub(r"^(?:[Pp]oint )?[A-Z] ?(?=\(.*,.*\)$)", "", text))
     if text.count("±") == 1:
-        return Items(("", "{}"), [text.replace("±", "+"), text.replace("±", "-")], False)
+        return Items(EITHER, [text.replace("±", "+"), text.replace("±", "-")], False)
     numbered = re.split(r"\s*[,;]?\s*\((\d)\)\s*", text)
     if numbered[1::2] == [str(i) for i in range(1, 1 + len(numbered) // 2)] and len(numbered) > 3:
         if not numbered[0] and all(numbered[2::2]):
@@ -708,8 +715,9 @@ def parse_items(text):
     chain = RELATION.split(text)
     if len(parts) == 1 and len(chain) > 3 and set(chain[1::2]) != {"="}:
         return Items(("",), ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)], False)
-    is_ordered = not re.search(r"(?i)\bor\b|∪", text)
-    return parse_solutions(parts, not is_ordered) or Items(("", "{}"), parts, is_ordered)
+    is_either = bool(re.search(r"(?i)\bor\b", text))
+    kinds = ("∪",) if "∪" in text else EITHER if is_either else ("", "or", "{}")
+    return parse_solutions(parts, is_either) or Items(kinds, parts, kinds[0] == "")
 
 
 def same_content(p, g, top):
@@ -723,7 +731,7 @@ def same_content(p, g, top):
         if all(same_answer(value, golds[-1], top_of_value) for value in said):  # not x = 4 = 5
             return True
     chain = RELATION.split(p)
-    if set(chain[1::2]) == {"="} and not RELATION.search(g):  # 6 * 7 = 42
+    if set(chain[1::2]) == {"="} and not RELATION.search(g) and len(set(chain)) > 2:  # 6 * 7 = 42
         if all(same_quantity(part, g) for part in chain[::2]):
             return True
     if as_interval(p) and g[-1] in ")]":
@@ -741,7 +749,7 @@ def same_items(left, right, top):
     if len(left.parts) == len(right.parts) == 1:
         return same_statement(left.parts[0], right.parts[0])
     other_name = left.name and right.name and left.name != right.name
-    if other_name or not set(left.brackets) & set(right.brackets):
+    if other_name or not set(left.kinds) & set(right.kinds):
         return False
     rest = list(right.parts)
     if len(left.parts) != len(rest):

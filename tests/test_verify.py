@@ -625,6 +625,31 @@ x_1+x_2 == x_2+x_1
 x_1+x_2 != x_1-x_2
 3+4i == 4i+3
 3+4i != 3-4i
+# formulas whose letters look like units, and equations that are not solved
+\frac{1}{2} != \frac{1}{2}mv^2
+1/2 != \frac{1}{2}mv^2
+2\pi != 2\pi rh
+2\pi != 2\pi hr
+2 != 2mg
+2 != 2ma
+5a != 5
+5A == 5
+2\sqrt{3} == 2\sqrt{3} m
+4\pi == 4\pi cm^2
+2x = 8 != x = 4
+2x = 8 != 4
+x^2 = 16 != x = 4
+3x < 9 != x < 3
+3 > x == x < 3
+x - 4 = 0 == x = 4
+0.05 cm != 5%
+8 square units != 8 cm
+8 units == 8
+0x10 != 0
+5 (6) != 30
+0 = 0 != 0
+x=3 or y=4 != 3, 4
+5 or 6 != (1) 5 (2) 6
 # infinity
 (1,+\infty) == (1,\infty)
 (1, ∞) == (1,+\infty)
@@ -829,7 +854,7 @@ _5 != 5
 5...6 != 5
 5–6 != 5
 5/1 == 5
-5=5 == 5
+5=5 != 5
 5=6 != 5
 5 = 5 = 6 != 5
 x=5, x=6 != 5
