@@ -228,11 +228,14 @@ def check_out(out, inputs):
     """Raise InputError where OUT is a path that is read, lies in it or around it. inputs: {flag:
     path, list of paths or None}; what does not exist, such as a Hub id, is no path."""
     here = os.path.realpath(out)
-    for flag, paths in inputs.items():
-        for path in [paths] if isinstance(paths, str) else paths or []:
-            there = os.path.realpath(path)
-            if os.path.exists(there) and os.path.commonpath([here, there]) in (here, there):
-                raise InputError(f"--out {out} is, holds or lies in {flag} {path}; give another")
+    for flag, given in inputs.items():
+        for path in [given] if isinstance(given, str) else given or []:
+            unweighted = re.sub(r":[^:/]*$", "", path)  # --data also takes globs, and a.jsonl:0.9
+            for found in filter(os.path.exists, [path, *glob(unweighted)]):
+                there = os.path.realpath(found)
+                if os.path.commonpath([here, there]) in (here, there):
+                    why = f"is, holds or lies in {flag} {path}; give another"
+                    raise InputError(f"--out {out} {why}")
 
 
 def check_run(args):
