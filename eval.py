@@ -43,8 +43,9 @@ from data import Example, Examples, File, check_text, encode_prompt, load_exampl
 from data import open_source, pixel_flags, read_file, resolve, system_prompt, to_example, undecoded
 from rollout import parse_response, sample
 from rows import ATTENTION, set_attention
-from runtime import InputError, InputErrorOfAll, Parser, check_checkpoint, choose_attention, eos_ids
-from runtime import integer, load_policy, load_tokenizer, real, run, setup, write_json, write_rows
+from runtime import InputError, InputErrorOfAll, Parser, check_checkpoint, check_out
+from runtime import choose_attention, eos_ids, integer, load_policy, load_tokenizer, real, run
+from runtime import setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
 
 
@@ -1049,8 +1050,6 @@ def checkpoints(specs):
     ckpts = {name or folders[seeds[0]]: seeds for name, seeds in named}
     if len(set(folders.values())) < len(paths) or len(ckpts) < len(specs):
         raise InputError("--ckpt: a checkpoint or a name was given twice")
-    for path in paths:
-        check_checkpoint(path)
     return ckpts, folders
 
 
@@ -1070,8 +1069,14 @@ def on_first(world, function, *args):
 def main():
     args = parse_args()
     check_args(args)
-    world = setup(argparse.Namespace(out=args.folder, seed=args.seed))
-    ckpts, folders = on_first(world, checkpoints, args.ckpt)
+    ckpts, folders = checkpoints(args.ckpt)
+    copies = [path for _, _, path in (spec.partition("=") for spec in args.bench) if path]
+    inputs = {"--ckpt": [*folders], "--data": args.data, "--bench": copies}
+    for out in (args.out, args.folder):
+        check_out(out, inputs | {"--system-prompt": args.system_prompt})
+    world = setup(argparse.Namespace(out=args.folder))
+    for path in folders:
+        on_first(world, check_checkpoint, path)
     sets = load_sets(args, world)
     jobs = on_first(world, plan, folders, sets, args)
     attention = choose_attention(args.attn, world)

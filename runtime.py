@@ -63,6 +63,16 @@ class InputErrorOfAll(InputError):
     """Raised by every rank alike, so that one of them says it."""
 
 
+@contextmanager
+def about(subject):
+    """Reading what the user passed: an error in the block becomes the one line `subject: why`."""
+    try:
+        yield
+    except Exception as error:  # there is no end to what broken files raise
+        why = str(error).partition("\n")[0]
+        raise InputError(f"{subject}: {why}") from error
+
+
 # ------------------------------------------------------------------------------------------- flags
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
 PATHS = ("ckpt", "disc", "data", "pairs", "score", "system_prompt")  # flags for what is read
@@ -228,11 +238,14 @@ def check_out(out, inputs):
     """Raise InputError where OUT is a path that is read, lies in it or around it. inputs: {flag:
     path, list of paths or None}; what does not exist, such as a Hub id, is no path."""
     here = os.path.realpath(out)
-    for flag, paths in inputs.items():
-        for path in [paths] if isinstance(paths, str) else paths or []:
-            there = os.path.realpath(path)
-            if os.path.exists(there) and os.path.commonpath([here, there]) in (here, there):
-                raise InputError(f"--out {out} is, holds or lies in {flag} {path}; give another")
+    for flag, given in inputs.items():
+        for path in [given] if isinstance(given, str) else given or []:
+            unweighted = re.sub(r":[^:/]*$", "", path)  # --data also takes globs, and a.jsonl:0.9
+            for found in filter(os.path.exists, [path, *glob(unweighted)]):
+                there = os.path.realpath(found)
+                if os.path.commonpath([here, there]) in (here, there):
+                    why = f"is, holds or lies in {flag} {path}; give another"
+                    raise InputError(f"--out {out} {why}")
 
 
 def check_run(args):
@@ -394,45 +407,40 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
     local = os.path.isdir(path)
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise InputError(f"--ckpt {path}: no such folder")
-    if local and any(name.startswith("adapter_") for name in os.listdir(path)):
-        raise InputError(f"--ckpt {path}: an adapter (adapter_*) is not read: merge or remove it")
     try:
-        config = read_json(cached_file(path, "config.json") or os.path.join(path, "config.json"))
-        kind, quantised = config.get("model_type"), config.get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        if not local:
-            return  # from_pretrained knows better what is wrong with a Hub id
-        raise InputError(f"--ckpt {path}: config.json: {str(error).splitlines()[0]}") from error
-    if kind not in kinds:
-        raise InputError(f"--ckpt {path}: a {kind}; a {' or '.join(kinds)} is needed")
-    if quantised:
-        method = quantised.get("quant_method")
-        raise InputError(f"--ckpt {path}: a quantised checkpoint ({method}) cannot be trained")
-    if local:
-        check_weights(path)
+        file = os.path.join(path, "config.json") if local else cached_file(path, "config.json")
+    except (OSError, ValueError):
+        return  # from_pretrained knows better what is wrong with a Hub id
+    with about(f"--ckpt {path}"):
+        if local and any(name.startswith("adapter_") for name in os.listdir(path)):
+            raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
+        with about("config.json"):
+            config = read_json(file)
+            kind, quantised = config.get("model_type"), config.get("quantization_config")
+        if kind not in kinds:
+            raise ValueError(f"a {kind}; a {' or '.join(kinds)} is needed")
+        if quantised:
+            method = quantised.get("quant_method")
+            raise ValueError(f"a quantised checkpoint ({method}) cannot be trained")
+        if local:
+            check_weights(path)
 
 
 def check_weights(path):
-    """Raise InputError unless all weights of a folder are there, in safetensors, whole."""
-    names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-    try:
-        index = read_json(os.path.join(path, "model.safetensors.index.json"))
-        names = sorted(set(index["weight_map"].values()))
-    except FileNotFoundError:
-        pass
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--ckpt {path}: model.safetensors.index.json: {error}") from error
-    if not names or not all(str(name).endswith(".safetensors") for name in names):
-        raise InputError(f"--ckpt {path}: the folder has no weights, or other than *.safetensors")
-    for name in names:
-        try:
+    """Raise ValueError unless all weights of a folder are there, in safetensors, whole."""
+    names = glob("*.safetensors", root_dir=path)
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with about("model.safetensors.index.json"):
+            names = {str(name) for name in read_json(index)["weight_map"].values()}
+    if not names or not all(name.endswith(".safetensors") for name in names):
+        raise ValueError("the folder has no weights, or other than *.safetensors")
+    for name in sorted(names):
+        with about(f"{name}: an incomplete download or a Git LFS pointer"):
             with safe_open(os.path.join(path, name), framework="pt") as file:
                 empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
-        except (OSError, SafetensorError) as error:
-            what = "an incomplete download or a Git LFS pointer?"
-            raise InputError(f"--ckpt {path}: {name}: {error} ({what})") from error
         if empty:
-            raise InputError(f"--ckpt {path}: {name}: the weight {empty[0]} is empty")
+            raise ValueError(f"{name}: the weight {empty[0]} is empty")
 
 
 def load_tokenizer(path, args=None):
@@ -440,20 +448,19 @@ def load_tokenizer(path, args=None):
     prompts, for --min-pixels and --max-pixels; it needs a chat template."""
     check_checkpoint(path)
     code = {"trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **code)
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
-        rows = AutoConfig.from_pretrained(path, **code).get_text_config().vocab_size
-        older = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        if tokenizer.chat_template is None and older:
-            tokenizer.chat_template = read_json(older)["chat_template"]
-    except Exception as error:  # tokenizers raises it as it is
-        what = f"tokenizer or image processor: {str(error).splitlines()[0]}"
-        raise InputError(f"--ckpt {path}: {what}") from error
-    if (n := len(tokenizer)) > rows:
-        raise InputError(f"--ckpt {path}: the tokenizer has {n} tokens, the embedding {rows} rows")
-    if args and tokenizer.chat_template is None:
-        raise InputError(f"--ckpt {path}: no chat template (chat_template.jinja) for the tokenizer")
+    with about(f"--ckpt {path}"):
+        with about("tokenizer or image processor"):
+            tokenizer = AutoTokenizer.from_pretrained(path, **code)
+            processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
+            rows = AutoConfig.from_pretrained(path, **code).get_text_config().vocab_size
+            absent = {"_raise_exceptions_for_missing_entries": False}
+            older = cached_file(path, "chat_template.json", **absent)
+            if tokenizer.chat_template is None and older:
+                tokenizer.chat_template = read_json(older)["chat_template"]
+        if (n := len(tokenizer)) > rows:
+            raise ValueError(f"the tokenizer has {n} tokens, the embedding {rows} rows")
+        if args and tokenizer.chat_template is None:
+            raise ValueError("no chat template (chat_template.jinja) for the tokenizer")
     # the processor's names; it means pixels of the whole picture
     for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         if args and getattr(args, flag) is not None:
@@ -476,24 +483,17 @@ def load_policy(path, dtype=torch.float32):
     are an error."""
     check_checkpoint(path, ("qwen3_vl",))
     vocabulary = len(load_tokenizer(path)[0])
-    try:
+    with about(f"--ckpt {path}"):
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--ckpt {path}: {str(error).splitlines()[0]}") from error
-    check_loaded(path, info)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:  # what is missing would have been drawn at random
+                names = ", ".join(map(str, sorted(info[kind])[:5]))
+                names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
+                raise ValueError(f"{kind.replace('_', ' ')}: {names}")
     model.usable_vocabulary = vocabulary  # for rows.py: the embedding may have more rows
     return model
-
-
-def check_loaded(path, info):
-    """Weights that were missing would have been drawn at random."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(map(str, sorted(info[kind])[:5]))
-            names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
-            raise InputError(f"--ckpt {path}: {kind.replace('_', ' ')}: {names}")
 
 
 def choose_attention(name, world):

@@ -956,6 +956,36 @@ def test_difficulty_filter_of_parquet(tiny, policy, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
+    (["--data", "FILE", "--out", "FILE"], "--data FILE"),
+    (["--data", "FILE", "--out", "."], "--ckpt ck"),
+    (["--data", "rows", "--out", "rows/out"], "--data rows"),
+    (["--data", "rows/*.jsonl", "--out", "rows"], "--data rows/*.jsonl"),
+    (["--bench", "mathvision=FILE", "--out", "rows"], "--bench FILE"),
+    (["--data", "FILE", "--out", "ck"], "--ckpt ck"),
+    (["--data", "FILE", "--out", "ck/out"], "--ckpt ck"),
+    (["--data", "FILE", "--out", "FILE", "--keep-pass-rate", 0, 1], "--data FILE"),
+    (["--data", "rows", "--out", "rows/b.jsonl", "--keep-pass-rate", 0, 1], "--data rows"),
+    (["--data", "FILE", "--ckpt", "b=ck,rows_eval", "--out", "rows_eval"], "--ckpt rows_eval"),
+    (["--data", "FILE", "--ckpt", "rows_eval", "--out", "rows.jsonl", "--keep-pass-rate", 0, 1],
+     "--ckpt rows_eval"),
+])
+def test_nothing_that_is_read_is_written_over(tiny, tmp_path, capfd, monkeypatch, flags, words):
+    """Test set, checkpoint and OUT are each other's neighbours, not each other."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ck", "rows_eval"):
+        shutil.copytree(tiny.base, name)
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "a.jsonl", [{"prompt": "?", "answer": "1"}])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = [str(flag).replace("FILE", "rows/a.jsonl") for flag in flags]
+    assert stage("eval", "--ckpt", "ck", *flags) == 2
+    error = capfd.readouterr().err
+    words = f"is, holds or lies in {words.replace('FILE', 'rows/a.jsonl')}; give another"
+    assert error.startswith("eval.py: error: --out ") and error.endswith(f"{words}\n"), error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("flags, words", [
     ([], "--bench or --data"),
     (["--bench", "imagenet"], "--bench imagenet: unknown; there are mathvista"),
     (["--bench", "mmmu=nowhere"], "--bench mmmu=nowhere: nowhere does not exist"),

@@ -85,7 +85,8 @@ def test_ranks_share_work_by_length(seed):
 @pytest.mark.parametrize("out, path, refused", [
     ("ck", "ck", True), ("ck/out", "ck", True), (".", "ck", True), ("link", "ck", True),
     ("ck2", "ck", False), ("out", "ck", False), ("a.jsonl", "a.jsonl", True),
-    (".", "a.jsonl", True),
+    (".", "a.jsonl", True), ("a.jsonl", "*.jsonl", True), ("a.jsonl", "a.jsonl:0.9", True),
+    (".", "*.jsonl:0.5", True), ("out", "*.jsonl:0.5", False), ("out", "owner/name:f.jsonl", False),
     ("out", "a.jsonl", False), ("ck", "Qwen/Qwen3-VL-4B-Instruct", False), ("gone", "gone", False),
 ])  # fmt: skip
 def test_out_lies_apart_from_what_is_read(tmp_path, monkeypatch, out, path, refused):
