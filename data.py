@@ -417,7 +417,8 @@ def to_example(row, where, base=""):
         if not isinstance(text, str | None):
             raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
     images = row.get("images") or row.get("image") or []
-    images = [image for image in (images if isinstance(images, list) else [images]) if image]
+    images = images if isinstance(images, list) else [images]
+    images = [image for image in images if image is not None and image != ""]
     if any(picture is not None for picture in pictures):  # some stand in the chat itself
         column = iter(images)
         images = [next(column, None) if image is None else image for image in pictures]

@@ -35,7 +35,7 @@ from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_ro
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
 from runtime import end_step, eos_ids, integer, load_policy, load_tokenizer, log, make_optimizer
 from runtime import make_sampler, most, quote, real, refresh, run, save, setup, shard
-from verify import verify
+from verify import timeouts, verify
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token",
@@ -397,7 +397,7 @@ def measure_problem(example, *tools):
 def give_rewards(records, args):
     """(5) for each record, with DAPO's soft penalty for overlong responses."""
     for r in records:
-        r.scores = reward(r.text, r.example.answer)
+        r.scores = reward(r.text, r.example.answer, r.example.options)
         r.reward = r.scores["score"]
         if ALGOS[args.algo]["overlong"]:
             length = len(r.rollout.ids)
@@ -433,10 +433,12 @@ def keep_informative(records, draw, args, world):
 
 
 def reward_metrics(records, world):
-    """Means over the records of all ranks that are trained on."""
+    """Means over the records of all ranks that are trained on; comparisons that the verifier has
+    refused as too large, so far."""
     sums = [sum(r.scores[name] for r in records) for name in ("reward", "format")]
-    reward, well_formed, n = world.sum(*sums, len(records))
-    return {"reward": reward / n if n else None, "format": well_formed / n if n else None}
+    reward, well_formed, n, refused = world.sum(*sums, len(records), timeouts())
+    means = {"reward": reward / n if n else None, "format": well_formed / n if n else None}
+    return means | {"reward_timeouts": int(refused)}
 
 
 def update_policy(policy, reference, optimizer, records, skips, step, args, world):
