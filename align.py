@@ -207,9 +207,7 @@ def main():
         # update policy
         if step >= args.warmup_steps:
             update = accumulate_policy_gradient(policy, records, "grpo", args, world)
-            if update["entropy"] is None:  # no rank has anything to learn from
-                update = {}
-            else:
+            if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
             refresh(sampler, policy)  # the next rollouts come from the new weights
         # log

@@ -237,7 +237,8 @@ def store_logprobs(model, records, name, args, world):
 
 
 def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
-    """Backward of `policy_loss` over all micro-batches -> metrics of the global batch.
+    """Backward of `policy_loss` over all micro-batches -> metrics of the global batch, {} where
+    nothing was trained.
 
     Rollouts with advantage 0 have loss and gradient exactly 0 (unless there is a KL term): they
     count in the means but are not computed. Every rank runs the same number of forwards.
@@ -268,10 +269,9 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
     trained = total.pop("trained")
     if not kl:
         total.pop("kl")
-    for name in ("entropy", "drift"):  # means per token; no value where nothing was trained
-        value = total.pop(name)
-        total[name] = value / trained if trained else None
-    return total
+    for name in ("entropy", "drift"):  # means per token
+        total[name] = total.pop(name) / max(1, trained)
+    return total if trained else {}
 
 
 def rollout_metrics(records, world):
@@ -454,7 +454,7 @@ def update_policy(policy, reference, optimizer, records, skips, step, args, worl
     for u in range(k):
         part = [r for r in records if r.group * k // args.prompts == u]
         metrics = accumulate_policy_gradient(policy, part, args.algo, args, world, args.kl)
-        if metrics["entropy"] is not None:  # otherwise no rank has anything to learn from
+        if metrics:  # otherwise no rank has anything to learn from
             norm = skips.step(policy, optimizer, lr, args.clip, world, metrics["loss"])
             made.append(metrics)
     if not made:

@@ -207,7 +207,7 @@ def test_without_advantages_there_is_no_gradient(tiny):
     tiny.model.zero_grad()
     args = argparse.Namespace(max_tokens=100, temperature=1.0)
     metrics = rl.accumulate_policy_gradient(tiny.model, records, "grpo", args, ONE)
-    assert metrics["loss"] == 0 and metrics["entropy"] is None
+    assert metrics == {}
     assert not any(g.any() for g in grads(tiny.model).values())
 
 
