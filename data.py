@@ -180,6 +180,7 @@ def split_weight(source):
         return source, None
 
 
+POINTER = b"version https://git-lfs"  # what git keeps in place of a large file
 KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
 SPLITS = ("train", "test", "validation", "val", "dev", "testmini")
 
@@ -187,15 +188,15 @@ SPLITS = ("train", "test", "validation", "val", "dev", "testmini")
 def open_source(source, split):
     """One source -> list of File; no file is empty."""
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
-    if os.path.isdir(source) and is_saved(source):
-        return [File(load_saved(source, split), source, os.path.abspath(source))]
     if os.path.isdir(source):
-        paths = files_of_split(source, files_of(source), split)
+        paths = [] if is_saved(source) else files_of_split(source, files_of(source), split)
     elif paths and split:
         raise InputError(f"--split {split}: {source} is a file, it has no splits")
     if paths:
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         files = [File(read_file(path), path, folder) for path, folder in zip(paths, folders)]
+    elif os.path.isdir(source):
+        files = [File(load_saved(source, split), source, os.path.abspath(source))]
     elif is_hub_id(source):
         files = [File(load_from_hub(source, split), source, "")]
     else:
@@ -270,8 +271,7 @@ def reading(what):
     try:
         yield
     except Exception as error:
-        why = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{what} ({why[0]})") from error
+        raise InputError(f"{what} ({quote(error, 200)})") from error
 
 
 class JsonLines(Sequence):
@@ -317,7 +317,7 @@ def read_file(path):
         file.seek(0)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    if magic.startswith(b"version https://git-lfs"):
+    if magic.startswith(POINTER):
         raise InputError(f"{path}: a Git-LFS pointer, not the file itself; run git lfs pull")
     if magic.startswith(b"PAR1") or path.endswith(".parquet"):
         from datasets import Dataset
@@ -427,7 +427,7 @@ def to_example(row, where, base=""):
     options = row.get("options") or row.get("choices")
     if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
         options = []
-    response = response and re.sub(r"\s*(<\|(im_end|endoftext)\|>\s*)+$", "", response)
+    response, rejected = without_eos(response), without_eos(rejected)
     name = str(row.get("id") or where).encode("utf-8", "backslashreplace").decode()
     return Example(name, messages, images, response, answer, rejected, options)
 
@@ -442,8 +442,9 @@ def read_chat(row, where):
             raise InputError(f"{where}: the column {found[0]} is empty")
         columns = quote(", ".join(map(str, row)) or "none")
         raise InputError(f"{where}: none of the columns {', '.join(CHATS)}; found {columns}")
-    if isinstance(turns, str) and re.match(r'\s*\[\s*\{\s*"(role|from)"', turns):
-        turns = parse_chat(turns, where)  # a chat that was written as a text
+    # a text that begins as a list of objects, one of which has a role: a chat written as a text
+    if isinstance(turns, str) and re.match(r"""\s*\[\s*\{.*["'](role|from)["']\s*:""", turns, re.S):
+        turns = parse_chat(turns, where)
     if isinstance(turns, str):
         more = row.get("input") if "instruction" in row else None
         turns = [{"role": "user", "content": f"{turns}\n{more}" if more else turns}]
@@ -495,7 +496,13 @@ def to_message(turn, pictures, where):
         else:
             raise InputError(f"{where}: a part of a chat turn is neither a text nor a picture, "
                              f"got {quote(part)}")
+    text = without_eos(text) if ROLES[role] == "assistant" else text
     return {"role": ROLES[role], "content": text}
+
+
+def without_eos(response):
+    """A response less the EOS that some files write out: it is added anew when encoded."""
+    return response and re.sub(r"\s*(<\|(im_end|endoftext)\|>\s*)+$", "", response)
 
 
 def read_answer(row, last, where):
@@ -544,7 +551,7 @@ def unwrap(answer):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return inside[:place].strip()
-    return answer
+    return answer.strip()
 
 
 def join_blocks(row, who, answer, where):
@@ -565,6 +572,15 @@ def join_blocks(row, who, answer, where):
     return f"{caption.strip()}\n{cot.strip()}"
 
 
+def check_pointer(path, where):
+    """Raise InputError for what git keeps in place of a large picture."""
+    if os.path.getsize(path) < 1000:
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise InputError(f"{where}: image {quote(path, 200)} is a Git-LFS pointer, "
+                                 "not the picture; run git lfs pull")
+
+
 def resolve(image, base, where):
     """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an
     error at once."""
@@ -573,11 +589,12 @@ def resolve(image, base, where):
     if isinstance(image, str):
         path = os.path.join(base, image)
         if os.path.isfile(path):
+            check_pointer(path, where)
             return path
         start, _, data = image.partition(";base64,")
         data = data if start.startswith("data:") else image
         if len(data) < 64 or not re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", data):
-            raise InputError(f"{where}: image {quote(path)} does not exist; "
+            raise InputError(f"{where}: image {quote(image, 200)} does not exist; "
                              "paths are relative to the data file")
         try:
             return base64.b64decode(data, altchars=b"-_" if set("-_") & set(data) else None)

@@ -1,8 +1,10 @@
 """Run: pytest tests/test_data.py          (published formats, pictures, broken rows, sources; CPU only, files made here)"""
 
+import base64
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,8 @@ from conftest import ROOT, launch, noise, read_jsonl, short, stage, stock_inputs
 from PIL import Image
 
 import runtime
-from data import Example, Feed, array_lines, data_flags, encode_prompt, encode_response, load_examples
-from data import load_image, look, mrope_positions, to_example
+from data import Example, Examples, Feed, File, array_lines, attempt, check_text, data_flags, encode_prompt, encode_response
+from data import load_examples, load_image, look, mrope_positions, prompt_tokens, to_example
 import rollout
 from runtime import InputError
 
@@ -579,6 +581,307 @@ def test_skipped_rows_survive_a_resume(dirty, tiny, tmp_path):
     assert stage("sft", *flags, "--steps", 6, "--out", tmp_path / "broken", "--resume") == 0
     whole, broken = (read_jsonl(tmp_path / out / "skipped.jsonl") for out in ("whole", "broken"))
     assert whole == broken and len({(row["file"], row["row"]) for row in whole}) == len(whole) > 0
+
+
+# ------------------------------------------------------------------------------- what a row means
+def base64_of(data, start=""):
+    return start + base64.b64encode(data).decode()
+
+
+def colours_of(example):
+    """The colour of the middle of each picture: r, g or b."""
+    found = ""
+    for image in example.images:
+        pixels = np.array(load_image(image))
+        found += "rgb"[int(pixels[len(pixels) // 2, pixels.shape[1] // 2].argmax())]
+    return found
+
+
+def plain(colour):
+    return save(Image.new("RGB", (64, 32), colour), "PNG")
+
+
+def ask(*content):
+    """A chat of one question, its content a text or parts, and a response."""
+    content = content[0] if isinstance(content[0], str) else list(content)
+    response = {"role": "assistant", "content": [{"type": "text", "text": GOOD["response"]}]}
+    return [{"role": "user", "content": content}, response]
+
+
+def in_chat(path, key="image"):
+    return {"type": "image", key: path}
+
+
+QUESTION = {"type": "text", "text": "How many?"}
+DATA_URL = {"url": base64_of(plain("blue"), "data:image/png;base64,")}
+RED, BLUE = base64_of(plain("red")), base64_of(plain("blue"))
+TURNS = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "two"}]
+# name: (row, what the user says, colours of its pictures, response, answer)
+MEANINGS = {
+    "parts": (
+        {"messages": ask(in_chat(None), QUESTION), "images": ["red.png"]},
+        "<image>How many?", "r", GOOD["response"], "c",
+    ),
+    "parts, the picture last": (
+        {"prompt": ask(QUESTION, {"type": "image"}), "image": "red.png"},
+        "How many?<image>", "r", GOOD["response"], "c",
+    ),
+    "data URL": (
+        {"messages": ask({"type": "image_url", "image_url": DATA_URL}, QUESTION)},
+        "<image>How many?", "b", GOOD["response"], "c",
+    ),
+    "inline, the column fills the gaps": (
+        {"messages": ask(in_chat("blue.png"), {"type": "image"}, in_chat("green.png", "path"),
+                         {"type": "text", "text": "<image> or?"}), "images": ["red.png"] * 2},
+        "<image><image><image><image> or?", "brgr", GOOD["response"], "c",
+    ),
+    "inline base64": (
+        {"messages": ask(in_chat(RED, "base64"), in_chat("green.png", "url"), QUESTION)},
+        "<image><image>How many?", "rg", GOOD["response"], "c",
+    ),
+    "base64": ({"prompt": "<image>?", "images": [RED]}, "<image>?", "r", None, None),
+    "base64 of the web": (
+        {"prompt": "?", "images": [RED.replace("+", "-").replace("/", "_")]}, "?", "r", None, None,
+    ),
+    "base64 on lines": (
+        {"prompt": "?", "image": "\n".join(re.findall(".{1,60}", BLUE))}, "?", "b", None, None,
+    ),
+    "data URI": ({"prompt": "?", "image": DATA_URL["url"]}, "?", "b", None, None),
+    "bytes as a text": (
+        {"prompt": "?", "images": [{"bytes": RED}, {"bytes": None, "path": "blue.png"}]},
+        "?", "rb", None, None,
+    ),
+    "solution": (
+        {"problem": "?", "solution": "<answer> 1 </answer>", "image": "red.png"},
+        "?", "r", None, "1",
+    ),
+    "query": ({"query": "?", "response": "two"}, "?", "", "two", None),
+    "instruction": (
+        {"instruction": "Count.", "input": "red", "output": "two"}, "Count.\nred", "", "two", None,
+    ),
+    "instruction alone": (
+        {"instruction": "Count.", "input": "", "output": "two"}, "Count.", "", "two", None,
+    ),
+    "LLaVA": (
+        {"image": "red.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhich?"},
+            {"from": "gpt", "value": "So <answer>A</answer>, no: <answer> B </answer>"}]},
+        "<image>\nWhich?", "r", "So <answer>A</answer>, no: <answer> B </answer>", "B",
+    ),
+    "chat as a text": ({"messages": json.dumps(TURNS)}, "How many?", "", "two", None),
+    "chat as a text, keys turned round": (
+        {"prompt": json.dumps([{"content": "How [{many?", "role": "user"}])},
+        "How [{many?", "", None, None,
+    ),
+    "a question about a list": (
+        {"prompt": '[{"a": 1}] has how many keys?'}, '[{"a": 1}] has how many keys?', "", None, None,
+    ),
+    "an EOS": ({"prompt": "?", "response": "two<|im_end|>\n"}, "?", "", "two", None),
+    "two EOS": ({"prompt": "?", "output": "two <|im_end|><|endoftext|>"}, "?", "", "two", None),
+    "null picture": ({"prompt": "?", "images": None}, "?", "", None, None),
+    "null pictures": ({"prompt": "?", "images": [None, ""]}, "?", "", None, None),
+    "empty picture": ({"prompt": "?", "images": "", "image": ""}, "?", "", None, None),
+    "no videos": ({"prompt": "?", "videos": [], "audio": None}, "?", "", None, None),
+    "no tools": ({"messages": [TURNS[0] | {"tool_calls": None}]}, "How many?", "", None, None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder with red.png, green.png, blue.png, and a pointer in place of a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for colour, shown in (("red", "red"), ("green", "lime"), ("blue", "blue")):
+        (folder / f"{colour}.png").write_bytes(plain(shown))
+    (folder / "pointer.png").write_text(LFS)
+    return folder
+
+
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 99\n"
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_rows_mean_what_their_owners_mean(pictures, name):
+    row, text, colours, response, answer = MEANINGS[name]
+    example = to_example(row, "x.jsonl:1", str(pictures))
+    assert [turn["content"] for turn in example.prompt if turn["role"] == "user"] == [text]
+    assert (colours_of(example), example.response) == (colours, response)
+    assert example.answer == answer
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("<answer> 4 </answer>", "4"), ("so <answer>3</answer>, <answer>4</answer>", "4"),
+    ("24 + 48 = 72.\n#### 72", "72"), ("<answer>#### 1,000</answer>", "1,000"),
+    (r"it is $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), (r"\boxed{1}, no: \boxed{{x}}", "{x}"),
+    (r"<answer>\boxed{3}</answer>", "3"), (r"\boxed{3", r"\boxed{3"), ("C", "C"), (" 7 ", "7"),
+    ("<answer></answer>", ""), ("#### ", ""), (" ", ""), (True, "True"), (0, "0"),
+    (["<answer>1</answer>", r"\boxed{2}", " "], ["1", "2"]),
+])  # fmt: skip
+def test_golds_are_unwrapped(answer, gold):
+    for row in ({"answer": answer}, {"reward_model": {"ground_truth": answer}}):
+        assert to_example({"prompt": "?"} | row, "x").answer == gold
+    if isinstance(answer, str):
+        assert to_example({"prompt": "?", "solution": answer}, "x").answer == gold
+
+
+GARBAGE = "\x1b[31m\x00\u202e" + "x" * 100_000
+# name: (row, words of the reason)
+REFUSED = {
+    "videos": ({"prompt": "<video>?", "videos": ["a.mp4"]}, "a column videos"),
+    "a video": ({"prompt": "?", "video": "a.mp4"}, "a column video;"),
+    "audio": ({"prompt": "?", "audio": {"path": "a.wav"}}, "a column audio"),
+    "a video in the chat": ({"prompt": ask({"type": "video", "video": "a"})}, "neither a text nor"),
+    "a list of texts": ({"prompt": ["How ", "many?"]}, "role and content"),
+    "tools": ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [1]}]}, "tool_calls"),
+    "another role": ({"messages": [{"role": "developer", "content": "x"}]}, "the role developer"),
+    "broken chat": ({"prompt": '[{"role": "user", "content": "x"'}, "a text that is not JSON"),
+    "chat of Python": ({"prompt": str(TURNS)}, "a text that is not JSON"),
+    "pointer": ({"prompt": "?", "images": ["pointer.png"]}, "pointer.png is a Git-LFS pointer"),
+    "no base64": ({"prompt": "?", "images": [RED[:-1]]}, "is no base64"),
+    "a picture of no place": ({"prompt": "?", "images": [{"bytes": None}]}, "bytes, a path or a"),
+    "half a character, gold": ({"prompt": "?", "answer": "a\ud800"}, "no valid UTF-8"),
+    "half a character, golds": ({"prompt": "?", "answer": ["1", "\udfff"]}, "no valid UTF-8"),
+    "half a character, place": ({"prompt": "?", "images": ["\ud800.png"]}, "image ?.png does"),
+    "half a character, text": ({"prompt": "\ud800?"}, "no valid UTF-8"),
+    "half a character, response": ({"prompt": "?", "response": "\ud800"}, "no valid UTF-8"),
+} | {
+    f"garbage: {name}": (row, words)
+    for name, (row, words) in {
+        "column": ({GARBAGE: 1}, "none of the columns"),
+        "role": ({"messages": [{"role": GARBAGE, "content": "x"}]}, "the role ?[31m??xxx"),
+        "turn": ({"messages": [{GARBAGE: "x"}]}, "role and content"),
+        "part": ({"messages": ask({"type": GARBAGE})}, "neither a text nor a picture"),
+        "picture": ({"prompt": "?", "images": [GARBAGE]}, "image ?[31m??xxx"),
+        "base64": ({"prompt": "?", "images": ["QUJD" * 9999]}, "cannot be read"),
+        "chat": ({"prompt": '[{"role": "user", ' + GARBAGE}, "a text that is not JSON"),
+        "id": ({"prompt": "?", "id": GARBAGE, "images": [b"x"]}, ""),
+    }.items()
+}  # fmt: skip
+
+
+def reason_of(row, folder, tiny):
+    """Why a stage would leave the row out."""
+
+    def measure(example):
+        prompt_tokens(example, tiny.tokenizer, tiny.image_processor, "", decode=True)
+        check_text(example.response or "", "response")
+
+    file = File([row], "f", folder)
+    return attempt(measure, Examples([file], [], False), 0)[1]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_are_refused_by_name(pictures, tiny, name):
+    row, words = REFUSED[name]
+    reason = reason_of(row, str(pictures), tiny)
+    assert reason and words in reason and reason.isprintable() and len(reason) <= 400, reason
+
+
+def test_kinds_of_rows_through_the_command_line(pictures, tiny, tmp_path):
+    """Every row of MEANINGS is used, every one of REFUSED listed: by its number, printable, short;
+    half a character in an id harms no log."""
+    rows = [{"id": f"{name}\ud800", "response": "two", "answer": "1"} | row
+            for name, (row, *_) in MEANINGS.items()]
+    good = len(rows)
+    rows += [{"response": "two"} | row for row, _ in REFUSED.values()
+             if b"x" not in row.get("images", [])]
+    for path in pictures.iterdir():
+        shutil.copy(path, tmp_path)
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    flags = ["--ckpt", tiny.base, "--data", data, "--batch", good, "--max-bad", 0.9]
+    assert stage("sft", *flags, "--steps", 1, "--out", tmp_path / "sft") == 0
+    (metrics,) = read_jsonl(tmp_path / "sft" / "metrics.jsonl")
+    skipped = read_jsonl(tmp_path / "sft" / "skipped.jsonl")
+    assert (metrics["bad"], metrics["dropped"]) == (len(rows) - good, 0)
+    assert [line["row"] for line in skipped] == list(range(good + 1, len(rows) + 1))
+    for line in skipped:
+        assert line["file"] == data and len(line["reason"]) <= 400 and line["reason"].isprintable()
+    flags = ["--ckpt", tiny.base, "--data", data, "--max-bad", 0.9, "--prompts", good, "--steps", 1]
+    flags += ["--rollouts", 1, "--max-new-tokens", 1, "--log-rollouts", 1, "--max-prompt", 900]
+    assert stage("rl", *flags, "--out", tmp_path / "rl") == 0
+    ids = [line["id"] for line in read_jsonl(tmp_path / "rl" / "rollouts.jsonl")]
+    assert sorted(ids) == sorted(f"{name}\\ud800" for name in MEANINGS)
+    assert stage("rl", *flags, "--out", tmp_path / "rl", "--steps", 2, "--resume") == 0
+
+
+def test_every_turn_of_the_assistant_ends_in_one_eos(tiny, tmp_path):
+    """Of a chat with several all are trained, also where the file writes the EOS out."""
+    said = ["one", "two red", "three"]
+    turns = []
+    for text in said:
+        turns.append({"role": "user", "content": "How many?"})
+        turns.append({"role": "assistant", "content": f"{text}<|im_end|>"})
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": turns}])
+    flags = ["--ckpt", tiny.base, "--data", data, "--batch", 1, "--steps", 1]
+    assert stage("sft", *flags, "--out", tmp_path / "out") == 0
+    expected = sum(len(tiny.tokenizer(text)["input_ids"]) + 1 for text in said)
+    assert read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["tokens"] == expected
+    example = load_examples(data)[0]
+    assert [turn["content"] for turn in example.prompt[1::2]] == said[:2]
+
+
+# --------------------------------------------------------------------------- folders and their splits
+def test_folders_of_save_to_disk(tiny, tmp_path):
+    """One data set, or several of which --split takes one; the same rows have the same identity."""
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": f"How many {i}?", "response": "two"} for i in range(4)]
+    parts = {"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:3])}
+    parts["train"].save_to_disk(tmp_path / "one")
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
+    Dataset.from_list(rows[:0]).save_to_disk(tmp_path / "empty")
+    asked = lambda *source: [e.prompt[0]["content"] for e in load_examples(*source)]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert asked(one) == asked(two) == asked(two, "train") == [row["prompt"] for row in rows]
+    assert asked(two, "test") == [row["prompt"] for row in rows[:3]]
+    assert load_examples(one).fingerprint() == load_examples(one).fingerprint()
+    for source, split, words in [
+        (one, "test", "is one data set"), (two, "dev", "choose one with --split: train, test"),
+        (str(tmp_path / "empty"), None, "empty: not a readable folder of save_to_disk"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            load_examples(source, split)
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="not a readable folder of save_to_disk"):
+        load_examples(one)
+    flags = ["--ckpt", tiny.base, "--data", two, "--split", "test", "--batch", 3, "--steps", 1]
+    assert stage("sft", *flags, "--out", tmp_path / "out") == 0
+    assert read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["bad"] == 0
+    assert stage("sft", *flags, "--out", tmp_path / "out", "--steps", 2, "--resume") == 0
+
+
+@pytest.mark.parametrize("names, split, expected", [
+    (["train.jsonl", "test.jsonl"], "test", [1]), (["train.jsonl", "test.jsonl"], "train", [0]),
+    (["train/0.jsonl", "test/0.jsonl"], "test", [1]),
+    (["train-00000-of-2.jsonl", "train-00001-of-2.jsonl", "val_0.jsonl"], "train", [0, 1]),
+    (["a.jsonl", "b.jsonl"], None, [0, 1]), (["more.jsonl", "train-0.jsonl"], None, [0, 1]),
+    (["a_hard.jsonl", "b.jsonl"], "hard", [0]),
+    (["train.jsonl", "test.jsonl"], None, "holds test, train; choose one with --split"),
+    (["train.jsonl", "testing.jsonl"], "test", "--split test: no file of"),
+])  # fmt: skip
+def test_the_split_of_a_folder(tmp_path, names, split, expected):
+    """By the names of its files: rows of a test set are never trained on because nobody asked."""
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [{"prompt": str(i)}])
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            load_examples(str(tmp_path), split)
+    else:
+        found = [int(e.prompt[0]["content"]) for e in load_examples(str(tmp_path), split)]
+        assert found == expected
+
+
+def test_a_file_has_no_split(tiny):
+    with pytest.raises(InputError, match="--split test: .*sft.jsonl is a file, it has no splits"):
+        load_examples(tiny.sft, "test")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "data.json.gz"])
+def test_a_pointer_in_place_of_the_data(tmp_path, name):
+    (tmp_path / name).write_text(LFS)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(InputError, match=f"{name}: a Git-LFS pointer.*git lfs pull"):
+            load_examples(str(source))
 
 
 # -------------------------------------------------------------------------------------------------------------- real rows
