@@ -30,9 +30,9 @@ import time
 import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
-from discriminator import SCORES, VARIANTS, Discriminator, Pairs, compare_tokenizers, expert_metrics
-from discriminator import load_discriminator, save_discriminator, score_and_backward
-from discriminator import visible_prompt
+from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched, compare_tokenizers
+from discriminator import expert_metrics, grounding_flags, load_discriminator, make_pairs
+from discriminator import need_two, save_discriminator, score_and_backward
 from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
 from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
@@ -88,23 +88,27 @@ def cut_segments(records, tokenizer):
         r.teacher = teachers[r.group]
 
 
-def score_records(disc, records, tokenizer, args, world):
+def score_records(disc, records, tokenizer, args, world, step=0):
     """What both experts say of each rollout and of its teacher, [n, 4] float32, NaN where invalid.
     One forward per pack, whose backward leaves the discriminator's gradient: (2) with an L2 term.
-    """
+
+    Also, of all ranks and each group with a valid rollout, what they say of a teacher's response to
+    another picture and of its own teacher's, [m, 4]: with --mismatch always, otherwise, as it costs
+    a forward, every --log-rollouts steps (`step` counts from 1)."""
     groups = {}
     valid = torch.tensor([r.segments is not None for r in records], dtype=torch.bool)
     for r in records:
         if r.segments is not None:
             groups.setdefault(r.group, []).append(r)
-    rows = []
-    for members in groups.values():  # in the order of the records, whose groups are consecutive
-        prompt = visible_prompt(members[0].prompt, tokenizer, disc.variant)
-        rows.append(Pairs(prompt, members[0].teacher, [r.segments for r in members]))
-    count = max(1, world.sum(int(valid.sum()))[0])
+    rows = {}
+    for group, members in groups.items():  # in the order of the records, group by group
+        first, students = members[0], [r.segments for r in members]
+        rows[group] = make_pairs(first.prompt, first.teacher, students, tokenizer, disc.variant)
+    if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
+        add_mismatched(rows, world)
     scores = torch.full((len(records), 4), math.nan)
-    scores[valid] = score_and_backward(disc, rows, count, args, world)
-    return scores
+    scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
+    return scores, torch.cat(world.gather(mismatched))
 
 
 def give_scores(records, scores, args, world):
@@ -144,6 +148,7 @@ def parse_args():
                        help="discriminator steps per policy step, on the same rollouts")
     group.add_argument("--score-l2", type=real(0), default=1e-3,
                        help="weight of the squared scores in its loss")
+    grounding_flags(group)
     group = parser.add_argument_group("advantage")
     group.add_argument("--alpha", type=real(0, 1), default=0.5,
                        help="weight of perception; 1 - alpha is that of reasoning")
@@ -156,7 +161,9 @@ def parse_args():
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
     common_flags(parser, "align")
     data_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    need_two(args, "--prompts", args.prompts)
+    return args
 
 
 def measure_taught(example, *tools):
@@ -192,13 +199,13 @@ def main():
         sampled_at = time.time()
         # reward
         cut_segments(records, tokenizer)
-        mine = score_records(disc, records, tokenizer, args, world)  # leaves disc's gradient of (2)
+        mine, mismatched = score_records(disc, records, tokenizer, args, world, step + 1)
         scores = give_scores(records, mine, args, world)  # [B, N, 4] of all ranks
         show_first(world, step, records, tokenizer)
         # advantage
         give_advantages(records, scores, args)
         # update discriminator
-        experts, disc_norm = expert_metrics(scores.flatten(0, 1)), None
+        experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
         for update in range(args.disc_updates if experts else 0):  # without a valid rollout none
             if update > 0:
                 score_records(disc, records, tokenizer, args, world)
@@ -236,7 +243,8 @@ def load_players(args, attn, world):
     sampler = make_sampler(policy, world)
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
     shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn).to(world.device)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
+    disc = disc.to(world.device)
     units = [*disc.backbone.language_model.layers, disc.backbone.visual]
     shard(disc, units, world, Discriminator.scores, disc.heads.values(), args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)

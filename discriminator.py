@@ -9,27 +9,40 @@ heads without bias read the last token of a segment. A pack holds [prompts | cap
 routing is slicing, every token costs one MLP, D_v's loss never touches the reasoning expert nor the
 other way round, and before the first step both experts equal the dense model.
 
+Does an expert look? ground_v is the share of prompts with pictures under which the teacher's
+caption scores above the one that the teacher wrote for the next prompt of the step with another
+picture; ground_r is that of traces. Near 1 it looks; at 0.5 it reads style, however high acc_v is.
+A text-only one must be at 0.5 where the question says nothing of the picture. (Of traces it need
+not: they name what is asked.)
+
 Deviations from the paper and the authors' code: (1) hard routing by segment instead of a learned
 top-2 router over four experts; (2) two heads instead of one; (3) all segments are read at one and
 the same token (EOS), are cut by one function and use the policy's M-RoPE positions and image scale,
 so that no artefact tells teacher from student; (4) heads start at zero: before it has learned
 anything the discriminator rewards nothing; (5) a pair of the warm-up is one of whole responses,
-where the paper counts captions and traces apart.
+where the paper counts captions and traces apart; (6) --mismatch W adds W times (2) with another
+picture's teacher response as y- (the mean over prompts, so W does not depend on the number of
+rollouts), 0 is the paper; (7) --readout mean: a head reads the mean over all tokens of a segment.
 
-Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`, and diagnosis: D_v and
-D_r of every response of a data set (of warm-up pairs the teacher's), to filter or label it.
+Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`; with --mismatch also
+on teacher responses alone: a grounding phase. Diagnosis: D_v and D_r of every response of a data
+set (of warm-up pairs the teacher's), to filter or label it; ground_v and ground_r of a data set.
 
     torchrun --nproc_per_node=8 discriminator.py --pairs warmup_pairs.jsonl \
         --ckpt Qwen/Qwen3-VL-2B-Instruct --out disc_out/
+    python discriminator.py --pairs curated.jsonl --mismatch 1 --readout mean --ckpt sft_out/
     python discriminator.py --score responses.jsonl --ckpt align_out/discriminator --out scores/
+    python discriminator.py --probe curated.jsonl --ckpt align_out/discriminator --out probe/
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import time
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass, field, replace
 from glob import glob
 
 import numpy as np
@@ -59,7 +72,9 @@ except ModuleNotFoundError as error:
         raise
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
+READOUTS = ("last", "mean")
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
+GROUND_EVERY = 10  # warm-up steps between two measurements of ground_v that need a forward
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -90,13 +105,14 @@ class Discriminator(nn.Module):
 
     variant: "moe" (default), "dense" (one expert, one score for the whole response), "text-only"
     (no image, see `visible_prompt`), "learned" (a Qwen3-VL-MoE backbone as the authors released it:
-    top-k routing, a load-balancing loss, one head for both segments)."""
+    top-k routing, a load-balancing loss, one head for both segments). readout, what a head reads:
+    "last" (the last token of a segment) or "mean" (of the final hidden states of all its tokens)"""
 
-    def __init__(self, backbone, variant="moe"):
+    def __init__(self, backbone, variant="moe", readout="last"):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant}: choose one of {', '.join(VARIANTS)}")
-        self.backbone, self.variant = backbone, variant
+        self.backbone, self.variant, self.readout = backbone, variant, readout
         self.routers, self.routed = 0, []  # routed: their logits [T, experts] in the last forward
         two_experts = variant in ("moe", "text-only")
         for layer in backbone.language_model.layers:
@@ -126,8 +142,8 @@ class Discriminator(nn.Module):
             MLP   [shared | --------- perception ------------ | -------- reasoning -------- ]
             head                v           v           v          r         r         r
 
-        A head reads the last token of a segment. "dense": caption and trace are one branch with one
-        score, given twice; "learned": the backbone routes, and one head reads both segments."""
+        "dense": caption and trace are one branch with one score, given twice; "learned": the
+        backbone routes, and one head reads both segments."""
         n = len(captions)
         if self.variant == "dense":
             branches = []
@@ -139,13 +155,17 @@ class Discriminator(nn.Module):
         sizes = [pack.prompt_tokens, sum(pack.lengths[:n]), sum(pack.lengths[n:])]
         self.routed.clear()
         hidden = hidden_states(self.backbone, {**pack.inputs, "segment_sizes": sizes})
-        ends = hidden[pack.ends].float()
+        if self.readout == "mean":
+            parts = hidden[pack.prompt_tokens :].float().split(pack.lengths)
+            read = torch.stack([part.mean(0) for part in parts])
+        else:
+            read = hidden[pack.ends].float()
         perception = self.heads["perception"]
         if self.variant == "dense":
-            d = perception(ends)[:, 0]
+            d = perception(read)[:, 0]
             return d, d
         reasoning = perception if self.variant == "learned" else self.heads["reasoning"]
-        return perception(ends[:n])[:, 0], reasoning(ends[n:])[:, 0]
+        return perception(read[:n])[:, 0], reasoning(read[n:])[:, 0]
 
     def balance(self):
         """The load-balancing loss of the last forward, with its coefficient (Switch Transformer,
@@ -171,23 +191,57 @@ def visible_prompt(prompt, tokenizer, variant):
 # --------------------------------------------------------------------------------------- the loss
 @dataclass
 class Pairs:
-    """A shared-prompt row: a prompt, a teacher's response and those of any number of students, each
-    of which makes a pair with the teacher's. A response is its (caption ids, trace ids)."""
+    """A shared-prompt row: a prompt, a teacher's response and others that make a pair with it each:
+    those of any number of students, and at most one that a teacher wrote for another picture. A
+    response is its (caption ids, trace ids)."""
 
     prompt: Prompt  # as the discriminator sees it
     teacher: tuple[list[int], list[int]]
     students: list[tuple[list[int], list[int]]]
+    mismatched: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    picture: torch.Tensor | None = None  # the prompt's pixels, seen or not, to tell pictures apart
 
     def part(self, chosen):
-        """The same row with these of its students."""
-        return replace(self, students=[self.students[i] for i in chosen])
+        """The same row with these of its [*students, *mismatched]."""
+        n = len(self.students)
+        students = [self.students[i] for i in chosen if i < n]
+        return replace(self, students=students, mismatched=self.mismatched if n in chosen else [])
+
+
+def make_pairs(prompt, teacher, students, tokenizer, variant):
+    seen = visible_prompt(prompt, tokenizer, variant)
+    return Pairs(seen, teacher, students, picture=prompt.pixel_values)
 
 
 IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, a loss of 0
 
 
-def response_tokens(response):
-    return sum(len(segment) for segment in response)
+def response_tokens(*responses):
+    return sum(len(segment) for response in responses for segment in response)
+
+
+def add_mismatched(rows, world):
+    """Give each row with a picture the teacher's response to the next one, in the order of the
+    global batch and in a cycle, that has another picture; none where all pictures are the same.
+
+    rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
+    span ranks is a row on each of them; the first has its mismatched response, so that it counts
+    once and nothing depends on the number of ranks. In a cycle each response is right once and
+    wrong once: what style alone says of them cancels, and lowers no loss (-log sigmoid is convex).
+    """
+    mine, batch = {}, {}
+    for place, row in rows.items():
+        if row.picture is not None:
+            mine[place] = (world.rank, zlib.crc32(row.picture.numpy()), row.teacher)
+    for part in world.gather(mine):
+        batch = part | batch  # the first rank's stays
+    places = sorted(batch)
+    for i, place in enumerate(places):
+        rank, picture, _ = batch[place]
+        others = (batch[other] for other in places[i + 1 :] + places[:i])
+        other = next((teacher for _, pixels, teacher in others if pixels != picture), None)
+        if rank == world.rank and other is not None:
+            rows[place].mismatched = [other]
 
 
 def bradley_terry(teacher, student, valid, count=None):
@@ -201,73 +255,107 @@ def bradley_terry(teacher, student, valid, count=None):
 
 def row_scores(disc, rows):
     """Scores [2 experts, responses] of all responses of a list of Pairs, in one forward: row after
-    row, in each the teacher first."""
+    row, in each the teacher first, then the students, then the mismatched."""
     captions, traces = [], []
     for r, row in enumerate(rows):
-        for caption, trace in [row.teacher, *row.students]:
+        for caption, trace in [row.teacher, *row.students, *row.mismatched]:
             captions.append((r, caption))
             traces.append((r, trace))
     return torch.stack(disc.scores([row.prompt for row in rows], captions, traces))
 
 
-def pair_loss(disc, rows, count, score_l2):
+def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
     """(2) for both experts over the pairs of a list of Pairs, in one forward, plus score_l2 / 2
-    times the squared scores. count: pairs of the whole global batch.
+    times the squared scores: the mean over pairs with students, plus `mismatch` times that over
+    pairs with mismatched responses. counts: of both kinds, pairs of the whole global batch.
 
-    -> loss, scores [pairs, 4] with the columns SCORES, row after row. Without a pair the loss is a
-    0 that still reaches every score: a rank without pairs takes part in the collectives."""
+    -> loss, scores [pairs, 4] with the columns SCORES of both kinds, row after row. Without a pair
+    the loss is a 0 that still reaches every score: a rank without pairs takes part in the
+    collectives."""
     d = row_scores(disc, rows)
-    student, teacher, at = [], [], 0  # where in d the two responses of each pair are
+    places, at = (([], []), ([], [])), 0  # of each kind: where in d the responses of a pair are
     for row in rows:
-        student += range(at + 1, at + 1 + len(row.students))
-        teacher += [at] * len(row.students)
-        at += 1 + len(row.students)
-    s, t = d[:, student], d[:, teacher]  # [2, pairs]
-    valid = torch.ones_like(s[0], dtype=torch.bool)
-    loss = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
-    loss = loss + score_l2 * 0.5 * (s.square() + t.square()).sum() / count + d.sum() * 0
-    return loss + disc.balance() * (len(student) / count), torch.cat([s, t]).T
+        first = at
+        at += 1
+        for (other, teacher), responses in zip(places, (row.students, row.mismatched)):
+            other.extend(range(at, at + len(responses)))
+            teacher.extend([first] * len(responses))
+            at += len(responses)
+    loss, scores = d.sum() * 0, []
+    for (other, teacher), count, weight in zip(places, counts, (1.0, mismatch)):
+        s, t = d[:, other], d[:, teacher]  # [2, pairs]
+        valid = torch.ones_like(s[0], dtype=torch.bool)
+        preference = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
+        size = score_l2 * 0.5 * (s.square() + t.square()).sum() / max(1, count)
+        loss = loss + weight * (preference + size)
+        scores.append(torch.cat([s, t]).T)
+    share = sum(map(len, scores)) / max(1, sum(counts))
+    return loss + disc.balance() * share, *scores
 
 
-def expert_metrics(scores):
+def ranked_rightly(scores):
+    """scores [n, 4] with the columns SCORES -> [n, 2]: of each expert, whether the teacher's is the
+    higher one; a tie (the same text, up to rounding) is a coin toss, 0.5."""
+    gap = scores[:, 2:] - scores[:, :2]
+    return torch.where(gap.abs() < 1e-5, 0.5, (gap > 0).float())
+
+
+def expert_metrics(scores, mismatched):
     """Per expert over all pairs of the step, scores [n, 4] with the columns SCORES (NaN: no pair):
     gap = mean(teacher - student), acc = share of pairs ranked rightly (0.5 is the equilibrium, not
-    a failure), loss (2), score = mean over the students. Empty when no rollout was valid."""
+    a failure), loss (2), score = mean over the students; none of them when no rollout was valid.
+    ground = the share of `mismatched` [m, 4] ranked rightly (near 1 for an expert that looks, 0.5:
+    it reads style), absent where m = 0: fewer than two pictures, or a step without measurement."""
     metrics, scores = {}, scores[~scores[:, 0].isnan()]
-    if not len(scores):
-        return metrics
-    d_v, d_r, teacher_d_v, teacher_d_r = scores.unbind(1)
-    for name, teacher, student in (("v", teacher_d_v, d_v), ("r", teacher_d_r, d_r)):
-        gap = teacher - student
-        # a tie (the same text, up to rounding) is a coin toss
-        right = torch.where(gap.abs() < 1e-5, 0.5, (gap > 0).float())
+    for k, name in enumerate("vr" if len(scores) else ""):
+        student, teacher = scores[:, k], scores[:, k + 2]
+        gap, right = teacher - student, ranked_rightly(scores)[:, k]
         loss = bradley_terry(teacher, student, torch.ones_like(gap, dtype=torch.bool))
         metrics |= {f"gap_{name}": gap.mean().item(), f"acc_{name}": right.mean().item()}
         metrics |= {f"loss_{name}": loss.item(), f"score_{name}": student.mean().item()}
+    if len(mismatched):
+        metrics |= zip(("ground_v", "ground_r"), ranked_rightly(mismatched).mean(0).tolist())
     return metrics
 
 
 # ------------------------------------------------------------------------------- a step's gradient
-def score_and_backward(disc, rows, count, args, world):
+def score_and_backward(disc, rows, args, world):
     """The scores of this rank's rows (list of Pairs), detached, for the rewards, and by the same
     forward the gradient of `pair_loss`, left in the parameters' .grad for the discriminator's step.
     No parameter changes here.
 
-    One forward per pack of at most args.max_tokens tokens, equally many on every rank; count: pairs
-    of all ranks. -> scores [pairs, 4] float32 on the CPU, columns SCORES, row after row."""
-    lengths = []
+    -> scores of the pairs with students [pairs, 4] and with mismatched responses [m, 4], float32 on
+    the CPU, columns SCORES, row after row. With --mismatch 0 the latter have a forward of their own
+    without gradient: in the others' pack they would change how the others' sums are rounded."""
+    counts = world.sum(sum(len(row.students) for row in rows),
+                       sum(len(row.mismatched) for row in rows))
+    if args.mismatch > 0 or not counts[1]:
+        return score_packs(disc, rows, counts, args, world)
+    with torch.no_grad():
+        alone = [replace(row, students=[]) for row in rows]
+        _, mismatched = score_packs(disc, alone, counts, args, world)
+    rows = [replace(row, mismatched=[]) for row in rows]
+    scores, _ = score_packs(disc, rows, (counts[0], 0), args, world)
+    return scores, mismatched
+
+
+def score_packs(disc, rows, counts, args, world):
+    """`score_and_backward` (no backward without gradient): one forward per pack of at most
+    args.max_tokens tokens, equally many on every rank. counts: see `pair_loss`."""
+    lengths, none = [], torch.empty(0, len(SCORES))
     for row in rows:
         # every pack of a row repeats its prompt and its teacher
         fixed = len(row.prompt.input_ids) + response_tokens(row.teacher)
-        lengths.append((fixed, [response_tokens(student) for student in row.students]))
-    packs, scores = list(split_rows(lengths, args.max_tokens)), [torch.empty(0, len(SCORES))]
+        lengths.append((fixed, [response_tokens(r) for r in row.students + row.mismatched]))
+    packs, found = list(split_rows(lengths, args.max_tokens)), [(none, none)]
     for p in range(most(len(packs), world)):
         part = [rows[r].part(chosen) for r, chosen in packs[p]] if p < len(packs) else [IDLE_ROW]
-        loss, part_scores = pair_loss(disc, part, count, args.score_l2)
-        # FSDP averages over ranks, the loss is already a share of the global mean
-        (loss * world.size).backward()
-        scores.append(part_scores.detach().float().cpu())
-    return torch.cat(scores)
+        loss, *scores = pair_loss(disc, part, counts, args.score_l2, args.mismatch)
+        if torch.is_grad_enabled():
+            # FSDP averages over ranks, the loss is already a share of the global mean
+            (loss * world.size).backward()
+        found.append([kind.detach().float().cpu() for kind in scores])
+    return tuple(torch.cat(kind) for kind in zip(*found))
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -275,35 +363,40 @@ BACKBONES = {"qwen3_vl": Qwen3VLModel, "qwen3_vl_moe": Qwen3VLMoeModel}  # by mo
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # in the shards of a released one
 
 
-def load_discriminator(path, variant="moe", attn="sdpa"):
+def load_discriminator(path, variant="moe", attn="sdpa", readout=None):
     """A discriminator in float32: from a folder that `save_discriminator` wrote, fresh on the
     backbone of any Qwen3-VL checkpoint, or the released Qwen3-VL-MoE discriminator with its head
-    (then the variant is "learned"). variant None: the one that it was trained as. Raises InputError
-    when the checkpoint is none of these, another variant, or broken."""
+    (then the variant is "learned"). variant, readout None: what it was trained with, of a fresh one
+    "last". Raises InputError when the checkpoint is none of these, another variant, or broken."""
     check_checkpoint(path)
     try:
-        return read_discriminator(path, variant, attn)
+        return read_discriminator(path, variant, attn, readout)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"discriminator {path}: {reason}") from error
 
 
-def read_discriminator(path, variant, attn):
+def read_discriminator(path, variant, attn, readout):
     """`load_discriminator`, whose errors do not name the folder yet."""
-    stored = stored_variant(path)
+    stored = stored_settings(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in BACKBONES:
         raise ValueError(f"a {config.model_type}, not a Qwen3-VL")
-    kind = BACKBONES[config.model_type]
-    trained_as = "learned" if kind is Qwen3VLMoeModel else stored
+    kind, trained = BACKBONES[config.model_type], stored
+    if kind is Qwen3VLMoeModel:
+        trained = {"readout": "last"} | stored | {"variant": "learned"}
+    trained_as = trained.get("variant")
     if variant is None or (trained_as, variant) == ("learned", "moe"):  # moe: the flag's default
         variant = trained_as or "learned"
     if trained_as not in (None, variant):
         raise ValueError(f"trained as {trained_as}; pass --disc-variant {trained_as}")
     if variant == "learned" and kind is not Qwen3VLMoeModel:
         raise ValueError("neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
+    if readout and trained.get("readout", readout) != readout:
+        raise ValueError(f"trained with --readout {trained['readout']}, not {readout}")
     backbone = kind(config) if stored else load_backbone(path, kind)
-    disc = Discriminator(set_attention(backbone, attn), variant)
+    readout = readout or trained.get("readout", "last")
+    disc = Discriminator(set_attention(backbone, attn), variant, readout)
     if stored:
         load_stored(disc, path)
     elif variant == "learned":
@@ -311,17 +404,18 @@ def read_discriminator(path, variant, attn):
     return disc
 
 
-def stored_variant(path):
-    """The variant of a folder that `save_discriminator` wrote, None for any other checkpoint."""
+def stored_settings(path):
+    """What `save_discriminator` wrote of variant and readout, {} for any other checkpoint."""
     settings = os.path.join(path, "discriminator.json")
     if not os.path.isfile(settings):
-        return None
+        return {}
     with open(settings, encoding="utf-8") as file:
         stored = json.load(file)
-    variant = stored.get("variant") if isinstance(stored, dict) else None
-    if variant not in VARIANTS:
-        raise ValueError(f"discriminator.json: no variant that is one of {', '.join(VARIANTS)}")
-    return variant
+    stored = {"readout": "last"} | (stored if isinstance(stored, dict) else {})
+    for name, known in (("variant", VARIANTS), ("readout", READOUTS)):
+        if stored.get(name) not in known:
+            raise ValueError(f"discriminator.json: no {name} that is one of {', '.join(known)}")
+    return stored
 
 
 def load_backbone(path, kind):
@@ -385,7 +479,8 @@ def save_discriminator(disc, out, world, ckpt):
             disc.backbone.config.save_pretrained(out)
             copy_processor(ckpt, out)
             save_file(weights, os.path.join(out, "model.safetensors"))
-            write_json(os.path.join(out, "discriminator.json"), {"variant": disc.variant})
+            settings = {"variant": disc.variant, "readout": disc.readout}
+            write_json(os.path.join(out, "discriminator.json"), settings)
 
 
 # ---------------------------------------------------------------------------------------- warm-up
@@ -394,6 +489,8 @@ def parse_args():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
     what.add_argument("--score", nargs="+", metavar="SOURCE", help="responses to score")
+    what.add_argument("--probe", nargs="+", metavar="SOURCE", help="teacher responses to score, "
+                      "and for ground_v and ground_r those of other pictures in their place")
     parser.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of D_v in `combined`")
     group = parser.add_argument_group("warm-up")
     group.add_argument("--batch", type=integer(1), default=128, help="pairs per step, in all")
@@ -402,52 +499,72 @@ def parse_args():
     group.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
     group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
     group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
+    grounding_flags(group)
     common_flags(parser, "disc")
     data_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    need_two(args, "--batch", args.batch)
+    return args
 
 
-def need_pair(example):
+def grounding_flags(group):
+    group.add_argument("--readout", choices=READOUTS, default=None,
+                       help="what a head reads of a segment (default: as stored; last)")
+    group.add_argument("--mismatch", type=real(0), default=0.0, metavar="W",
+                       help="weight of pairs with another picture's teacher response; 0: the paper")
+
+
+def need_two(args, flag, count):
+    if args.mismatch > 0 and count < 2:
+        raise InputError(f"--mismatch needs two prompts a step: {flag} {count}")
+
+
+def need_pair(example, args):
     """InputError unless both responses are well-formed, and both or neither with an answer:
-    otherwise that alone would tell them apart."""
+    otherwise that alone would tell them apart. With --mismatch a teacher's is enough that has a
+    picture."""
     teacher, student = (parse_response(text or "") for text in (example.response, example.rejected))
+    taught = args.mismatch > 0 and example.rejected is None and bool(example.images)
     for who, response in (("teacher", teacher), ("student", student)):
-        if response is None:
+        if response is None and not (who == "student" and taught):
             hint = f"no well-formed {who} response (columns {who}_caption and {who}_cot)"
             raise InputError(f"{example.id}: {hint}")
-    if bool(teacher.answer) != bool(student.answer):
+    if student and bool(teacher.answer) != bool(student.answer):
         raise InputError(f"{example.id}: of teacher_cot and student_cot only one has an answer")
 
 
 def measure_pair(example, tokenizer, image_processor, system, args):
-    """-> (tokens of the prompt, of both responses), or None: too long."""
-    need_pair(example)
+    """-> (tokens of the prompt, of its responses), or None: too long."""
+    need_pair(example, args)
     prompt = measure_prompt(example, tokenizer, image_processor, system, args)
     if prompt is None:
         return None
-    responses = [encode_response(text, tokenizer) for text in (example.response, example.rejected)]
-    return prompt[0], response_tokens(responses)
+    texts = filter(None, (example.response, example.rejected))
+    return prompt[0], sum(len(encode_response(text, tokenizer)) for text in texts)
 
 
 def encode_pair(example, tokenizer, image_processor, system, args):
-    """Example with a teacher's and a student's response -> Pairs, or None when it is too long."""
-    teacher = split_segments(encode_response(example.response, tokenizer), tokenizer)
-    student = split_segments(encode_response(example.rejected, tokenizer), tokenizer)
+    """Example with a teacher's and maybe a student's response -> Pairs, or None when it is too
+    long."""
+    texts = filter(None, (example.response, example.rejected))
+    teacher, *students = [split_segments(encode_response(text, tokenizer), tokenizer)
+                          for text in texts]
     prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
     if prompt is None:
         return None
-    return Pairs(visible_prompt(prompt, tokenizer, args.disc_variant), teacher, [student])
+    return make_pairs(prompt, teacher, students, tokenizer, args.disc_variant)
 
 
 def warm_up(args, world):
-    """Train a discriminator on offline (teacher, student) pairs and write it to --out, as align.py
-    takes it with --disc. AdamW, cosine with a warm-up, one epoch, as in the paper."""
+    """Train a discriminator on offline (teacher, student) pairs, with --mismatch also on teacher
+    responses alone, and write it to --out, as align.py takes it with --disc. AdamW, cosine with a
+    warm-up, one epoch, as in the paper."""
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     attn, system = choose_attention(args.attn, world), system_prompt(args)
     tools = tokenizer, image_processor, system, args
     found = look(args.pairs, lambda example: measure_pair(example, *tools), args, world)
-    disc = load_discriminator(args.ckpt, args.disc_variant, attn).to(world.device)
-    args.disc_variant = disc.variant
+    disc = load_discriminator(args.ckpt, args.disc_variant, attn, args.readout).to(world.device)
+    args.disc_variant, args.readout = disc.variant, disc.readout
     units, heads = [*disc.backbone.language_model.layers, disc.backbone.visual], disc.heads.values()
     disc = shard(disc, units, world, Discriminator.scores, heads, args.checkpointing)
     optimizer = make_optimizer(disc, args.lr, args.weight_decay)
@@ -461,16 +578,19 @@ def warm_up(args, world):
     for step in range(progress["step"], steps):
         began = time.time()
         # data
-        rows = feed.batch(args.batch, step)
+        drawn = feed.draw(args.batch, step)
+        rows = {item.place: item.encoded for item in drawn if item.encoded is not None}
+        if args.mismatch > 0 or (step + 1) % GROUND_EVERY == 0:
+            add_mismatched(rows, world)
         # update discriminator
-        count = world.sum(len(rows))[0]
-        scores = score_and_backward(disc, rows, count, args, world)  # leaves the gradient
-        lr = cosine(step, steps, args.lr, args.warmup)
-        norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
+        scores = score_and_backward(disc, list(rows.values()), args, world)  # leaves the gradient
+        experts = expert_metrics(*(torch.cat(kind) for kind in zip(*world.gather(scores))))
+        lr, norm = cosine(step, steps, args.lr, args.warmup), None
+        if experts:  # otherwise all pictures of the step are the same
+            norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
         # log
         progress = {"step": step + 1, **feed.progress()}
-        metrics = {"step": step + 1, **expert_metrics(torch.cat(world.gather(scores)))}
-        metrics |= {"grad_norm": norm, "lr": lr, **feed.counts}
+        metrics = {"step": step + 1, **experts, "grad_norm": norm, "lr": lr, **feed.counts}
         metrics |= {"skipped_steps": skips.total, "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         # save
@@ -484,15 +604,16 @@ def warm_up(args, world):
 
 # ---------------------------------------------------------------------------------------- scoring
 @torch.no_grad()
-def score_examples(disc, examples, indices, tokenizer, image_processor, args):
-    """A few examples, packed -> for each its line of scores.jsonl: {"id", "perception",
-    "reasoning", "combined"}. The scores are None, and `reason` says why, for a response without the
-    three blocks, an over-long prompt and an example that cannot be read."""
-    system, lines, usable = system_prompt(args), [], []
+def score_examples(disc, examples, indices, tokenizer, image_processor, args, world):
+    """A few examples, packed -> {index: line of scores.jsonl}: {"id", "perception", "reasoning",
+    "combined"}, for --probe with the scores "other_perception" and "other_reasoning" of another
+    one's response. The scores are None, and `reason` says why, for a response without the three
+    blocks, an over-long prompt and an example that cannot be read."""
+    system, lines, rows = system_prompt(args), {}, {}
     for i in indices:
         line = {"id": "{}:{}".format(*examples.where(i))}
         line |= {"perception": None, "reasoning": None, "combined": None}
-        lines.append(line)
+        lines[i] = line
         try:
             example = examples[i]
             line["id"] = example.id
@@ -509,56 +630,76 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args):
         elif response is None:
             line["reason"] = "the response has not the three blocks"
         else:  # one response, in the teacher's place
-            row = Pairs(visible_prompt(prompt, tokenizer, disc.variant), response, [])
-            usable.append((line, row))
-    lengths = [(len(row.prompt.input_ids), [response_tokens(row.teacher)]) for _, row in usable]
+            rows[i] = make_pairs(prompt, response, [], tokenizer, disc.variant)
+    if args.probe:  # among these: a rank has them all
+        add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1))
+    lengths, usable = [], list(rows)
+    for row in rows.values():  # the two responses as one branch, which is not split
+        lengths.append((len(row.prompt.input_ids), [response_tokens(row.teacher, *row.mismatched)]))
     for pack in split_rows(lengths, args.max_tokens):
         part = [usable[r] for r, _ in pack]
-        scores = row_scores(disc, [row for _, row in part])  # [2, responses]
-        for (line, _), (d_v, d_r) in zip(part, scores.T.tolist()):
+        scores = iter(row_scores(disc, [rows[i] for i in part]).T.tolist())
+        for i in part:
+            d_v, d_r = next(scores)
             combined = args.alpha * d_v + (1 - args.alpha) * d_r
-            line |= {"perception": d_v, "reasoning": d_r, "combined": combined}
+            lines[i] |= {"perception": d_v, "reasoning": d_r, "combined": combined}
+            if rows[i].mismatched:
+                lines[i] |= zip(("other_perception", "other_reasoning"), next(scores))
     return lines
 
 
 def score(args, world):
-    """Score every response of a data set, and report."""
-    examples = load_examples(args.score, args.split)
+    """Score every response of a data set, with --probe also in another one's place, and report."""
+    examples = load_examples(args.score or args.probe, args.split)
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     disc = load_discriminator(args.ckpt, None, choose_attention(args.attn, world))
-    disc = disc.to(world.device).eval()
-    mine, lines = range(world.rank, len(examples), world.size), []
-    for start in tqdm(range(0, len(mine), 64), disable=world.rank > 0):
-        part = mine[start : start + 64]
-        lines += score_examples(disc, examples, part, tokenizer, image_processor, args)
-    gathered = world.gather(lines)
-    lines = [gathered[i % world.size][i // world.size] for i in range(len(examples))]
+    disc, lines = disc.to(world.device).eval(), {}
+    order = np.arange(len(examples))
+    if args.probe:  # neighbours in the order are pairs
+        order = np.random.default_rng(args.seed).permutation(order)
+    blocks = np.array_split(order, math.ceil(len(order) / 64))  # on any number of ranks the same
+    for block in tqdm(blocks[world.rank :: world.size], disable=world.rank > 0):
+        lines |= score_examples(
+            disc, examples, block.tolist(), tokenizer, image_processor, args, world
+        )
+    for part in world.gather(lines):
+        lines |= part
+    lines = [lines[i] for i in range(len(examples))]
     if all(line["combined"] is None for line in lines):
         first = "{id}: {reason}".format(**lines[0])
-        raise InputError(f"--score: no response can be scored; the first, {first}")
+        raise InputError(f"no response can be scored; the first, {first}")
+    if args.probe and not any("other_perception" in line for line in lines):
+        raise InputError("--probe: no two responses to different pictures")
     if world.rank == 0:
-        report(lines, examples, args.out)
+        report(lines, args.out)
 
 
-def report(lines, examples, out):
-    """Write OUT/scores.jsonl and OUT/results.json, print the distribution and the worst 20 with
-    their prompts."""
+def report(lines, out):
+    """Write OUT/scores.jsonl and OUT/results.json, print the distributions and ground_v, ground_r
+    of the pairs, if there are any."""
     write_rows(os.path.join(out, "scores.jsonl"), lines)
-    scored = [i for i, line in enumerate(lines) if line["combined"] is not None]
+    scored = [line for line in lines if line["combined"] is not None]
     print(f"{len(scored)} of {len(lines)} responses scored; scores.jsonl says why others are not")
-    quantiles = {}
+    results = {"scored": len(scored), "rows": len(lines), "quantiles": {}}
     for key in ("perception", "reasoning", "combined"):
-        values = np.quantile([lines[i][key] for i in scored], [0, 0.05, 0.5, 0.95, 1]).tolist()
-        quantiles[key] = dict(zip(("min", "5%", "50%", "95%", "max"), values))
-        cells = [f"{name} {value:.3f}" for name, value in quantiles[key].items()]
+        values = np.quantile([line[key] for line in scored], [0, 0.05, 0.5, 0.95, 1]).tolist()
+        results["quantiles"][key] = dict(zip(("min", "5%", "50%", "95%", "max"), values))
+        cells = [f"{name} {value:.3f}" for name, value in results["quantiles"][key].items()]
         print(f"{key:>10}  " + "  ".join(cells))
-    print("lowest combined scores")
-    for i in sorted(scored, key=lambda i: lines[i]["combined"])[:20]:
-        numbers = [f"{lines[i][key]:8.3f}" for key in ("combined", "perception", "reasoning")]
-        question = examples[i].prompt[-1]["content"].replace("\n", " ")[:80]
-        print("  ".join(["", *numbers, lines[i]["id"], question]))
-    results = {"scored": len(scored), "rows": len(lines), "quantiles": quantiles}
+    keys = ("other_perception", "other_reasoning", "perception", "reasoning")
+    pairs = [[line[key] for key in keys] for line in scored if "other_perception" in line]
+    right = ranked_rightly(torch.tensor(pairs).view(-1, len(SCORES)))
+    for name, column in zip(("ground_v", "ground_r"), right.T if pairs else ()):
+        share, (low, high) = column.mean().item(), wilson(column.sum().item(), len(column))
+        results[name] = {"share": share, "low": low, "high": high, "pairs": len(column)}
+        print(f"{name:>10}  {share:.3f} ({low:.3f} to {high:.3f}) of {len(column)} pairs")
     write_json(os.path.join(out, "results.json"), results)
+
+
+def wilson(right, n, z=1.96):
+    """95 % score interval of a share of n (Wilson 1927)."""
+    middle, half = right + z**2 / 2, z * math.sqrt(right * (n - right) / n + z**2 / 4)
+    return (middle - half) / (n + z**2), (middle + half) / (n + z**2)
 
 
 def main():

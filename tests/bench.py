@@ -58,7 +58,8 @@ from rows import ATTENTION, Prompt, banned_ids, set_attention, target_logprobs  
 from discriminator import Discriminator, bradley_terry  # noqa: E402
 from toy import checkpoint, world  # noqa: E402
 
-ARGS = argparse.Namespace(max_tokens=16384, disc_variant="moe", score_l2=1e-3, temperature=1.0)
+ARGS = argparse.Namespace(max_tokens=16384, disc_variant="moe", score_l2=1e-3, temperature=1.0,
+                          mismatch=0.0)
 LOWEST = torch.finfo(torch.float32).min
 VOCABULARY = 151936
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s
@@ -316,7 +317,7 @@ def bench_discriminator(setting):
     group = make_group(setting.policy.config, sizes)
 
     def ours():
-        return align.score_records(disc, group.records, None, ARGS, one)
+        return align.score_records(disc, group.records, None, ARGS, one)[0]
 
     def authors():
         return stocked(disc.backbone, authors_schedule, disc, group)
@@ -509,7 +510,7 @@ def step_phases(setting, sizes, prompts, learn):
         half = sizes.R // 2
         for r in group.records:
             r.segments = r.rollout.ids[:half], r.rollout.ids[half:]
-        group.scores = align.score_records(disc.train(), group.records, None, ARGS, one)
+        group.scores, _ = align.score_records(disc.train(), group.records, None, ARGS, one)
         step(disc)
 
     def update():

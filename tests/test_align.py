@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, assert_same_grads, grads, read_jsonl, short, stage, untimed, write_jsonl
+from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, short, stage, untimed
+from conftest import write_jsonl
 from safetensors.torch import load_file
 
 from data import Example, encode_response
@@ -113,11 +114,14 @@ def with_heads(tiny, variant="moe"):
     return disc
 
 
-def learn(tiny, disc, records, max_tokens=10**6):
-    """-> scores [9, 4] of the records, NaN where invalid, and the gradient that scoring leaves."""
-    args = argparse.Namespace(max_tokens=max_tokens, score_l2=0.01)
+def learn(tiny, disc, records, max_tokens=10**6, mismatch=0.0, step=0):
+    """-> scores [9, 4] of the records, NaN where invalid, [m, 4] of mismatched teachers, and the
+    gradient that scoring leaves."""
+    args = argparse.Namespace(max_tokens=max_tokens, score_l2=0.01, mismatch=mismatch)
+    args.log_rollouts = 2
     disc.zero_grad()
-    return align.score_records(disc, records, tiny.tokenizer, args, ONE), grads(disc)
+    found = align.score_records(disc, records, tiny.tokenizer, args, ONE, step)
+    return *found, grads(disc)
 
 
 def test_cut_and_broken_rollouts_are_invalid(tiny):
@@ -144,22 +148,65 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
     loss.backward()
     reference = grads(disc)
     for max_tokens in (10**6, 150, 1):
-        scores, got = learn(tiny, disc, records, max_tokens)
+        scores, _, got = learn(tiny, disc, records, max_tokens)
         assert torch.equal(scores.isnan(), expected.isnan())
         assert (scores - expected).nan_to_num().abs().max() <= 1e-5
         assert_same_grads(got, reference)
 
 
+def pair_in_float64(disc, prompt, teacher, other):
+    """Scores [4] with the columns SCORES and the loss of one pair, each response by itself."""
+    s, t = (torch.cat(disc.scores([prompt], [(0, caption)], [(0, trace)]))
+            for caption, trace in (other, teacher))
+    preference = -torch.log(torch.sigmoid((t - s).double()))
+    return torch.cat([s, t]).detach(), (preference + 0.01 / 2 * (s**2 + t**2)).sum()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mismatched_teachers_equal_one_pair_at_a_time(tiny, variant):
+    """Groups 0 and 2 have pictures and get each other's teacher, group 1 has none."""
+    disc, records = with_heads(tiny, variant), make_game(tiny)
+    prompts = [visible_prompt(r.prompt, tiny.tokenizer, variant) for r in records]
+    loss, expected = 0.0, []
+    for prompt, r in zip(prompts, records):
+        if r.segments is not None:
+            loss = loss + pair_in_float64(disc, prompt, r.teacher, r.segments)[1] / 5
+    for i, j in ((0, 6), (6, 0)):
+        pair = pair_in_float64(disc, prompts[i], records[i].teacher, records[j].teacher)
+        expected.append(pair[0])
+        loss = loss + 0.7 * pair[1] / 2
+    disc.zero_grad()
+    loss.backward()
+    reference = grads(disc)
+    for max_tokens in (10**6, 150, 1):
+        scores, mismatched, got = learn(tiny, disc, records, max_tokens, mismatch=0.7)
+        assert (mismatched - torch.stack(expected)).abs().max() <= 1e-5 and len(scores) == 9
+        assert_same_grads(got, reference)
+
+
+def test_measuring_changes_nothing(tiny):
+    """Without --mismatch: scores and gradient are bitwise those of a step without measurement."""
+    disc, records = with_heads(tiny), make_game(tiny)
+    scores, none, gradient = learn(tiny, disc, records, step=1)
+    again, mismatched, same = learn(tiny, disc, records, step=2)
+    assert len(none) == 0 and len(mismatched) == 2
+    assert torch.equal(scores.nan_to_num(), again.nan_to_num())
+    assert gradient.keys() == same.keys()
+    assert all(torch.equal(gradient[name], same[name]) for name in same)
+    _, weighted, _ = learn(tiny, disc, records, mismatch=1.0)
+    assert (mismatched - weighted).abs().max() <= 1e-5
+
+
 def test_without_a_valid_rollout_nothing_is_learned(tiny):
-    scores, got = learn(tiny, with_heads(tiny), make_game(tiny, ["broken", "cut", "broken"] * 3))
+    scores, _, got = learn(tiny, with_heads(tiny), make_game(tiny, ["broken", "cut", "broken"] * 3))
     assert scores.isnan().all() and not any(g.any() for g in got.values())
-    assert align.expert_metrics(scores) == {}
+    assert align.expert_metrics(scores, torch.empty(0, 4)) == {}
 
 
 def test_expert_metrics():
     # student v, r, teacher v, r
     scores = torch.tensor([[1.0, 0.0, 3.0, 0.0], [2.0, 5.0, 1.0, 1.0], [torch.nan] * 4])
-    got = align.expert_metrics(scores)
+    got = align.expert_metrics(scores, torch.empty(0, 4))
     expected = {"gap_v": (2 - 1) / 2, "gap_r": (0 - 4) / 2}
     expected |= {"acc_v": 0.5, "acc_r": (0.5 + 0) / 2, "score_v": 1.5, "score_r": 2.5}
     expected["loss_v"] = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
@@ -224,3 +271,18 @@ def test_rows_without_a_well_formed_teacher_are_left_out(tiny, policy, tmp_path)
     assert stage("align", *flags, "--max-bad", 1) == 0
     rollouts = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
     assert {line["id"] for line in rollouts} == {f"{data}:3", f"{data}:6"}
+
+
+@pytest.mark.slow
+def test_with_mismatch_two_processes_give_the_same(tiny, policy, tmp_path):
+    """The second of three groups spans both ranks, the packs differ."""
+    more = {"prompts": 3, "mismatch": 0.5, "readout": "mean", "warmup_steps": 1, "lr": 1e-6}
+    flags = flags_of(tiny, policy, tmp_path / "1", **more)
+    assert stage("align", *flags) == 0
+    flags = flags_of(tiny, policy, tmp_path / "2", max_tokens=200, **more)
+    ran = launch("align.py", *flags, processes=2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = (untimed(read_jsonl(tmp_path / n / "metrics.jsonl")) for n in ("1", "2"))
+    assert len(one) == 3 and all("ground_v" in metrics for metrics in one)
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-5)

@@ -33,9 +33,13 @@ import rollout
 import runtime
 from data import encode_prompt, encode_response, load_examples
 from discriminator import (
+    READOUTS,
     VARIANTS,
     Discriminator,
+    Pairs,
+    add_mismatched,
     bradley_terry,
+    expert_metrics,
     load_discriminator,
     save_discriminator,
     score_and_backward,
@@ -72,18 +76,20 @@ class Routed(torch.nn.Module):
 
 def alone(disc, prompt, ids, expert):
     """Score of one segment as a sequence of its own: plain causal attention, positions worked out
-    by transformers."""
+    by transformers. The head reads the last token, or token by token the mean."""
     layers, backbone = disc.backbone.language_model.layers, disc.backbone
     before = [layer.mlp for layer in layers]
     for layer, mlp in zip(layers, before):
         layer.mlp = Routed(mlp, expert, len(prompt.input_ids))
     backbone.set_attn_implementation("sdpa")
     inputs = stock_inputs(prompt, ids, backbone.config)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0, -1]
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0, -len(ids) :]
     set_attention(backbone, "sdpa")
     for layer, mlp in zip(layers, before):
         layer.mlp = mlp
-    return disc.heads[expert](hidden)[0]
+    if disc.readout == "last":
+        return disc.heads[expert](hidden[-1])[0]
+    return sum(disc.heads[expert](token)[0] for token in hidden) / len(ids)
 
 
 def pairs_of(tiny, places, seed=0):
@@ -96,9 +102,11 @@ def pairs_of(tiny, places, seed=0):
 PLACES = [([0], [0, 0, 0]), ([1], [0, 0]), ([3], [0, 0]), ([1, 0, 3, 0], [0, 2, 1, 0, 3, 2])]
 
 
+@pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("counts, places", PLACES)
-def test_a_row_equals_separate_sequences(tiny, counts, places):
+def test_a_row_equals_separate_sequences(tiny, counts, places, readout):
     disc, prompts = trained(tiny), [tiny.prompts[c] for c in counts]
+    disc.readout = readout
     segments = pairs_of(tiny, places)
     weights = torch.randn(2, len(places), generator=torch.Generator().manual_seed(1))
     weights /= len(places)
@@ -114,6 +122,25 @@ def test_a_row_equals_separate_sequences(tiny, counts, places):
     assert (scores - expected).abs().max() <= 1e-5
     (weights * expected).sum().backward()
     assert_same_grads(row, grads(disc))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:3])  # torch's grouped matmul knows no float64
+def test_the_mean_over_a_segment_equals_float64(tiny, variant):
+    """Of the dense variant over the whole response, without the caption's EOS."""
+    disc, exact = trained(tiny, variant), trained(tiny, variant).double()
+    disc.readout, (captions, traces) = "mean", pairs_of(tiny, [0, 1, 1, 0])
+    prompts = [visible_prompt(tiny.prompts[c], tiny.tokenizer, variant) for c in (3, 1)]
+    scores = torch.stack(disc.scores(prompts, captions, traces))
+    exact.backbone.set_attn_implementation("sdpa")
+    for i, ((p, caption), (_, trace)) in enumerate(zip(captions, traces)):
+        for k, expert in enumerate(EXPERT):
+            ids = caption[:-1] + trace if variant == "dense" else (caption, trace)[k]
+            sizes = [len(prompts[p].input_ids), (1 - k) * len(ids), k * len(ids)]
+            inputs = stock_inputs(prompts[p], ids, exact.backbone.config)
+            hidden = exact.backbone(**inputs, segment_sizes=sizes).last_hidden_state[0]
+            head = exact.heads[expert if len(exact.heads) == 2 else "perception"].weight[0]
+            tokens = [(head @ token).item() for token in hidden[-len(ids) :]]
+            assert scores[k, i].item() == pytest.approx(sum(tokens) / len(ids), abs=1e-5)
 
 
 def test_at_the_start_both_experts_equal_the_dense_model(tiny):
@@ -228,33 +255,82 @@ def test_without_a_valid_pair_the_loss_is_zero():
     assert loss.item() == 0 and not t.grad.any() and not s.grad.any()
 
 
+def test_whose_response_is_mismatched():
+    """The next one's that has another picture, in a cycle; place 3 has none. A prompt that is a row
+    on two ranks counts on the first. All ranks together are one, in whatever order they are."""
+    pictures = {0: 1.0, 1: 1.0, 2: 2.0, 3: None, 4: 3.0, 7: 1.0}
+
+    def rows(*places):
+        made = {}
+        for place in places:
+            color = pictures[place]
+            picture = None if color is None else torch.full((2, 3), color)
+            made[place] = Pairs(None, f"teacher {place}", [], picture=picture)
+        return made
+
+    expected = {0: 2, 1: 2, 2: 4, 3: None, 4: 7, 7: 2}
+    for split in ([(0, 1, 2, 3, 4, 7)], [(0, 1, 2), (2, 3, 4, 7)], [(4, 7), (), (0, 1, 2, 3)]):
+        found, offered = [], []
+        for rank, places in enumerate(split):  # what each rank hands in
+            keep = lambda mine: offered.append(mine) or [mine]  # noqa: E731
+            add_mismatched(rows(*places), SimpleNamespace(rank=rank, gather=keep))
+        for rank, places in enumerate(split):
+            part = rows(*places)
+            add_mismatched(part, SimpleNamespace(rank=rank, gather=lambda mine: offered))
+            found += [(place, *row.mismatched) for place, row in part.items()]
+        pairs = [(place, f"teacher {other}") for place, other in expected.items() if other]
+        assert sorted(pair for pair in found if len(pair) == 2) == pairs
+    same = rows(0, 1, 7)
+    add_mismatched(same, ONE)
+    assert not any(row.mismatched for row in same.values())
+
+
+def test_ground_is_the_share_ranked_rightly():
+    """Columns: the other's D_v, D_r, the teacher's; a tie up to rounding is one half."""
+    mismatched = torch.tensor([[1, 2, 3, 2.000001], [1, 0, 0, 5], [0, 0, 1, 1], [1, 2, 1, 0]])
+    expected = {"ground_v": (1 + 0 + 1 + 0.5) / 4, "ground_r": (0.5 + 1 + 1 + 0) / 4}
+    assert expert_metrics(torch.full((2, 4), torch.nan), mismatched) == expected
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_rank_without_pairs_takes_part_and_learns_nothing(tiny, variant):
     """The other rank has two packs: so many forwards, each with a backward that is exactly zero in
     every weight that a rank with pairs reaches."""
-    disc, args = trained(tiny, variant), argparse.Namespace(max_tokens=100, score_l2=0.1)
+    disc = trained(tiny, variant)
+    args = argparse.Namespace(max_tokens=100, score_l2=0.1, mismatch=0.0)
     forwards = []
     disc.backbone.register_forward_hook(lambda *_: forwards.append(1))
     torch.stack(disc.scores([tiny.prompts[1]], *pairs_of(tiny, [0, 0]))).sum().backward()
     reached = set(grads(disc))
     disc.zero_grad()
     forwards.clear()
-    two_ranks = SimpleNamespace(size=2, gather=lambda packs: [packs, 2])
-    scores = score_and_backward(disc, [], 3, args, two_ranks)
+    two_ranks = SimpleNamespace(
+        size=2, gather=lambda packs: [packs, 2], sum=lambda *counts: [3.0, 0.0]
+    )
+    scores, _ = score_and_backward(disc, [], args, two_ranks)
     assert scores.shape == (0, 4) and len(forwards) == 2
     assert set(grads(disc)) == reached and not any(g.any() for g in grads(disc).values())
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant):
+@pytest.mark.parametrize("readout", READOUTS)
+def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant, readout):
     disc, segments = trained(tiny, variant), pairs_of(tiny, [0, 1, 1])
+    disc.readout = readout
     save_discriminator(disc, str(tmp_path / "disc"), ONE, tiny.base)
     again = load_discriminator(str(tmp_path / "disc"), variant)
     prompts = [visible_prompt(tiny.prompts[c], tiny.tokenizer, variant) for c in (1, 0)]
     before, after = (torch.stack(d.scores(prompts, *segments)) for d in (disc, again))
     assert torch.equal(before, after)
     assert load_discriminator(str(tmp_path / "disc"), None).variant == variant
+    other = READOUTS[1 - READOUTS.index(readout)]
+    assert load_discriminator(str(tmp_path / "disc"), variant, readout=readout).readout == readout
+    with pytest.raises(runtime.InputError, match=f"trained with --readout {readout}, not {other}"):
+        load_discriminator(str(tmp_path / "disc"), variant, readout=other)
+    settings = tmp_path / "disc" / "discriminator.json"
+    settings.write_text(json.dumps({"variant": variant}))  # of before there was a choice
+    assert load_discriminator(str(tmp_path / "disc"), variant).readout == "last"
     fits = {variant, "moe"} if variant == "learned" else {variant}  # moe is only the default there
     for other in set(VARIANTS) - fits:
         with pytest.raises(runtime.InputError, match=f"trained as {variant}"):
@@ -309,6 +385,10 @@ BROKEN = {  # what is done to a stored discriminator: words of the line
     "unknown variant": (
         lambda f: (f / "discriminator.json").write_text('{"variant": ["x"]}'),
         "variant .*moe",
+    ),
+    "unknown readout": (
+        lambda f: (f / "discriminator.json").write_text('{"variant": "moe", "readout": "max"}'),
+        "readout .*mean",
     ),
     "another variant's weights": (
         lambda f: (f / "discriminator.json").write_text('{"variant": "dense"}'),
@@ -499,7 +579,7 @@ picture = Prompt(ids, positions, torch.randn(4, size), torch.tensor([[1, 2, 2]])
 words = Prompt(ids[:2], positions[:, :2], None, None)
 teacher, students = ([5, 6], [7, 6]), [([8, 9, 6], [10, 6]), ([11, 6], [12, 13, 6])]
 rows = [Pairs(picture, teacher, students), Pairs(words, teacher, students[:1])]
-loss, scores = pair_loss(disc, rows, 3, 0.0)
+loss, scores, _ = pair_loss(disc, rows, (3, 0), 0.0)
 loss.backward()
 expected = sum(math.log1p(math.exp(s[k] - s[k + 2])) / 3 for s in scores.tolist() for k in (0, 1))
 assert abs(loss.item() - expected) < 1e-4, (loss, expected)
