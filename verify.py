@@ -108,8 +108,9 @@ JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"|correct|right)$"
 )
 CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing that denies
-    r"^(?:(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)|所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|"
-    r"一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])"
+    r"^(?:(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)|所以|因此|因而|故|则|本题|最终|"
+    r"最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|一共|总共|有|[:,\s])+"
+    r"(?=[-\dA-Za-z(\[{\\$])"
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
     m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
@@ -485,8 +486,8 @@ def timeouts():
 
 # --------------------------------------------------------------------------------------- statement
 HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi
-    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
-    r"[eE](?=[-+]?\d))+)"
+    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*"
+    r"((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|[eE](?=[-+]?\d))+)"
 )
 FORMULA_TAIL = re.compile(  # letters, no units: '\frac{1}{2}mv^{2}', '2\pi h', '5a', '2mg'
     r"\\.*[ })](?!(?:cm|mm|dm|km|kg|ft|m)\b)[a-zA-Z]{1,2}(?:\^\{\d\})?$|"

@@ -161,7 +161,8 @@ def make_group(config, sizes, prompts=1):
         teacher = cut(response())
         for _ in range(sizes.N):
             drawn = rollout.Rollout(response(), [0.0] * sizes.R, True)
-            record = rl.Record(group, len(records), None, prompt, drawn, "", cut(drawn.ids), teacher)
+            segments = cut(drawn.ids), teacher
+            record = rl.Record(group, len(records), None, prompt, drawn, "", *segments)
             record.advantage = float(rng.standard_normal(dtype=np.float32))
             records.append(record)
     students = [record.segments for record in records]

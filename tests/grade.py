@@ -1,7 +1,8 @@
-"""Run: python tests/grade.py FILE...          (the verifier on graded answers; prints one line a file)
+"""Run: python tests/grade.py FILE...     (the verifier on graded answers; prints one line a file)
 
-A file holds one JSON object a line: response (the whole text of a rollout), gold, options (or null) and accuracy, the
-right verdict (0 or 1).  A false acceptance is what a policy would be paid for; a false rejection is a signal lost.
+A file holds one JSON object a line: response (the whole text of a rollout), gold, options (or null)
+and accuracy, the right verdict (0 or 1).  A false acceptance is what a policy would be paid for; a
+false rejection is a signal lost.
 """
 
 import json
@@ -29,12 +30,16 @@ def grade(path, show):
     print(
         f"{path}: {len(answers) - wrong} of {len(answers)} right ({1 - wrong / len(answers):.1%}), "
         f"{len(false_accept)} false accept, {len(false_reject)} false reject, "
-        f"slowest {slowest[0] * 1000:.0f} ms ({slowest[1]}), {len(answers) / total:.0f} a second of CPU"
+        f"slowest {slowest[0] * 1000:.0f} ms ({slowest[1]}), "
+        f"{len(answers) / total:.0f} a second of CPU"
     )
     for name, faults in (("false accept", false_accept), ("false reject", false_reject)):
         for answer in faults if show else []:
             said = answer["response"].rpartition("<answer>")[2].removesuffix("</answer>").strip()
-            print(f"  {name} {answer['id']}: {said[:70]!r} for {answer['gold']!r}", answer.get("options") or "")
+            print(
+                f"  {name} {answer['id']}: {said[:70]!r} for {answer['gold']!r}",
+                answer.get("options") or "",
+            )
 
 
 if __name__ == "__main__":

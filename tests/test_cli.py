@@ -1,4 +1,5 @@
-"""Run: pytest tests/test_cli.py          (the scripts as a user starts them: one and two processes, bad input; CPU only)"""
+"""Run: pytest tests/test_cli.py     (the scripts as a user starts them: one and two processes, bad
+input; CPU only)"""
 
 import importlib
 import json
@@ -11,7 +12,12 @@ import pytest
 from conftest import launch, read_jsonl, stage, untimed
 from safetensors.torch import load_file
 
-SFT = {"batch": 6, "lr": 1e-3, "max-tokens": 200, "max-prompt": 62}  # packs differ between ranks; some rows are dropped
+SFT = {
+    "batch": 6,
+    "lr": 1e-3,
+    "max-tokens": 200,
+    "max-prompt": 62,
+}  # packs differ between ranks; some rows are dropped
 DAPO = {"algo": "dapo", "overlong-buffer": 20, "max-gen-batches": 1}
 ADVERSARY = {"disc-lr": 1e-3, "disc-updates": 2}
 GAME = {"max-new-tokens": 24, "lr": 1e-4, "max-tokens": 200, "log-rollouts": 1}
@@ -19,21 +25,52 @@ GAME = {"max-new-tokens": 24, "lr": 1e-4, "max-tokens": 200, "log-rollouts": 1}
 # name: script, checkpoint, data, flags
 RUNS = {
     "sft": ("sft", "base", "sft", SFT),
-    "align": ("align", "policy", "align", GAME | {"prompts": 2, "rollouts": 3, "disc-lr": 1e-3, "warmup-steps": 1}),
-    "align, a group over both": ("align", "policy", "align", GAME | ADVERSARY | {"prompts": 1, "rollouts": 4}),
-    "grpo, a group over both": ("rl", "policy", "rl", GAME | {"prompts": 1, "rollouts": 4, "kl": 0.1}),
-    "grpo, two updates": ("rl", "policy", "rl", GAME | {"prompts": 2, "rollouts": 4, "updates-per-rollout": 2}),
+    "align": (
+        "align",
+        "policy",
+        "align",
+        GAME | {"prompts": 2, "rollouts": 3, "disc-lr": 1e-3, "warmup-steps": 1},
+    ),
+    "align, a group over both": (
+        "align",
+        "policy",
+        "align",
+        GAME | ADVERSARY | {"prompts": 1, "rollouts": 4},
+    ),
+    "grpo, a group over both": (
+        "rl",
+        "policy",
+        "rl",
+        GAME | {"prompts": 1, "rollouts": 4, "kl": 0.1},
+    ),
+    "grpo, two updates": (
+        "rl",
+        "policy",
+        "rl",
+        GAME | {"prompts": 2, "rollouts": 4, "updates-per-rollout": 2},
+    ),
     "dapo": ("rl", "policy", "rl", GAME | DAPO | {"prompts": 2, "rollouts": 2}),
-    "gspo": ("rl", "policy", "rl", GAME | {"algo": "gspo", "prompts": 4, "rollouts": 3, "updates-per-rollout": 2}),
+    "gspo": (
+        "rl",
+        "policy",
+        "rl",
+        GAME | {"algo": "gspo", "prompts": 4, "rollouts": 3, "updates-per-rollout": 2},
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
-    """Same seed, same global batch: same losses, rewards, scores, lengths, weights; under FSDP2 on two ranks as on one."""
+    """Same seed, same global batch: same losses, rewards, scores, lengths, weights; under FSDP2 on
+    two ranks as on one."""
     script, ckpt, data, more = RUNS[name]
-    flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": getattr(tiny, data), "steps": 3, "seed": 5} | more
+    flags = {
+        "ckpt": {"base": tiny.base, "policy": policy}[ckpt],
+        "data": getattr(tiny, data),
+        "steps": 3,
+        "seed": 5,
+    } | more
     flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
     assert stage(script, *flags, "--out", tmp_path / "one") == 0
     result = launch(f"{script}.py", *flags, "--out", tmp_path / "two", processes=2)
@@ -45,7 +82,9 @@ def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
     assert any(row.get("grad_norm") for row in one)  # something was learned
     if script != "sft":
         one, two = (read_jsonl(tmp_path / out / "rollouts.jsonl") for out in ("one", "two"))
-        assert [(row["id"], row["response"]) for row in one] == [(row["id"], row["response"]) for row in two]
+        assert [(row["id"], row["response"]) for row in one] == [
+            (row["id"], row["response"]) for row in two
+        ]
     for part in ("", "discriminator/") if script == "align" else ("",):
         weights = [load_file(tmp_path / out / f"{part}model.safetensors") for out in ("one", "two")]
         assert weights[0].keys() == weights[1].keys()
@@ -58,25 +97,35 @@ def test_two_processes_resume_what_one_began(tiny, policy, tmp_path):
     flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
     assert stage("rl", *flags, "--out", tmp_path / "whole", "--steps", 3) == 0
     assert stage("rl", *flags, "--out", tmp_path / "broken", "--steps", 1) == 0
-    result = launch("rl.py", *flags, "--out", tmp_path / "broken", "--steps", 3, "--resume", processes=2)
+    result = launch(
+        "rl.py", *flags, "--out", tmp_path / "broken", "--steps", 3, "--resume", processes=2
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    whole, broken = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "broken"))
+    whole, broken = (
+        untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "broken")
+    )
     assert len(whole) == len(broken) == 3
     for left, right in zip(whole, broken):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def jsonl(tmp_path, content):
     (tmp_path / "data.jsonl").write_bytes(content)
     return tmp_path / "data.jsonl"
 
 
 def with_row(tiny, tmp_path, numbers, **columns):
-    """A data file of which the rows of these numbers (from 1) have other columns; None: the column is missing."""
-    rows = [dict(row, images=[str(tiny.folder / path) for path in row["images"]]) for row in tiny.examples["sft"]]
+    """A data file of which the rows of these numbers (from 1) have other columns; None: the column
+    is missing."""
+    rows = [
+        dict(row, images=[str(tiny.folder / path) for path in row["images"]])
+        for row in tiny.examples["sft"]
+    ]
     for number in numbers:
-        rows[number - 1] = {key: value for key, value in (rows[number - 1] | columns).items() if value is not None}
+        rows[number - 1] = {
+            key: value for key, value in (rows[number - 1] | columns).items() if value is not None
+        }
     return jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
@@ -101,7 +150,9 @@ def a_file(tmp_path, name, content):
 
 ALL = ("sft", "align", "rl")
 RESPONSE = "<caption>c</caption><think>t</think><answer>1</answer>"
-FINE = json.dumps({"prompt": "x", "response": RESPONSE, "answer": "1"}).encode() + b"\n"  # a row that every stage takes
+FINE = (
+    json.dumps({"prompt": "x", "response": RESPONSE, "answer": "1"}).encode() + b"\n"
+)  # a row that every stage takes
 EVERY = range(1, 25)
 # name: stages, flag, its value from (tiny, tmp_path), words that the line must hold
 BAD = {
@@ -174,10 +225,20 @@ CASES = [(name, script) for name, (scripts, *_) in BAD.items() for script in scr
 
 def bad_flags(tiny, tmp_path, script, name):
     flags = {"ckpt": tiny.base, "data": getattr(tiny, script), "out": tmp_path / "out", "steps": 1}
-    flags |= {"batch": 24} if script == "sft" else {"prompts": 2, "rollouts": 2, "max-new-tokens": 4}
-    flags |= {"bad-rows": "stop"} if name.startswith("row") else {}  # otherwise one bad row of 24 is skipped
+    flags |= (
+        {"batch": 24} if script == "sft" else {"prompts": 2, "rollouts": 2, "max-new-tokens": 4}
+    )
+    flags |= (
+        {"bad-rows": "stop"} if name.startswith("row") else {}
+    )  # otherwise one bad row of 24 is skipped
     flags[BAD[name][1]] = BAD[name][2](tiny, tmp_path)
-    return [part for key, value in flags.items() if value is not None for part in (f"--{key}", value) if part != ""]
+    return [
+        part
+        for key, value in flags.items()
+        if value is not None
+        for part in (f"--{key}", value)
+        if part != ""
+    ]
 
 
 def assert_one_clear_line(script, error, words, out):
@@ -208,14 +269,30 @@ def test_bad_input_of_a_real_script(tiny, tmp_path, name, script):
     ("align", ["--prompts", "1", "--rollouts", "3"], "--prompts.* 3 .*2 processes"),
     ("rl", ["--prompts", "3", "--rollouts", "5"], "--prompts.* 15 .*2 processes"),
 ])  # fmt: skip
-def test_a_batch_that_the_processes_do_not_divide(tiny, tmp_path, capfd, monkeypatch, script, flags, words):
+def test_a_batch_that_the_processes_do_not_divide(
+    tiny, tmp_path, capfd, monkeypatch, script, flags, words
+):
     """Every flag that the line names must exist."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert stage(script, "--ckpt", tiny.base, "--data", getattr(tiny, script), "--out", tmp_path / "out", *flags) == 2
+    assert (
+        stage(
+            script,
+            "--ckpt",
+            tiny.base,
+            "--data",
+            getattr(tiny, script),
+            "--out",
+            tmp_path / "out",
+            *flags,
+        )
+        == 2
+    )
     error = capfd.readouterr().err
     assert_one_clear_line(script, error, words, tmp_path / "out")
     stage(script, "--help")
-    assert set(re.findall(r"--[a-z-]+", error)) <= set(re.findall(r"--[a-z-]+", capfd.readouterr().out))
+    assert set(re.findall(r"--[a-z-]+", error)) <= set(
+        re.findall(r"--[a-z-]+", capfd.readouterr().out)
+    )
 
 
 def test_under_torchrun_the_line_appears_once(tiny, tmp_path):
@@ -226,9 +303,21 @@ def test_under_torchrun_the_line_appears_once(tiny, tmp_path):
 
 
 def test_a_bad_row_on_one_rank_ends_all(tiny, tmp_path):
-    """Only the rank that draws the row sees it; the others must not wait for it in a collective for ever."""
+    """Only the rank that draws the row sees it; the others must not wait for it in a collective for
+    ever."""
     data = with_row(tiny, tmp_path, [4], images=[a_file(tmp_path, "a.png", b"text")] * 2)
-    flags = ["--ckpt", tiny.base, "--data", data, "--batch", 24, "--steps", 1, "--out", tmp_path / "out"]
+    flags = [
+        "--ckpt",
+        tiny.base,
+        "--data",
+        data,
+        "--batch",
+        24,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
     result = launch("sft.py", *flags, "--bad-rows", "stop", processes=2)
     assert result.returncode != 0 and result.stderr.count("sft.py: error: ") == 1
     assert re.search(r"sft.py: error: .*data.jsonl:4: image cannot be read", result.stderr)
@@ -257,11 +346,52 @@ def test_only_the_checkpoint_has_to_be_given(monkeypatch, capsys, script):
 def test_one_stage_hands_over_to_the_next(tiny, policy, tmp_path):
     """sft -> align -> rl by folders alone; each records where it came from."""
     small = ["--prompts", 1, "--rollouts", 2, "--max-new-tokens", 16, "--steps", 1]
-    assert stage("sft", "--ckpt", policy, "--data", tiny.sft, "--out", tmp_path / "sft", "--batch", 2, "--steps", 1) == 0
-    assert stage("align", "--ckpt", tmp_path / "sft", "--data", tiny.align, "--out", tmp_path / "align", *small) == 0
-    assert stage("rl", "--ckpt", tmp_path / "align", "--data", tiny.rl, "--out", tmp_path / "rl", *small) == 0
-    for script, parent in (("sft", policy), ("align", str(tmp_path / "sft")), ("rl", str(tmp_path / "align"))):
+    assert (
+        stage(
+            "sft",
+            "--ckpt",
+            policy,
+            "--data",
+            tiny.sft,
+            "--out",
+            tmp_path / "sft",
+            "--batch",
+            2,
+            "--steps",
+            1,
+        )
+        == 0
+    )
+    assert (
+        stage(
+            "align",
+            "--ckpt",
+            tmp_path / "sft",
+            "--data",
+            tiny.align,
+            "--out",
+            tmp_path / "align",
+            *small,
+        )
+        == 0
+    )
+    assert (
+        stage(
+            "rl", "--ckpt", tmp_path / "align", "--data", tiny.rl, "--out", tmp_path / "rl", *small
+        )
+        == 0
+    )
+    for script, parent in (
+        ("sft", policy),
+        ("align", str(tmp_path / "sft")),
+        ("rl", str(tmp_path / "align")),
+    ):
         meta = json.loads((tmp_path / script / "meta.json").read_text())
-        assert (meta["stage"], meta["step"], meta["parent"], meta["args"]["ckpt"]) == (script, 1, parent, parent)
+        assert (meta["stage"], meta["step"], meta["parent"], meta["args"]["ckpt"]) == (
+            script,
+            1,
+            parent,
+            parent,
+        )
         logged = read_jsonl(tmp_path / script / "metrics.jsonl")[-1]
         assert {key: value for key, value in meta["metrics"].items() if value is not None} == logged

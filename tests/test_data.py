@@ -1,4 +1,5 @@
-"""Run: pytest tests/test_data.py          (published formats, pictures, broken rows, sources; CPU only, files made here)"""
+"""Run: pytest tests/test_data.py     (published formats, pictures, broken rows, sources; CPU only,
+files made here)"""
 
 import base64
 import gzip
@@ -14,11 +15,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, launch, noise, read_jsonl, short, stage, stock_inputs, untimed, write_jsonl
+from conftest import (
+    ROOT,
+    launch,
+    noise,
+    read_jsonl,
+    short,
+    stage,
+    stock_inputs,
+    untimed,
+    write_jsonl,
+)
 from PIL import Image
 
 import runtime
-from data import Example, Examples, Feed, File, array_lines, attempt, check_text, data_flags, encode_prompt, encode_response
+from data import (
+    Example,
+    Examples,
+    Feed,
+    File,
+    array_lines,
+    attempt,
+    check_text,
+    data_flags,
+    encode_prompt,
+    encode_response,
+)
 from data import load_examples, load_image, look, mrope_positions, prompt_tokens, to_example
 import rollout
 from runtime import InputError
@@ -28,7 +50,7 @@ FLAGS = ["--max-tokens", 2000, "--max-prompt", 800]
 GAME = ["--prompts", 2, "--rollouts", 2, "--max-new-tokens", 24, "--steps", 2]
 
 
-# ------------------------------------------------------------------------------------------------------ published formats
+# -------------------------------------------------------------------------------- published formats
 def picture(rng, kind="PNG"):
     buffer = io.BytesIO()
     noise(rng, [(64, 64), (96, 32), (32, 64)][rng.integers(3)]).save(buffer, kind)
@@ -40,7 +62,12 @@ def parts(rng, tagged):
     response = short(rng, str(rng.choice(["even", "odd"])))
     found = rollout.parse_response(response)
     caption, trace = response.split("</caption>")
-    return "How many?", found.answer, caption + "</caption>" if tagged else found.caption, trace if tagged else found.think
+    return (
+        "How many?",
+        found.answer,
+        caption + "</caption>" if tagged else found.caption,
+        trace if tagged else found.think,
+    )
 
 
 def sharegpt(rng, i, folder, dialect):
@@ -49,7 +76,10 @@ def sharegpt(rng, i, folder, dialect):
     if dialect == "messages":
         chat = [{"role": role, "content": text} for role, text in turns]
     else:
-        chat = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in turns]
+        chat = [
+            {"from": {"user": "human", "assistant": "gpt"}[role], "value": text}
+            for role, text in turns
+        ]
     paths = []
     for k in range(i % 3):
         paths.append(f"{dialect}_{i}_{k}.png")
@@ -64,7 +94,9 @@ def write_parquet(path, rows):
 
 def make_messages(folder, rng):
     """LLaMA-Factory ShareGPT, `messages`, paths relative to a .jsonl."""
-    return write_jsonl(folder / "data.jsonl", [sharegpt(rng, i, folder, "messages") for i in range(ROWS)])
+    return write_jsonl(
+        folder / "data.jsonl", [sharegpt(rng, i, folder, "messages") for i in range(ROWS)]
+    )
 
 
 def make_conversations(folder, rng):
@@ -80,7 +112,9 @@ def make_shards(folder, rng):
         rows = []
         for i in range(ROWS // 2):
             row = sharegpt(rng, 1 + i % 2, folder, "messages")
-            row["images"] = [{"bytes": (folder / path).read_bytes(), "path": path} for path in row["images"]]
+            row["images"] = [
+                {"bytes": (folder / path).read_bytes(), "path": path} for path in row["images"]
+            ]
             rows.append(row)
         write_parquet(folder / f"train-{shard:05d}-of-00002.parquet", rows)
     return folder
@@ -89,20 +123,46 @@ def make_shards(folder, rng):
 def published(rng, i):
     """A row of the alignment and RLVR sets."""
     question, answer, caption, trace = parts(rng, i % 4 < 2)
-    prompt = [{"role": "system", "content": "Look."}, {"role": "user", "content": "<image>" * (1 + i % 2) + question}]
-    gold = {"ground_truth": answer, "style": "rule", "equivalent_answers": [answer.upper()] if i % 2 else None}
-    row = {"data_source": "made", "prompt": prompt, "teacher_caption": caption, "teacher_cot": trace, "answer": answer}
-    row |= {"teacher_response": short(rng, answer) if i % 2 else None, "reward_model": gold, "extra_info": {"index": i}}
+    prompt = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": "<image>" * (1 + i % 2) + question},
+    ]
+    gold = {
+        "ground_truth": answer,
+        "style": "rule",
+        "equivalent_answers": [answer.upper()] if i % 2 else None,
+    }
+    row = {
+        "data_source": "made",
+        "prompt": prompt,
+        "teacher_caption": caption,
+        "teacher_cot": trace,
+        "answer": answer,
+    }
+    row |= {
+        "teacher_response": short(rng, answer) if i % 2 else None,
+        "reward_model": gold,
+        "extra_info": {"index": i},
+    }
     return row | {"images": [{"bytes": picture(rng), "path": None} for _ in range(1 + i % 2)]}
 
 
 def make_published(folder, rng):
-    return write_parquet(folder / "rl_training_data.parquet", [published(rng, i) for i in range(ROWS)])
+    return write_parquet(
+        folder / "rl_training_data.parquet", [published(rng, i) for i in range(ROWS)]
+    )
 
 
 def make_geometry(folder, rng):
     """geometry3k: `problem` with one <image>, `answer`."""
-    rows = [{"images": [{"bytes": picture(rng), "path": None}], "problem": "<image>Find x.", "answer": "12"} for _ in range(ROWS)]
+    rows = [
+        {
+            "images": [{"bytes": picture(rng), "path": None}],
+            "problem": "<image>Find x.",
+            "answer": "12",
+        }
+        for _ in range(ROWS)
+    ]
     return write_parquet(folder / "geometry.parquet", rows)
 
 
@@ -123,7 +183,13 @@ def make_ours(folder, rng):
     rows = []
     for i in range(ROWS):
         question, answer, _, _ = parts(rng, True)
-        row = {"id": f"r{i}", "prompt": question, "response": short(rng, answer), "answer": answer, "images": []}
+        row = {
+            "id": f"r{i}",
+            "prompt": question,
+            "response": short(rng, answer),
+            "answer": answer,
+            "images": [],
+        }
         if i % 2:
             (folder / f"{i}.png").write_bytes(picture(rng))
             row["images"] = [f"{i}.png"]
@@ -167,8 +233,12 @@ def disc(tiny, policy, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, kind", CASES, ids=[f"{make.__name__[5:]}-{kind}" for make, kind in CASES])
-def test_published_formats_run_through_the_command_line(make, kind, files, tiny, policy, disc, tmp_path):
+@pytest.mark.parametrize(
+    "make, kind", CASES, ids=[f"{make.__name__[5:]}-{kind}" for make, kind in CASES]
+)
+def test_published_formats_run_through_the_command_line(
+    make, kind, files, tiny, policy, disc, tmp_path
+):
     """One process and two, with the same result; no row is bad."""
     data = files[make]
     flags = {
@@ -188,7 +258,9 @@ def test_published_formats_run_through_the_command_line(make, kind, files, tiny,
         assert not (out / "skipped.jsonl").exists()
     assert len(found[0]) == len(found[1]) == (ROWS if kind == "score" else 2)
     for left, right in zip(*found):
-        assert left.pop("id", None) == right.pop("id", None) and left == pytest.approx(right, rel=1e-4, abs=1e-4)
+        assert left.pop("id", None) == right.pop("id", None) and left == pytest.approx(
+            right, rel=1e-4, abs=1e-4
+        )
     if kind == "score":
         assert len({row["perception"] for row in found[0]}) > 10
 
@@ -196,7 +268,14 @@ def test_published_formats_run_through_the_command_line(make, kind, files, tiny,
 def test_warmed_up_discriminator_starts_the_game(tiny, policy, tmp_path, files):
     """--pairs writes what align.py takes with --disc, and --resume continues it bitwise."""
     flags = ["--ckpt", tiny.base, "--pairs", files[make_pairs], "--batch", 8, "--lr", 1e-3, *FLAGS]
-    flags += ["--steps", 12, "--save-every", 5, "--keep", 3]  # the learning rate depends on the steps of the whole run
+    flags += [
+        "--steps",
+        12,
+        "--save-every",
+        5,
+        "--keep",
+        3,
+    ]  # the learning rate depends on the steps of the whole run
     assert stage("discriminator", *flags, "--out", tmp_path / "whole") == 0
     assert stage("discriminator", *flags, "--out", tmp_path / "broken") == 0
     (tmp_path / "broken" / "model.safetensors").unlink()
@@ -204,7 +283,9 @@ def test_warmed_up_discriminator_starts_the_game(tiny, policy, tmp_path, files):
         if state.name != "state.5":
             shutil.rmtree(state)
     assert stage("discriminator", *flags, "--out", tmp_path / "broken", "--resume") == 0
-    whole, broken = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken"))
+    whole, broken = (
+        (tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken")
+    )
     assert whole == broken
     log = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert log[0]["gap_v"] == log[0]["gap_r"] == 0 and log[0]["acc_v"] == 0.5  # zero heads
@@ -215,44 +296,87 @@ def test_warmed_up_discriminator_starts_the_game(tiny, policy, tmp_path, files):
 
 
 def test_released_discriminator_is_trained_on_as_it_is(tiny, policy, tmp_path):
-    """The Qwen3-VL-MoE folder as --disc: one and two processes agree, the saved folder scores what the trained one did."""
-    flags = ["--ckpt", policy, "--data", tiny.align, "--disc", tiny.released, "--disc-lr", 1e-3, *GAME, *FLAGS]
+    """The Qwen3-VL-MoE folder as --disc: one and two processes agree, the saved folder scores what
+    the trained one did."""
+    flags = [
+        "--ckpt",
+        policy,
+        "--data",
+        tiny.align,
+        "--disc",
+        tiny.released,
+        "--disc-lr",
+        1e-3,
+        *GAME,
+        *FLAGS,
+    ]
     assert stage("align", *flags, "--out", tmp_path / "1") == 0
     result = launch("align.py", *flags, "--out", tmp_path / "2", processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = (read_jsonl(tmp_path / out / "metrics.jsonl") for out in "12")
-    for key in ("gap_v", "gap_r", "loss_v", "disc_grad_norm"):  # the balance term alone depends on the packs of a rank
+    for key in (
+        "gap_v",
+        "gap_r",
+        "loss_v",
+        "disc_grad_norm",
+    ):  # the balance term alone depends on the packs of a rank
         assert one[0][key] == pytest.approx(two[0][key], rel=0.02, abs=1e-4) and one[0][key] != 0
     scored = [tmp_path / "a", tmp_path / "b"]
     for out, ckpt in zip(scored, (tmp_path / "1" / "discriminator", tiny.released)):
-        assert stage("discriminator", "--score", tiny.align, "--ckpt", ckpt, "--out", out, *FLAGS) == 0
-    trained, before = ([row["combined"] for row in read_jsonl(out / "scores.jsonl")] for out in scored)
+        assert (
+            stage("discriminator", "--score", tiny.align, "--ckpt", ckpt, "--out", out, *FLAGS) == 0
+        )
+    trained, before = (
+        [row["combined"] for row in read_jsonl(out / "scores.jsonl")] for out in scored
+    )
     assert all(a != b for a, b in zip(trained, before))
 
 
 def test_another_vocabulary_is_refused(tiny, policy, tmp_path, capsys):
     from toy import checkpoint
 
-    checkpoint.make_checkpoint(str(tmp_path / "other"), ["quite another world of words"], hidden=64, layers=2, vision_layers=1)
-    flags = ["--ckpt", policy, "--data", tiny.align, "--disc", tmp_path / "other", *GAME, "--out", tmp_path / "out"]
+    checkpoint.make_checkpoint(
+        str(tmp_path / "other"),
+        ["quite another world of words"],
+        hidden=64,
+        layers=2,
+        vision_layers=1,
+    )
+    flags = [
+        "--ckpt",
+        policy,
+        "--data",
+        tiny.align,
+        "--disc",
+        tmp_path / "other",
+        *GAME,
+        "--out",
+        tmp_path / "out",
+    ]
     assert stage("align", *flags) == 2 and "tokenizer differs" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------------- published rows
+# ----------------------------------------------------------------------------------- published rows
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__[5:])
 def test_rows_become_what_they_say(make, files, tiny):
-    """Every row of every format: placeholders match pictures, pictures open, responses have their blocks."""
+    """Every row of every format: placeholders match pictures, pictures open, responses have their
+    blocks."""
     examples = load_examples(str(files[make]))
     assert len(examples) == ROWS
     different = 0
     for i, example in enumerate(examples):
         text = "".join(message["content"] for message in example.prompt)
-        assert text.count("<image>") in (0, len(example.images)) and example.prompt[-1]["role"] == "user"
+        assert (
+            text.count("<image>") in (0, len(example.images))
+            and example.prompt[-1]["role"] == "user"
+        )
         assert all(load_image(image).mode == "RGB" for image in example.images[:1])
         if make is not make_geometry:
             assert rollout.parse_response(example.response), example.response
         if make is make_published:
-            assert example.answer == ([example.answer[0], example.answer[0].upper()] if i % 2 else example.answer)
+            assert example.answer == (
+                [example.answer[0], example.answer[0].upper()] if i % 2 else example.answer
+            )
             assert example.prompt[0] == {"role": "system", "content": "Look."}
         if make is make_pairs:
             assert rollout.parse_response(example.rejected)
@@ -267,40 +391,72 @@ def test_rows_become_what_they_say(make, files, tiny):
     ({"answer": []}, None), ({"answer": float("nan")}, None), ({"answer": [None, ""]}, None), ({"answer": 2.5}, "2.5"),
 ])  # fmt: skip
 def test_gold_answers(row, answer):
-    """What is no answer is None, so that rl.py names the row instead of rewarding nothing or everything."""
+    """What is no answer is None, so that rl.py names the row instead of rewarding nothing or
+    everything."""
     assert to_example({"prompt": "x"} | row, "x").answer == answer
 
 
 def test_teacher_parts_with_some_tags():
     """A trace whose answer alone is tagged; a picture beside an empty list of pictures."""
-    row = {"question": "x", "teacher_caption": "seen", "teacher_cot": "so\n<answer>5</answer>", "images": [], "image": b"y"}
+    row = {
+        "question": "x",
+        "teacher_caption": "seen",
+        "teacher_cot": "so\n<answer>5</answer>",
+        "images": [],
+        "image": b"y",
+    }
     example = to_example(row, "x")
-    assert rollout.parse_response(example.response) == rollout.Response("seen", "so", "5") and example.images == [b"y"]
+    assert rollout.parse_response(example.response) == rollout.Response(
+        "seen", "so", "5"
+    ) and example.images == [b"y"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 def test_sources(tmp_path):
-    """A file, a folder of shards, a glob, several sources; gzipped or not; an array of objects that is read in pieces."""
-    rows = [{"prompt": f"question {i} ü", "answer": i, "nested": {"a": [[1, [2]], "]"]}} for i in range(50)]
+    """A file, a folder of shards, a glob, several sources; gzipped or not; an array of objects that
+    is read in pieces."""
+    rows = [
+        {"prompt": f"question {i} ü", "answer": i, "nested": {"a": [[1, [2]], "]"]}}
+        for i in range(50)
+    ]
     write_jsonl(tmp_path / "a.jsonl", rows[:20])
     (tmp_path / "b.json").write_text("\n  " + json.dumps(rows[20:], indent=2, ensure_ascii=False))
-    asked = lambda *sources: [example.prompt[0]["content"] for example in load_examples(list(map(str, sources)))]
+    def asked(*sources):
+        return [
+            example.prompt[0]["content"] for example in load_examples(list(map(str, sources)))
+        ]
     every = [row["prompt"] for row in rows]
-    assert asked(tmp_path) == asked(tmp_path / "*.json*") == asked(tmp_path / "a.jsonl", tmp_path / "b.json") == every
+    assert (
+        asked(tmp_path)
+        == asked(tmp_path / "*.json*")
+        == asked(tmp_path / "a.jsonl", tmp_path / "b.json")
+        == every
+    )
     for chunk in (1, 7, 1000):
         with open(tmp_path / "b.json", "rb") as file, array_lines(file, chunk) as lines:
             lines.seek(0)
             assert [json.loads(line) for line in lines] == rows[20:]
-    with gzip.open(tmp_path / "c.json.gz", "wt", encoding="utf-8-sig") as file:  # with the mark that Windows puts there
+    with gzip.open(
+        tmp_path / "c.json.gz", "wt", encoding="utf-8-sig"
+    ) as file:  # with the mark that Windows puts there
         json.dump(rows, file)
     assert asked(tmp_path / "c.json.gz") == every
     (tmp_path / "clone" / "data").mkdir(parents=True)
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "clone" / "data")
     assert asked(tmp_path / "clone") == every[:20]
     examples = load_examples([f"{tmp_path}/a.jsonl:0.9", f"{tmp_path}/b.json:0.1"])
-    assert examples.weighted and examples.sources == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
-    assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (f"{tmp_path}/b.json", 2)
-    (tmp_path / "d.jsonl").write_text("\n\n" + json.dumps(rows[0]) + "\n\n" + "broken")  # blank lines count
+    assert (
+        examples.weighted
+        and examples.sources == [(0, 20, 0.9), (20, 30, 0.1)]
+        and len(examples) == 50
+    )
+    assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (
+        f"{tmp_path}/b.json",
+        2,
+    )
+    (tmp_path / "d.jsonl").write_text(
+        "\n\n" + json.dumps(rows[0]) + "\n\n" + "broken"
+    )  # blank lines count
     assert load_examples(str(tmp_path / "d.jsonl")).where(0)[1] == 3
     with pytest.raises(InputError, match="d.jsonl:5: not JSON"):
         load_examples(str(tmp_path / "d.jsonl"))[1]
@@ -318,18 +474,29 @@ def test_files_that_cannot_be_read(tmp_path, content, match):
     assert str(tmp_path / "data") in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", "prism-vlm/gemini_distill"])
+@pytest.mark.parametrize(
+    "source", ["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet", "prism-vlm/gemini_distill"]
+)
 def test_hub_ids_are_asked_for_at_the_hub(monkeypatch, source):
     """Also a file of a data set; the Hub itself is out of reach here."""
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: asked.append((args, more)) or 1 / 0)
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *args, **more: asked.append((args, more)) or 1 / 0
+    )
     with pytest.raises(InputError, match="nor a data set that the Hub gives"):
         load_examples(source, "validation")
     name, _, file = source.partition(":")
     assert asked == [((name,), {"data_files": file or None, "split": "validation"})]
 
 
-SENSELESS = [["a:-1", "b:1"], ["a:nan", "b:1"], ["a:0.5", "b"], ["a:0", "b:1"], ["missing.jsonl"], ["no*match.jsonl"]]
+SENSELESS = [
+    ["a:-1", "b:1"],
+    ["a:nan", "b:1"],
+    ["a:0.5", "b"],
+    ["a:0", "b:1"],
+    ["missing.jsonl"],
+    ["no*match.jsonl"],
+]
 
 
 @pytest.mark.parametrize("sources", SENSELESS)
@@ -352,7 +519,8 @@ print(len(examples), words, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_rows(tmp_path, kind):
-    """Every row of 1,000 and of 100,000 read, 1 kB each: at most 200 MB more at the highest point."""
+    """Every row of 1,000 and of 100,000 read, 1 kB each: at most 200 MB more at the highest point.
+    """
     peak = {}
     for count in (1000, 100_000):
         path, text = tmp_path / f"{count}.{kind}", "many words " * 90
@@ -364,13 +532,15 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, kind):
         else:
             with (gzip.open if kind.endswith("gz") else open)(path, "wt") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        result = subprocess.run([sys.executable, "-c", MEMORY, path], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", MEMORY, path], cwd=ROOT, capture_output=True, text=True
+        )
         found, words, peak[count] = map(int, result.stdout.split())
         assert found == count and words > 990 * count
     assert peak[100_000] - peak[1000] < 200, peak
 
 
-# --------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def save(image, kind, **more):
     buffer = io.BytesIO()
     image.save(buffer, kind, **more)
@@ -398,9 +568,15 @@ PICTURES = {
     "cmyk": lambda: save(two_colours("CMYK"), "TIFF"),
     "jpeg": lambda: save(two_colours(), "JPEG", quality=95),
     "exif": rotated,
-    "animated gif": lambda: save(two_colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (64, 32), "green")]),
+    "animated gif": lambda: save(
+        two_colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (64, 32), "green")]
+    ),
     "animated webp": lambda: save(
-        two_colours(), "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 32), "green")], lossless=True
+        two_colours(),
+        "WEBP",
+        save_all=True,
+        append_images=[Image.new("RGB", (64, 32), "green")],
+        lossless=True,
     ),
     "pil": two_colours,
 }
@@ -415,11 +591,16 @@ def test_pictures_are_read_as_they_look(kind):
 
 
 def test_grey_deep_and_transparent_pictures():
-    pixel = lambda image: np.array(load_image(image))[0, 0].tolist()
+    def pixel(image):
+        return np.array(load_image(image))[0, 0].tolist()
     assert pixel(save(Image.new("L", (32, 32), 100), "PNG")) == [100] * 3
     assert pixel(save(Image.new("1", (32, 32), 1), "PNG")) == [255] * 3
     deep = np.full((32, 32), 100 * 257, dtype=np.uint16)  # 16 bits a pixel
-    assert pixel(save(Image.fromarray(deep), "PNG")) == pixel(save(Image.fromarray(deep), "TIFF")) == [100] * 3
+    assert (
+        pixel(save(Image.fromarray(deep), "PNG"))
+        == pixel(save(Image.fromarray(deep), "TIFF"))
+        == [100] * 3
+    )
     assert pixel(save(Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "PNG")) == [255] * 3  # on white
     assert pixel(save(Image.new("LA", (32, 32), (9, 0)), "PNG")) == [255] * 3
     half = pixel(save(Image.new("RGBA", (32, 32), (0, 0, 0, 128)), "PNG"))
@@ -430,27 +611,40 @@ def test_grey_deep_and_transparent_pictures():
 def test_up_to_eight_pictures(tiny, count):
     rng = np.random.default_rng(count)
     sizes = [(32 * rng.integers(1, 4), 32 * rng.integers(1, 4)) for _ in range(count)]
-    example = Example("x", [{"role": "user", "content": "a<image>" * count + "b"}], [noise(rng, s) for s in sizes])
+    example = Example(
+        "x", [{"role": "user", "content": "a<image>" * count + "b"}], [noise(rng, s) for s in sizes]
+    )
     prompt = encode_prompt(example, tiny.tokenizer, tiny.image_processor)
     assert int((prompt.input_ids == tiny.banned[0]).sum()) == sum(w * h // 1024 for w, h in sizes)
     assert (prompt.image_grid_thw is None) == (count == 0)
 
 
-@pytest.mark.parametrize("flags, tokens", [([], 16), (["--max-pixels", 4096], 4), (["--min-pixels", 65536], 64)])
+@pytest.mark.parametrize(
+    "flags, tokens", [([], 16), (["--max-pixels", 4096], 4), (["--min-pixels", 65536], 64)]
+)
 def test_pixel_budget(tiny, flags, tokens):
-    """A picture of 128 x 128: one token for each 32 x 32 of what is left of it, or of what it becomes."""
+    """A picture of 128 x 128: one token for each 32 x 32 of what is left of it, or of what it
+    becomes."""
     import argparse
 
     parser = argparse.ArgumentParser()
     data_flags(parser)
-    tokenizer, image_processor = runtime.load_tokenizer(tiny.base, parser.parse_args(list(map(str, flags))))
-    example = Example("x", [{"role": "user", "content": "<image>"}], [noise(np.random.default_rng(0), (128, 128))])
+    tokenizer, image_processor = runtime.load_tokenizer(
+        tiny.base, parser.parse_args(list(map(str, flags)))
+    )
+    example = Example(
+        "x", [{"role": "user", "content": "<image>"}], [noise(np.random.default_rng(0), (128, 128))]
+    )
     prompt = encode_prompt(example, tokenizer, image_processor)
     assert int((prompt.input_ids == tiny.banned[0]).sum()) == tokens
 
 
-# ------------------------------------------------------------------------------------------------------------- broken rows
-GOOD = {"prompt": "How many?", "response": "<caption>a</caption><think>b</think><answer>c</answer>", "images": []}
+# -------------------------------------------------------------------------------------- broken rows
+GOOD = {
+    "prompt": "How many?",
+    "response": "<caption>a</caption><think>b</think><answer>c</answer>",
+    "images": [],
+}
 
 
 def broken_rows(folder):
@@ -465,9 +659,12 @@ def broken_rows(folder):
     (folder / "line.png").write_bytes(save(Image.new("RGB", (1000, 2)), "PNG"))
     (folder / "good.png").write_bytes(good)
     (folder / "folder").mkdir()
-    row = lambda **more: json.dumps(GOOD | more).encode()
-    chat = lambda *turns: row(prompt=[dict(zip(("role", "content"), turn)) for turn in turns])
-    see = lambda path: row(prompt="<image>How many?", images=[path])
+    def row(**more):
+        return json.dumps(GOOD | more).encode()
+    def chat(*turns):
+        return row(prompt=[dict(zip(("role", "content"), turn)) for turn in turns])
+    def see(path):
+        return row(prompt="<image>How many?", images=[path])
     return {
         "cut line": (b'{"prompt": "How ma', "not JSON"),
         "a list": (b"[1, 2]", "JSON object"),
@@ -501,22 +698,39 @@ def broken_rows(folder):
         "picture is an empty file": (see("empty.png"), "cannot be read"),
         "picture is a bomb": (see("bomb.png"), "12000 x 12000 pixels"),
         "picture is a line": (see("line.png"), "aspect ratio"),
-        "more placeholders than pictures": (row(prompt="<image><image>", images=["good.png"]), "2 <image>"),
-        "fewer placeholders than pictures": (row(prompt="<image>", images=["good.png"] * 2), "1 <image>"),
+        "more placeholders than pictures": (
+            row(prompt="<image><image>", images=["good.png"]),
+            "2 <image>",
+        ),
+        "fewer placeholders than pictures": (
+            row(prompt="<image>", images=["good.png"] * 2),
+            "1 <image>",
+        ),
     }
 
 
 @pytest.fixture(scope="session")
 def dirty(tmp_path_factory):
-    """2,000 good rows and 204 broken ones in random order -> (path, {line: (kind, word)} of the broken)."""
+    """2,000 good rows and 204 broken ones in random order -> (path, {line: (kind, word)} of the
+    broken)."""
     folder, rng = tmp_path_factory.mktemp("dirty"), np.random.default_rng(0)
     kinds = broken_rows(folder)
-    lines = [json.dumps(GOOD | {"id": f"g{i}", "prompt": f"How many {i}?"}).encode() for i in range(1980)]
-    lines += [json.dumps(GOOD | {"id": f"g{i}", "images": ["good.png"]}).encode() for i in range(1980, 2000)]
-    lines = [(line, None) for line in lines] + [(line, (kind, word)) for kind, (line, word) in kinds.items() for _ in range(6)]
+    lines = [
+        json.dumps(GOOD | {"id": f"g{i}", "prompt": f"How many {i}?"}).encode() for i in range(1980)
+    ]
+    lines += [
+        json.dumps(GOOD | {"id": f"g{i}", "images": ["good.png"]}).encode()
+        for i in range(1980, 2000)
+    ]
+    lines = [(line, None) for line in lines] + [
+        (line, (kind, word)) for kind, (line, word) in kinds.items() for _ in range(6)
+    ]
     lines = [lines[i] for i in rng.permutation(len(lines))]
     first = next(i for i, (_, broken) in enumerate(lines) if broken)
-    lines[0], lines[first] = lines[first], lines[0]  # a broken first row says nothing about the others
+    lines[0], lines[first] = (
+        lines[first],
+        lines[0],
+    )  # a broken first row says nothing about the others
     (folder / "dirty.jsonl").write_bytes(b"\n".join(line for line, _ in lines))
     return folder / "dirty.jsonl", {n: broken for n, (_, broken) in enumerate(lines, 1) if broken}
 
@@ -526,7 +740,20 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     path, broken = dirty
     assert len(broken) >= 200 and len({kind for kind, _ in broken.values()}) >= 25
     (tmp_path / "system.txt").write_text("x")  # our own is long
-    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 100, "--steps", 22, "--max-bad", 0.2, "--max-tokens", 8000]
+    flags = [
+        "--ckpt",
+        tiny.base,
+        "--data",
+        path,
+        "--batch",
+        100,
+        "--steps",
+        22,
+        "--max-bad",
+        0.2,
+        "--max-tokens",
+        8000,
+    ]
     flags += ["--system-prompt", tmp_path / "system.txt"]
     assert stage("sft", *flags, "--out", tmp_path / "1") == 0
     result = launch("sft.py", *flags, "--out", tmp_path / "2", processes=2)
@@ -536,7 +763,10 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     assert one == two and sorted(row["row"] for row in one) == sorted(broken)
     for row in one:
         kind, word = broken[row["row"]]
-        assert row["file"] == str(path) and word in row["reason"] and "\n" not in row["reason"], (kind, row)
+        assert row["file"] == str(path) and word in row["reason"] and "\n" not in row["reason"], (
+            kind,
+            row,
+        )
     logs = [[row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")] for out in "12"]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     import sft
@@ -550,7 +780,13 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     args = parser.parse_args(["--ckpt", "x", "--max-bad", "0.2", "--out", str(tmp_path / "feed")])
     tools = tiny.tokenizer, tiny.image_processor, "", args
     found = look(str(path), lambda example: sft.measure_demonstration(example, *tools), args, ONE)
-    feed = Feed(found, lambda example: sft.encode_demonstration(example, *tools), args, ONE, {"step": 0, "position": 0})
+    feed = Feed(
+        found,
+        lambda example: sft.encode_demonstration(example, *tools),
+        args,
+        ONE,
+        {"step": 0, "position": 0},
+    )
     used, seen = [], 0
     while seen < len(found.usable):  # one epoch, of pictures that are cut as well
         count = min(100, len(found.usable) - seen)
@@ -564,17 +800,44 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
 
 def test_too_many_bad_rows_end_the_run(dirty, tiny, tmp_path, capsys):
     path, broken = dirty
-    flags = ["--ckpt", tiny.base, "--data", path, "--batch", 50, "--steps", 30, "--out", tmp_path / "out"]
+    flags = [
+        "--ckpt",
+        tiny.base,
+        "--data",
+        path,
+        "--batch",
+        50,
+        "--steps",
+        30,
+        "--out",
+        tmp_path / "out",
+    ]
     assert stage("sft", *flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--max-bad 0.05" in error and f"{path}:" in error and "skipped.jsonl" in error
+    assert (
+        error.count("\n") == 1
+        and "--max-bad 0.05" in error
+        and f"{path}:" in error
+        and "skipped.jsonl" in error
+    )
     assert stage("sft", *flags[:-1], tmp_path / "stop", "--bad-rows", "stop") == 2
     assert "--bad-rows skip" in capsys.readouterr().err and not (tmp_path / "stop").exists()
 
 
 def test_skipped_rows_survive_a_resume(dirty, tiny, tmp_path):
     (tmp_path / "system.txt").write_text("x")
-    flags = ["--ckpt", tiny.base, "--data", dirty[0], "--batch", 20, "--max-bad", 0.4, "--save-every", 2]
+    flags = [
+        "--ckpt",
+        tiny.base,
+        "--data",
+        dirty[0],
+        "--batch",
+        20,
+        "--max-bad",
+        0.4,
+        "--save-every",
+        2,
+    ]
     flags += ["--system-prompt", tmp_path / "system.txt"]
     assert stage("sft", *flags, "--steps", 6, "--out", tmp_path / "whole") == 0
     assert stage("sft", *flags, "--steps", 4, "--out", tmp_path / "broken") == 0
@@ -779,11 +1042,16 @@ def test_rows_that_are_refused_by_name(pictures, tiny, name):
 def test_kinds_of_rows_through_the_command_line(pictures, tiny, tmp_path):
     """Every row of MEANINGS is used, every one of REFUSED listed: by its number, printable, short;
     half a character in an id harms no log."""
-    rows = [{"id": f"{name}\ud800", "response": "two", "answer": "1"} | row
-            for name, (row, *_) in MEANINGS.items()]
+    rows = [
+        {"id": f"{name}\ud800", "response": "two", "answer": "1"} | row
+        for name, (row, *_) in MEANINGS.items()
+    ]
     good = len(rows)
-    rows += [{"response": "two"} | row for row, _ in REFUSED.values()
-             if b"x" not in row.get("images", [])]
+    rows += [
+        {"response": "two"} | row
+        for row, _ in REFUSED.values()
+        if b"x" not in row.get("images", [])
+    ]
     for path in pictures.iterdir():
         shutil.copy(path, tmp_path)
     data = write_jsonl(tmp_path / "data.jsonl", rows)
@@ -819,7 +1087,7 @@ def test_every_turn_of_the_assistant_ends_in_one_eos(tiny, tmp_path):
     assert [turn["content"] for turn in example.prompt[1::2]] == said[:2]
 
 
-# --------------------------------------------------------------------------- folders and their splits
+# ------------------------------------------------------------------------- folders and their splits
 def test_folders_of_save_to_disk(tiny, tmp_path):
     """One data set, or several of which --split takes one; the same rows have the same identity."""
     from datasets import Dataset, DatasetDict
@@ -829,13 +1097,15 @@ def test_folders_of_save_to_disk(tiny, tmp_path):
     parts["train"].save_to_disk(tmp_path / "one")
     DatasetDict(parts).save_to_disk(tmp_path / "two")
     Dataset.from_list(rows[:0]).save_to_disk(tmp_path / "empty")
-    asked = lambda *source: [e.prompt[0]["content"] for e in load_examples(*source)]
+    def asked(*source):
+        return [e.prompt[0]["content"] for e in load_examples(*source)]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert asked(one) == asked(two) == asked(two, "train") == [row["prompt"] for row in rows]
     assert asked(two, "test") == [row["prompt"] for row in rows[:3]]
     assert load_examples(one).fingerprint() == load_examples(one).fingerprint()
     for source, split, words in [
-        (one, "test", "is one data set"), (two, "dev", "choose one with --split: train, test"),
+        (one, "test", "is one data set"),
+        (two, "dev", "choose one with --split: train, test"),
         (str(tmp_path / "empty"), None, "empty: not a readable folder of save_to_disk"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -884,7 +1154,7 @@ def test_a_pointer_in_place_of_the_data(tmp_path, name):
             load_examples(str(source))
 
 
-# -------------------------------------------------------------------------------------------------------------- real rows
+# ---------------------------------------------------------------------------------------- real rows
 def test_text_only_and_many_pictures_mix_in_one_batch(tiny, tmp_path):
     """The loss of a mixed batch is that of its rows alone, weighted by their target tokens."""
     rng, rows = np.random.default_rng(0), []
@@ -893,12 +1163,21 @@ def test_text_only_and_many_pictures_mix_in_one_batch(tiny, tmp_path):
         for k in range(count):
             paths.append(f"{i}_{k}.png")
             noise(rng, (64, 32)).save(tmp_path / paths[-1])
-        rows.append({"prompt": "<image>" * count + f"How many {i}?", "images": paths, "response": short(rng, "even" * (i + 1))})
+        rows.append(
+            {
+                "prompt": "<image>" * count + f"How many {i}?",
+                "images": paths,
+                "response": short(rng, "even" * (i + 1)),
+            }
+        )
     flags = ["--ckpt", tiny.base, "--steps", 1, *FLAGS]
     losses, tokens = [], []
     for name, part in (("all", rows), *((str(i), [row]) for i, row in enumerate(rows))):
         data = write_jsonl(tmp_path / f"{name}.jsonl", part)
-        assert stage("sft", *flags, "--data", data, "--batch", len(part), "--out", tmp_path / name) == 0
+        assert (
+            stage("sft", *flags, "--data", data, "--batch", len(part), "--out", tmp_path / name)
+            == 0
+        )
         (row,) = read_jsonl(tmp_path / name / "metrics.jsonl")
         losses.append(row["loss"])
         tokens.append(row["tokens"])

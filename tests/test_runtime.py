@@ -177,10 +177,11 @@ def test_checkpointing_leaves_sampling_alone(tiny):
         target_logprobs,
         checkpointing=True,
     )
-    draw = lambda model: [
-        r.ids
-        for r in rollout.sample(model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=tiny.eos)[0]
-    ]
+
+    def draw(model):
+        settings = {"max_new_tokens": 6, "eos_id": tiny.eos}
+        return [r.ids for r in rollout.sample(model, [tiny.prompts[1]], 3, **settings)[0]]
+
     assert draw(model.train()) == draw(tiny.model)
     assert model.training  # and what follows is recomputed as before
 
@@ -605,7 +606,10 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
 
 def test_keep(tiny, tmp_path):
     """--keep 2: the newest state and the one before it; one goes back by deleting the newer."""
-    flags = lambda steps: flags_of(tiny, tmp_path / "out", steps=steps, save_every=1, keep=2)
+
+    def flags(steps):
+        return flags_of(tiny, tmp_path / "out", steps=steps, save_every=1, keep=2)
+
     assert stage("sft", *flags(4)) == 0
     states = (tmp_path / "out").glob("state*")
     steps = {path.name: runtime.read_json(path / "progress.json")["step"] for path in states}

@@ -10,7 +10,8 @@ from data import Example, Feed, load_examples, look, mixed_order, order
 import sft
 from runtime import InputError
 
-# -------------------------------------------------------------------------------------------------------------- data order
+
+# --------------------------------------------------------------------------------------- data order
 def take(n, count, steps, out, lost=(), position=0, seed=3, **more):
     """n rows of a file, those in `lost` cannot be decoded -> batches, the feed after them."""
     path = write_jsonl(out / "numbers.jsonl", [{"id": str(i), "prompt": "x"} for i in range(n)])
@@ -36,7 +37,10 @@ def test_draw_covers_every_row_once_an_epoch(tmp_path):
     batches, feed = take(12, 5, 12, tmp_path)  # five epochs, batches that cross their borders
     flat = [i for batch in batches for i in batch]
     epochs = [flat[at : at + 12] for at in range(0, 60, 12)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
+    assert (
+        all(sorted(epoch) == list(range(12)) for epoch in epochs)
+        and len(set(map(tuple, epochs))) == 5
+    )
     assert feed.progress() == {"position": 60, "lost": []} and feed.bad == feed.dropped == 0
     assert take(12, 5, 12, tmp_path)[0] == batches
     assert take(12, 5, 12, tmp_path, seed=4)[0] != batches
@@ -50,8 +54,12 @@ def test_a_picture_that_cannot_be_decoded_leaves_its_batch(tmp_path):
     assert batches == [[i for i in batch if i not in (2, 7)] for batch in whole]
     assert feed.bad == 2 and feed.progress() == {"position": 24, "lost": [2, 7]}
     skipped = read_jsonl(tmp_path / "skipped.jsonl")
-    assert sorted(line["row"] for line in skipped) == [3, 8] and all("cut off" in line["reason"] for line in skipped)
-    steps = [next(s for s, batch in enumerate(whole, 1) if line["row"] - 1 in batch) for line in skipped]
+    assert sorted(line["row"] for line in skipped) == [3, 8] and all(
+        "cut off" in line["reason"] for line in skipped
+    )
+    steps = [
+        next(s for s, batch in enumerate(whole, 1) if line["row"] - 1 in batch) for line in skipped
+    ]
     assert steps == [line["step"] for line in skipped]
 
 
@@ -61,17 +69,21 @@ def test_nothing_that_can_be_decoded_ends_the_run(tmp_path):
 
 
 def test_sources_are_drawn_by_weight(tmp_path):
-    """Whatever their sizes; each source in epochs of its own, and from any position as from the start."""
+    """Whatever their sizes; each source in epochs of its own, and from any position as from the
+    start."""
     whole = list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], 0, 5), 4000))
     small = [i for i in whole if i >= 40]
     assert 0.22 < len(small) / 4000 < 0.28 and len(whole) == 4000
     for part, n, first in ((small, 7, 40), ([i for i in whole if i < 40], 40, 0)):
         assert part == [first + i for i in islice(order(n, 0, 5), len(part))]
     for start in (1, 1023, 1024, 2500):
-        assert list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], start, 5), 50)) == whole[start : start + 50]
+        assert (
+            list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], start, 5), 50))
+            == whole[start : start + 50]
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 def demonstrations(tiny, count):
     args = argparse.Namespace(max_prompt=512, max_length=1024)
     examples = load_examples(tiny.sft)
@@ -88,7 +100,9 @@ def test_loss_is_the_token_mean_whatever_the_split(tiny):
     expected.backward()
     for max_tokens in (10**6, 200, 1):
         tiny.model.zero_grad()
-        loss, tokens = sft.accumulate_gradient(tiny.model, batch, argparse.Namespace(max_tokens=max_tokens), ONE)
+        loss, tokens = sft.accumulate_gradient(
+            tiny.model, batch, argparse.Namespace(max_tokens=max_tokens), ONE
+        )
         assert tokens == total and loss == pytest.approx(expected.item(), abs=1e-5)
         assert_same_grads(grads(tiny.model), grads(tiny.stock))
 
@@ -129,5 +143,8 @@ def test_every_turn_of_the_assistant_is_trained(tiny):
     assert [len(prompt.image_grid_thw) for prompt, _ in pairs] == [1, 2]
     shown = tiny.tokenizer.decode(pairs[1][0].input_ids)
     assert shown.index("one") < shown.index("first") < shown.index("two")
-    lengths = [sum(map(len, (prompt.input_ids for prompt, _ in pairs))), sum(len(i) for _, i in pairs)]
+    lengths = [
+        sum(map(len, (prompt.input_ids for prompt, _ in pairs))),
+        sum(len(i) for _, i in pairs),
+    ]
     assert list(sft.measure_demonstration(example, *tools)) == lengths

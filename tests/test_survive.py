@@ -1,4 +1,5 @@
-"""Run: pytest tests/test_survive.py          (1 = 2 = 4 processes, two nodes, kills, preemption, full disks, hangs, memory,
+"""Run: pytest tests/test_survive.py     (1 = 2 = 4 processes, two nodes, kills, preemption, full
+disks, hangs, memory,
 golden losses, loggers; CPU only)
 
 GOLDEN=write pytest tests/test_survive.py -k golden          writes tests/golden anew
@@ -34,9 +35,14 @@ LIMIT = 120  # seconds for two processes on a busy machine; a hang would last an
 GAME = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "log-rollouts": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 def flags_of(tiny, policy, out, script, **more):
-    flags = {"ckpt": tiny.base if script == "sft" else policy, "data": getattr(tiny, script), "out": out, "seed": 5}
+    flags = {
+        "ckpt": tiny.base if script == "sft" else policy,
+        "data": getattr(tiny, script),
+        "out": out,
+        "seed": 5,
+    }
     flags |= {"batch": 4, "lr": 1e-3} if script == "sft" else GAME | {"lr": 1e-4}
     flags |= {"disc-lr": 1e-3} if script == "align" else {}
     flags |= {key.replace("_", "-"): value for key, value in more.items()}
@@ -45,15 +51,24 @@ def flags_of(tiny, policy, out, script, **more):
 
 def start(log, script, flags, processes=0, torchrun=("--standalone",), **environment):
     """A stage script as a user starts it, in a session of its own, its output in the file `log`."""
-    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if processes else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in environment.items()}
+    launcher = (
+        ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+        if processes
+        else []
+    )
+    environment = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1"}
+        | {key: str(value) for key, value in environment.items()}
+    )
     with open(log, "w") as file:
         return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags], env=environment,
                                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
 def end(process, log, limit=180):
-    """-> (exit status, output); a process that is not done in `limit` seconds is killed and fails the test."""
+    """-> (exit status, output); a process that is not done in `limit` seconds is killed and fails
+    the test."""
     try:
         return process.wait(limit), Path(log).read_text()
     except subprocess.TimeoutExpired:
@@ -72,7 +87,9 @@ def two_nodes(tmp_path, script, flags):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     where = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [start(tmp_path / f"log{i}", script, flags, 2, [*where, f"--node_rank={i}"]) for i in (0, 1)]
+    nodes = [
+        start(tmp_path / f"log{i}", script, flags, 2, [*where, f"--node_rank={i}"]) for i in (0, 1)
+    ]
     ends = [end(node, tmp_path / f"log{i}") for i, node in enumerate(nodes)]
     return max(status for status, _ in ends), ends[0][1]
 
@@ -83,14 +100,15 @@ def newest(out):
 
 
 def moments(out, work):
-    """{parameter: Adam's running mean of its gradients} of a state: every gradient of the run has left its mark."""
+    """{parameter: Adam's running mean of its gradients} of a state: every gradient of the run has
+    left its mark."""
     dcp_to_torch_save(runtime.find_states(out)[0], work)
     states = torch.load(work, weights_only=False)
     return {f"{part}.{name}": entry["exp_avg"] for part, state in states.items()
             for name, entry in state["optimizer"]["state"].items()}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ 1 = 2 = 4 processes
+# ------------------------------------------------------------------------------ 1 = 2 = 4 processes
 SAME = {
     "sft": ("sft", {"batch": 8, "lr": 1e-5, "max-prompt": 62}),  # some rows are dropped
     "align": ("align", {"lr": 1e-6, "disc-lr": 1e-5, "warmup-steps": 1, "disc-updates": 2, "steps": 4}),
@@ -106,39 +124,57 @@ def assert_close(left, right, tolerance=1e-5):
     for row, other in zip(left, right, strict=True):
         texts = {key: value for key, value in row.items() if isinstance(value, str)}
         assert texts == {key: value for key, value in other.items() if isinstance(value, str)}
-        numbers = ({key: value for key, value in r.items() if key not in texts} for r in (row, other))
+        numbers = (
+            {key: value for key, value in r.items() if key not in texts} for r in (row, other)
+        )
         assert next(numbers) == pytest.approx(next(numbers), rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_any_number_of_processes_gives_the_same(tiny, policy, tmp_path, name):
-    """Five steps on 1, 2, 4 and (2 nodes x 2) processes, with other micro-batches each: losses, metrics, rollouts,
-    advantages and gradients. On four processes a group spans two ranks, or all of them."""
+    """Five steps on 1, 2, 4 and (2 nodes x 2) processes, with other micro-batches each: losses,
+    metrics, rollouts, advantages and gradients. On four processes a group spans two ranks, or all
+    of them."""
     script, more = SAME[name]
-    flags = lambda out, tokens: flags_of(tiny, policy, tmp_path / out, script, **{"steps": 5, "max-tokens": tokens} | more)
+    def flags(out, tokens):
+        return flags_of(
+            tiny, policy, tmp_path / out, script, **{"steps": 5, "max-tokens": tokens} | more
+        )
     assert stage(script, *flags("1", 16384)) == 0
-    runs = {"2": lambda: ranks(tmp_path, script, flags("2", 300)), "4": lambda: ranks(tmp_path, script, flags("4", 1), 4)}
+    runs = {
+        "2": lambda: ranks(tmp_path, script, flags("2", 300)),
+        "4": lambda: ranks(tmp_path, script, flags("4", 1), 4),
+    }
     if "one prompt" in name:
         del runs["2"]
     if name == "align":
         runs["nodes"] = lambda: two_nodes(tmp_path, script, flags("nodes", 200))
-    first, expected = untimed(read_jsonl(tmp_path / "1" / "metrics.jsonl")), moments(tmp_path / "1", tmp_path / "1.pt")
+    first, expected = (
+        untimed(read_jsonl(tmp_path / "1" / "metrics.jsonl")),
+        moments(tmp_path / "1", tmp_path / "1.pt"),
+    )
     assert len(first) == 5 and any(row.get("grad_norm") for row in first)
     for out, run in runs.items():
         status, text = run()
         assert status == 0, text[-3000:]
         size, mesh = (4, "[2, 2]") if out == "nodes" else (int(out), f"[{out}]")
-        assert text.count(f"{size} processes, mesh {mesh}; --") == text.count(f": {8 // size} on each\n") == 1
+        assert (
+            text.count(f"{size} processes, mesh {mesh}; --")
+            == text.count(f": {8 // size} on each\n")
+            == 1
+        )
         assert_close(first, untimed(read_jsonl(tmp_path / out / "metrics.jsonl")))
         if script != "sft":
-            assert_close(*(read_jsonl(tmp_path / folder / "rollouts.jsonl") for folder in ("1", out)))
+            assert_close(
+                *(read_jsonl(tmp_path / folder / "rollouts.jsonl") for folder in ("1", out))
+            )
         got = moments(tmp_path / out, tmp_path / f"{out}.pt")
         assert got.keys() == expected.keys()
         assert max((got[key] - expected[key]).abs().max() for key in got) <= 1e-5
         assert max(g.abs().max() for g in expected.values()) > 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 STRIKE = '''
 """Started by Python itself in every process of a test. Watches the main thread of rank STRIKE_RANK about once a millisecond,
 lets it pass through the function STRIKE_IN STRIKE_PASS times, and strikes when it has seen it there STRIKE_AFTER times more."""
@@ -167,7 +203,11 @@ def strike():
 if os.environ.get("RANK", "0") == os.environ.get("STRIKE_RANK"):
     threading.Thread(target=strike, daemon=True).start()
 '''
-PHASES = {"sampling": "rollout.py:sample", "backward": "_tensor.py:backward", "saving": "runtime.py:save_state"}
+PHASES = {
+    "sampling": "rollout.py:sample",
+    "backward": "_tensor.py:backward",
+    "saving": "runtime.py:save_state",
+}
 
 
 @pytest.fixture(scope="module")
@@ -194,28 +234,44 @@ def assert_same_run(left, right, script):
 def test_a_run_killed_ten_times_equals_an_unbroken_one(tiny, policy, tmp_path, striker, script):
     """Bitwise: every loss, reward, rollout and weight, also of the steps that were done twice."""
     steps, rng, found = 80, np.random.default_rng(7), []
-    flags = lambda out: flags_of(tiny, policy, tmp_path / out, script, steps=steps, save_every=2)
+    def flags(out):
+        return flags_of(tiny, policy, tmp_path / out, script, steps=steps, save_every=2)
     assert stage(script, *flags("whole")) == 0
     for kill in range(10):
         phase = list(PHASES)[kill % 3]
         passes, after = int(rng.integers(3)) + (phase == "sampling"), int(rng.integers(1, 40))
-        process = start(tmp_path / "log", script, flags("killed") + ["--resume"] * any(found), **striker(phase, passes, after))
+        process = start(
+            tmp_path / "log",
+            script,
+            flags("killed") + ["--resume"] * any(found),
+            **striker(phase, passes, after),
+        )
         status, text = end(process, tmp_path / "log")
         assert status == -signal.SIGKILL, text[-3000:]
         found.append(newest(tmp_path / "killed"))
     known = [step for step in found if step]
-    assert known == sorted(known) and 0 < known[-1] < steps  # a killed save leaves the state before it
+    assert (
+        known == sorted(known) and 0 < known[-1] < steps
+    )  # a killed save leaves the state before it
     assert stage(script, *flags("killed"), "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed", script)
-    assert sorted(os.listdir(tmp_path / "whole")) == sorted(os.listdir(tmp_path / "killed"))  # and nothing else is left
+    assert sorted(os.listdir(tmp_path / "whole")) == sorted(
+        os.listdir(tmp_path / "killed")
+    )  # and nothing else is left
 
 
 def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
     """The other one ends as well, and soon; the resumed run is bitwise the unbroken one."""
-    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "align", steps=20, save_every=2)
+    def flags(out):
+        return flags_of(tiny, policy, tmp_path / out, "align", steps=20, save_every=2)
     status, text = ranks(tmp_path, "align", flags("whole"))
     assert status == 0, text[-3000:]
-    for phase, passes, after, rank in [("sampling", 3, 5, 0), ("saving", 1, 20, 1), ("backward", 2, 7, 1), ("saving", 1, 10, 0)]:
+    for phase, passes, after, rank in [
+        ("sampling", 3, 5, 0),
+        ("saving", 1, 20, 1),
+        ("backward", 2, 7, 1),
+        ("saving", 1, 10, 0),
+    ]:
         resumed = ["--resume"] * (newest(tmp_path / "killed") is not None)
         strike = striker(phase, passes, after, rank)
         status, text = ranks(tmp_path, "align", flags("killed") + resumed, limit=90, **strike)
@@ -227,14 +283,23 @@ def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
 
 @pytest.mark.parametrize("strike, ends_with", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker, strike, ends_with):
-    """SIGTERM, or Ctrl-C, in the middle of a step: the step is finished and saved, the status is 143 or 130."""
-    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "rl", steps=6, save_every=0)
+    """SIGTERM, or Ctrl-C, in the middle of a step: the step is finished and saved, the status is
+    143 or 130."""
+    def flags(out):
+        return flags_of(tiny, policy, tmp_path / out, "rl", steps=6, save_every=0)
     assert stage("rl", *flags("whole")) == 0
     for out, resumed in (("told", []), ("told", ["--resume"])):
-        process = start(tmp_path / "log", "rl", flags(out) + resumed, **striker("sampling", passes=1, strike=strike))
+        process = start(
+            tmp_path / "log",
+            "rl",
+            flags(out) + resumed,
+            **striker("sampling", passes=1, strike=strike),
+        )
         status, text = end(process, tmp_path / "log")
         step = len(read_jsonl(tmp_path / out / "metrics.jsonl"))
-        assert status == ends_with and f"{strike}: the state of step {step} is saved" in text, text[-3000:]
+        assert status == ends_with and f"{strike}: the state of step {step} is saved" in text, text[
+            -3000:
+        ]
         assert newest(tmp_path / out) == step < 6 and "Traceback" not in text
     assert stage("rl", *flags("told"), "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "told", "rl")
@@ -242,15 +307,29 @@ def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker, st
 
 def test_two_processes_of_which_one_is_told_to_stop(tiny, policy, tmp_path, striker):
     """They agree on the step; one process goes on from there, with the same numbers."""
-    flags = lambda out: flags_of(tiny, policy, tmp_path / out, "align", steps=5, save_every=0, lr=1e-6, disc_lr=1e-5)
+    def flags(out):
+        return flags_of(
+            tiny, policy, tmp_path / out, "align", steps=5, save_every=0, lr=1e-6, disc_lr=1e-5
+        )
     assert stage("align", *flags("whole")) == 0
-    status, text = ranks(tmp_path, "align", flags("told"), **striker("sampling", rank=1, strike="SIGTERM"))
-    assert status != 0 and "exitcode  : 143" in text and text.count("SIGTERM: the state of step 1 is saved") == 1, text[-3000:]
+    status, text = ranks(
+        tmp_path, "align", flags("told"), **striker("sampling", rank=1, strike="SIGTERM")
+    )
+    assert (
+        status != 0
+        and "exitcode  : 143" in text
+        and text.count("SIGTERM: the state of step 1 is saved") == 1
+    ), text[-3000:]
     assert newest(tmp_path / "told") == 1
     log = tmp_path / "log"
     status, text = end(start(log, "align", flags("told") + ["--resume"]), log)
-    assert status == 0 and "resumed after step 1, saved by 2 processes: same data, same random numbers" in text, text[-3000:]
-    whole, told = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "told"))
+    assert (
+        status == 0
+        and "resumed after step 1, saved by 2 processes: same data, same random numbers" in text
+    ), text[-3000:]
+    whole, told = (
+        untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "told")
+    )
     assert_close(whole, told)
 
 
@@ -263,23 +342,33 @@ def test_torchrun_passes_the_signal_on(tiny, policy, tmp_path, number):
     process.send_signal(number)  # as a scheduler does, to torchrun alone
     status, text = end(process, log, 60)
     step = len(read_jsonl(out / "metrics.jsonl"))
-    assert status != 0 and text.count(f"{number.name}: the state of step {step} is saved") == 1, text[-3000:]
+    assert status != 0 and text.count(f"{number.name}: the state of step {step} is saved") == 1, (
+        text[-3000:]
+    )
     assert newest(out) == step
 
 
-# ------------------------------------------------------------------------------------------------------ two processes refuse
+# ----------------------------------------------------------------------------- two processes refuse
 def refusal(tmp_path, flags):
     """Two processes that must end: the one line that they write."""
     status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
     lines = [line for line in text.splitlines() if line.startswith("sft.py: error: ")]
-    assert status not in (0, None) and len(lines) == 1 and "Traceback (most" not in text.partition(lines[0])[0], text[-3000:]
+    assert (
+        status not in (0, None)
+        and len(lines) == 1
+        and "Traceback (most" not in text.partition(lines[0])[0]
+    ), text[-3000:]
     return lines[0]
 
 
 def test_two_processes_refuse_alike(tiny, tmp_path):
-    """A locked folder, another run's state, damaged states; of two states the damaged one is passed over."""
+    """A locked folder, another run's state, damaged states; of two states the damaged one is passed
+    over."""
     out = tmp_path / "out"
-    flags = lambda **more: flags_of(tiny, None, out, "sft", **{"steps": 2, "save_every": 1, "keep": 2} | more)
+    def flags(**more):
+        return flags_of(
+            tiny, None, out, "sft", **{"steps": 2, "save_every": 1, "keep": 2} | more
+        )
     out.mkdir()
     with open(out / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -291,42 +380,59 @@ def test_two_processes_refuse_alike(tiny, tmp_path):
     shard = out / "state.2" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-4096] + bytes(4096))
     status, text = ranks(tmp_path, "sft", flags(steps=3) + ["--resume"])
-    assert status == 0 and text.count(f"state.2 is damaged (__1_0.distcp): going back to {out}/state.1") == 1, text[-3000:]
+    assert (
+        status == 0
+        and text.count(f"state.2 is damaged (__1_0.distcp): going back to {out}/state.1") == 1
+    ), text[-3000:]
     for state in runtime.find_states(out):
         os.remove(Path(state) / "__0_0.distcp")
     assert "no whole state is left" in refusal(tmp_path, flags(steps=3) + ["--resume"])
 
 
-# -------------------------------------------------------------------------------------------------------------- write errors
+# ------------------------------------------------------------------------------------- write errors
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, processes):
     """No file may grow beyond 64 KiB: the log goes on, the state cannot be written."""
-    flags = lambda out, steps: flags_of(tiny, None, tmp_path / out, "sft", steps=steps, save_every=2)
+    def flags(out, steps):
+        return flags_of(
+            tiny, None, tmp_path / out, "sft", steps=steps, save_every=2
+        )
     assert stage("sft", *flags("whole", 4)) == 0
     assert stage("sft", *flags("full", 2)) == 0
     log = tmp_path / "log"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # inherited by the process that starts now
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**16, limits[1])
+    )  # inherited by the process that starts now
     try:
         process = start(log, "sft", [*flags("full", 4), "--resume"], processes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     status, text = end(process, log)
-    assert status == (1 if processes else 2) and "Traceback" not in text.partition("sft.py: error:")[0], text[-3000:]
+    assert (
+        status == (1 if processes else 2) and "Traceback" not in text.partition("sft.py: error:")[0]
+    ), text[-3000:]
     assert re.search(r"/full/state.new cannot be written, [0-9.]+ GB are free: ", text)
     assert newest(tmp_path / "full") == 2
     if not processes:
         assert stage("sft", *flags("full", 4), "--resume") == 0
-        whole, full = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full"))
+        whole, full = (
+            untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full")
+        )
         assert whole == full
 
 
-# ----------------------------------------------------------------------------------------------------------------- no hangs
+# ----------------------------------------------------------------------------------------- no hangs
 def question(text, images=(), response=None):
     turns = [("system", SYSTEM), ("user", "<image>" * len(images) + text)]
     prompt = [{"role": role, "content": content} for role, content in turns]
     answer = "<caption>\n1 red circle\n</caption>\n<think>\nodd\n</think>\n<answer>\nodd\n</answer>"
-    return {"prompt": prompt, "images": list(images), "response": response or answer, "answer": "odd"}
+    return {
+        "prompt": prompt,
+        "images": list(images),
+        "response": response or answer,
+        "answer": "odd",
+    }
 
 
 def by_rank(rows, seed=5):
@@ -340,12 +446,20 @@ def by_rank(rows, seed=5):
 @pytest.fixture(scope="module")
 def lopsided(tiny):
     """A checkpoint that answers `short` in the format and `long` with a word without end."""
-    model, out = set_attention(runtime.load_policy(tiny.base), "sdpa"), str(tiny.folder / "lopsided")
-    example = lambda text: Example("x", question(text)["prompt"])
-    encode = lambda text: encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
+    model, out = (
+        set_attention(runtime.load_policy(tiny.base), "sdpa"),
+        str(tiny.folder / "lopsided"),
+    )
+    def example(text):
+        return Example("x", question(text)["prompt"])
+    def encode(text):
+        return encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
     short = encode_response(question("short")["response"], tiny.tokenizer)
     word = encode_response("red", tiny.tokenizer)[:1]
-    batch, args = [(encode("short"), short), (encode("long"), word * 200)], SimpleNamespace(max_tokens=10**6, ckpt=tiny.base)
+    batch, args = (
+        [(encode("short"), short), (encode("long"), word * 200)],
+        SimpleNamespace(max_tokens=10**6, ckpt=tiny.base),
+    )
     optimizer = runtime.make_optimizer(model, 3e-3, 0.0)
     for _ in range(60):
         sft.accumulate_gradient(model, batch, args, ONE)
@@ -357,18 +471,40 @@ def lopsided(tiny):
 
 def game_on_two(tiny, ckpt, tmp_path, script, rows, **more):
     """Two steps on two processes -> (rows of metrics.jsonl, of rollouts.jsonl)."""
-    flags = flags_of(tiny, ckpt, tmp_path / script, script, data=write_jsonl(tmp_path / "rows.jsonl", rows), steps=2, **more)
+    flags = flags_of(
+        tiny,
+        ckpt,
+        tmp_path / script,
+        script,
+        data=write_jsonl(tmp_path / "rows.jsonl", rows),
+        steps=2,
+        **more,
+    )
     status, text = ranks(tmp_path, script, flags, limit=LIMIT)
     assert status == 0, text[-3000:]
-    return read_jsonl(tmp_path / script / "metrics.jsonl"), read_jsonl(tmp_path / script / "rollouts.jsonl")
+    return read_jsonl(tmp_path / script / "metrics.jsonl"), read_jsonl(
+        tmp_path / script / "rollouts.jsonl"
+    )
 
 
 @pytest.mark.parametrize("script", ["sft", "align"])
 def test_one_rank_holds_text_only_rows(tiny, policy, tmp_path, script):
     noise(np.random.default_rng(0), (64, 64)).save(tmp_path / "a.png")
-    rows = [question("one", ["a.png"]), question("two", ["a.png"]), question("three"), question("four")]
+    rows = [
+        question("one", ["a.png"]),
+        question("two", ["a.png"]),
+        question("three"),
+        question("four"),
+    ]
     rows = by_rank(rows if script == "sft" else rows[1:3])  # a batch of four, or two prompts
-    flags = flags_of(tiny, policy, tmp_path / "out", script, data=write_jsonl(tmp_path / "rows.jsonl", rows), steps=2)
+    flags = flags_of(
+        tiny,
+        policy,
+        tmp_path / "out",
+        script,
+        data=write_jsonl(tmp_path / "rows.jsonl", rows),
+        steps=2,
+    )
     status, text = ranks(tmp_path, script, flags, limit=LIMIT)
     assert status == 0, text[-3000:]
     learned = {"sft": "grad_norm", "align": "disc_grad_norm"}[script]
@@ -378,18 +514,31 @@ def test_one_rank_holds_text_only_rows(tiny, policy, tmp_path, script):
 @pytest.mark.parametrize("script", ["align", "rl"])
 def test_every_rollout_is_invalid(tiny, tmp_path, script):
     log, _ = game_on_two(tiny, tiny.base, tmp_path, script, [question("one"), question("two")])
-    assert all(row["valid" if script == "align" else "format"] == 0 and "grad_norm" not in row for row in log)
+    assert all(
+        row["valid" if script == "align" else "format"] == 0 and "grad_norm" not in row
+        for row in log
+    )
 
 
 def test_dynamic_sampling_keeps_nothing(tiny, tmp_path):
-    log, rows = game_on_two(tiny, tiny.base, tmp_path, "rl", [question("one"), question("two")], algo="dapo", max_gen_batches=2)
+    log, rows = game_on_two(
+        tiny,
+        tiny.base,
+        tmp_path,
+        "rl",
+        [question("one"), question("two")],
+        algo="dapo",
+        max_gen_batches=2,
+    )
     assert [(row["groups"], row["gen_batches"]) for row in log] == [(0, 2)] * 2 and rows == []
 
 
 def test_several_updates_in_a_step_that_teaches_nothing(tiny, tmp_path):
     """Only the pass without a gradient runs then; it leaves the weights gathered, and the sampler's
     copy of them failed ('Parameter' object has no attribute 'full_tensor')."""
-    flags = flags_of(tiny, tiny.base, tmp_path / "out", "rl", steps=2, updates_per_rollout=2, kl=0.1)
+    flags = flags_of(
+        tiny, tiny.base, tmp_path / "out", "rl", steps=2, updates_per_rollout=2, kl=0.1
+    )
     status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
     assert status == 0, text[-3000:]
     flags = flags_of(tiny, tiny.base, tmp_path / "plain", "rl", steps=2, updates_per_rollout=2)
@@ -400,10 +549,14 @@ def test_several_updates_in_a_step_that_teaches_nothing(tiny, tmp_path):
 
 @pytest.mark.parametrize("script", ["align", "rl"])
 def test_rollouts_of_one_rank_are_far_longer(tiny, lopsided, tmp_path, script):
-    """One rank samples, and with --kl trains, long after the other. In alignment all its rollouts are invalid, and all of the
-    other one's valid."""
-    more = {"max_new_tokens": 200, "max_tokens": 300, "temperature": 0.3} | ({"kl": 0.1} if script == "rl" else {})
-    log, rows = game_on_two(tiny, lopsided, tmp_path, script, [question("long"), question("short")], **more)
+    """One rank samples, and with --kl trains, long after the other. In alignment all its rollouts
+    are invalid, and all of the other one's valid."""
+    more = {"max_new_tokens": 200, "max_tokens": 300, "temperature": 0.3} | (
+        {"kl": 0.1} if script == "rl" else {}
+    )
+    log, rows = game_on_two(
+        tiny, lopsided, tmp_path, script, [question("long"), question("short")], **more
+    )
     lengths = [[row["finished"] for row in rows if row["step"] == step] for step in (1, 2)]
     assert all(sorted(step) == [False] * 4 + [True] * 4 for step in lengths)
     assert all(row["length"] > 100 for row in log)
@@ -447,14 +600,29 @@ def test_a_rank_that_raises_ends_the_others(tiny, policy, tmp_path, striker):
     """Within a minute, and what is read first is its own traceback."""
     began = time.time()
     flags = flags_of(tiny, policy, tmp_path / "out", "align", steps=10**6)
-    status, text = ranks(tmp_path, "align", flags, limit=LIMIT, **striker("backward", passes=3, rank=1, strike="Broken"))
-    raised_at = max(began, (tmp_path / "out" / "metrics.jsonl").stat().st_mtime if (tmp_path / "out").exists() else began)
+    status, text = ranks(
+        tmp_path,
+        "align",
+        flags,
+        limit=LIMIT,
+        **striker("backward", passes=3, rank=1, strike="Broken"),
+    )
+    raised_at = max(
+        began,
+        (tmp_path / "out" / "metrics.jsonl").stat().st_mtime
+        if (tmp_path / "out").exists()
+        else began,
+    )
     assert time.time() - raised_at < 60
-    first = text[text.index("Traceback") :].partition("Traceback (most recent call last):\n")[2].partition("Traceback")[0]
+    first = (
+        text[text.index("Traceback") :]
+        .partition("Traceback (most recent call last):\n")[2]
+        .partition("Traceback")[0]
+    )
     assert status != 0 and "sitecustomize.Broken" in first and "align.py" in first, text[-3000:]
 
 
-# ------------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def test_memory_does_not_grow(tiny, policy, tmp_path):
     """Resident memory of step 100 is within 5 % of that of step 20."""
     flags, seen = flags_of(tiny, policy, tmp_path / "out", "align", steps=102, save_every=10), {}
@@ -471,11 +639,12 @@ def test_memory_does_not_grow(tiny, policy, tmp_path):
     assert abs(seen[100] / seen[20] - 1) < 0.05, seen
 
 
-# ------------------------------------------------------------------------------------------------------------ golden losses
+# ------------------------------------------------------------------------------------ golden losses
 @pytest.mark.parametrize("script", ["sft", "align", "rl"])
 def test_golden_losses(tiny, policy, tmp_path, script):
-    """Ten steps of each stage as tests/golden has them, at full precision. One machine repeats them bitwise; another CPU
-    rounds sums differently, which ten steps amplify: to 2e-4 where all vector instructions were switched off."""
+    """Ten steps of each stage as tests/golden has them, at full precision. One machine repeats them
+    bitwise; another CPU rounds sums differently, which ten steps amplify: to 2e-4 where all vector
+    instructions were switched off."""
     golden = ROOT / "tests" / "golden" / f"{script}.jsonl"
     assert stage(script, *flags_of(tiny, policy, tmp_path, script, steps=10)) == 0
     rows = untimed(read_jsonl(tmp_path / "metrics.jsonl"))
@@ -484,7 +653,7 @@ def test_golden_losses(tiny, policy, tmp_path, script):
     assert_close(read_jsonl(golden), rows, 1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loggers
+# ------------------------------------------------------------------------------------------ loggers
 WANDB = '''
 """Records what it is asked to do."""
 import json, os
@@ -507,11 +676,22 @@ def test_wandb_is_told_every_step_once_more_after_resume(tiny, tmp_path):
     (tmp_path / "wandb.py").write_text(WANDB)
     environment = {"PYTHONPATH": tmp_path, "NOTES": tmp_path / "notes"}
     for steps, resumed in ((2, []), (3, ["--resume"])):
-        flags = [*flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, logger="wandb", keep=2), *resumed]
+        flags = [
+            *flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, logger="wandb", keep=2),
+            *resumed,
+        ]
         status, text = ranks(tmp_path, "sft", flags, 1, **environment)
         assert status == 0, text[-3000:]
     notes, log = read_jsonl(tmp_path / "notes"), read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert [note["call"] for note in notes] == ["init", "log", "log", "finish", "init", "log", "finish"]
+    assert [note["call"] for note in notes] == [
+        "init",
+        "log",
+        "log",
+        "finish",
+        "init",
+        "log",
+        "finish",
+    ]
     assert notes[0]["id"] == notes[4]["id"] and (notes[0]["steps"], notes[4]["steps"]) == (2, 3)
     told = [(note["step"], note["loss"]) for note in notes if note["call"] == "log"]
     assert told == [(row["step"], row["loss"]) for row in log]
@@ -521,11 +701,22 @@ def test_wandb_is_told_every_step_once_more_after_resume(tiny, tmp_path):
 @pytest.mark.parametrize("logger, package", [("wandb", "wandb"), ("tensorboard", "tensorboard")])
 def test_a_logger_that_is_not_installed(tiny, tmp_path, logger, package):
     (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
+    (tmp_path / package / "__init__.py").write_text(
+        f"raise ImportError('No module named {package}')"
+    )
     log = tmp_path / "log"
-    process = start(log, "sft", flags_of(tiny, None, tmp_path / "out", "sft", logger=logger), PYTHONPATH=tmp_path)
+    process = start(
+        log,
+        "sft",
+        flags_of(tiny, None, tmp_path / "out", "sft", logger=logger),
+        PYTHONPATH=tmp_path,
+    )
     status, text = end(process, log)
-    assert status == 2 and text == f"sft.py: error: --logger {logger}: No module named {package}; pip install {logger}\n"
+    assert (
+        status == 2
+        and text
+        == f"sft.py: error: --logger {logger}: No module named {package}; pip install {logger}\n"
+    )
 
 
 def test_without_the_flag_no_logger_is_imported(tiny, tmp_path):
