@@ -148,7 +148,18 @@ def a_file(tmp_path, name, content):
     return str(tmp_path / name)
 
 
+def splits(tmp_path):
+    """A folder as a clone of a data set leaves it."""
+    for name in ("train", "test"):
+        (tmp_path / "clone").mkdir(exist_ok=True)
+        (tmp_path / "clone" / f"{name}.jsonl").write_bytes(FINE)
+    return tmp_path / "clone"
+
+
 ALL = ("sft", "align", "rl")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
+TOOLS = [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "x"}]
 RESPONSE = "<caption>c</caption><think>t</think><answer>1</answer>"
 FINE = (
     json.dumps({"prompt": "x", "response": RESPONSE, "answer": "1"}).encode() + b"\n"
@@ -218,6 +229,46 @@ BAD = {
     "--keep 0": (ALL, "keep", lambda t, p: 0, "argument --keep: 0: must be at least 1"),
     "a seed of no integer": (ALL, "seed", lambda t, p: 0.5, "argument --seed: 0.5 is no integer"),
     "--system-prompt is a folder": (ALL, "system-prompt", lambda t, p: p, "--system-prompt .*"),
+    "--overlong-buffer is the limit": (["rl"], "overlong-buffer", lambda t, p: 4, "--overlong-buffer 4 .*--max-new-tokens 4"),
+    "--lr without end": (ALL, "lr", lambda t, p: "inf", "argument --lr: inf is not finite"),
+    "--temperature is no number": (["align", "rl"], "temperature", lambda t, p: "nan", "argument --temperature: nan is not"),
+    "--max-bad above 1": (ALL, "max-bad", lambda t, p: 2, "argument --max-bad: 2: must be at most 1"),
+    "--max-prompt 0": (ALL, "max-prompt", lambda t, p: 0, "argument --max-prompt: 0: must be at least 1"),
+    "--max-pixels 0": (ALL, "max-pixels", lambda t, p: 0, "argument --max-pixels: 0: must be at least 1"),
+    "--max-tokens 0": (ALL, "max-tokens", lambda t, p: 0, "argument --max-tokens: 0: must be at least 1"),
+    "--save-every below 0": (ALL, "save-every", lambda t, p: -1, "argument --save-every: -1: must be at least 0"),
+    "--steps below 0": (ALL, "steps", lambda t, p: -1, "argument --steps: -1: must be at least 0"),
+    "--epochs 0": (["sft"], "epochs", lambda t, p: 0, "argument --epochs: 0: must be above 0"),
+    "--warmup above 1": (["sft"], "warmup", lambda t, p: 2, "argument --warmup: 2: must be at most 1"),
+    "--max-length 0": (["sft"], "max-length", lambda t, p: 0, "argument --max-length: 0: must be at least 1"),
+    "--rollouts 0": (["align", "rl"], "rollouts", lambda t, p: 0, "argument --rollouts: 0: must be at least 1"),
+    "--slots 0": (["align", "rl"], "slots", lambda t, p: 0, "argument --slots: 0: must be at least 1"),
+    "--disc-updates 0": (["align"], "disc-updates", lambda t, p: 0, "argument --disc-updates: 0: must be at least 1"),
+    "--warmup-steps below 0": (["align"], "warmup-steps", lambda t, p: -1, "argument --warmup-steps: -1: must"),
+    "--max-gen-batches 0": (["rl"], "max-gen-batches", lambda t, p: 0, "argument --max-gen-batches: 0: must"),
+    "no updates": (["rl"], "updates-per-rollout", lambda t, p: 0, "argument --updates-per-rollout: 0: must be at least 1"),
+    "--split of a file": (ALL, "split", lambda t, p: "test", "--split test: .*jsonl is a file"),
+    "weights that are none": (ALL, "data", lambda t, p: f"{jsonl(p, FINE)}:-1", "--data .*: give every source a weight above 0"),
+    "several splits": (ALL, "data", lambda t, p: splits(p), "holds test, train; choose one with --split"),
+    "--system-prompt is no text": (ALL, "system-prompt", lambda t, p: a_file(p, "s.txt", b"\xff"), "--system-prompt .*s.txt"),
+    "--out in --ckpt": (ALL, "out", lambda t, p: Path(t.base) / "out", "--out .*base/out is, holds or lies in --ckpt"),
+    "--out around --data": (ALL, "out", lambda t, p: t.folder, "--out .* is, holds or lies in --ckpt|--data"),
+    "--out in --disc": (["align"], "disc", lambda t, p: p, "--out .*out is, holds or lies in --disc"),
+    "no --disc": (["align"], "disc", lambda t, p: p / "nowhere", "nowhere"),
+    "--disc is empty": (["align"], "disc", lambda t, p: folder(p, t), "ckpt: .*config.json"),
+    "--disc has no weights": (["align"], "disc", lambda t, p: folder(p, t, *TOKENIZER, "config.json"), "ckpt: .*weights"),
+    "--disc has cut weights": (["align"], "disc", lambda t, p: with_cut_weights(p, t), "ckpt: .*model.safetensors"),
+    "data are a pointer": (ALL, "data", lambda t, p: jsonl(p, LFS), "data.jsonl: a Git-LFS pointer"),
+    "row 2 is a video": (ALL, "data", lambda t, p: with_row(t, p, [2], videos=["a"]), "data.jsonl:2: .*column videos"),
+    "row 2 is a sound": (ALL, "data", lambda t, p: with_row(t, p, [2], audio="a"), "data.jsonl:2: .*column audio"),
+    "row 2 has tools": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt=TOOLS), "data.jsonl:2: .*tool_calls"),
+    "row 2 has another role": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt=TOOLS[1:]), "data.jsonl:2: .*role tool"),
+    "row 2 is a cut chat": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt='[{"role": "u'), "data.jsonl:2: .*not JSON"),
+    "row 2 has a dict as answer": (ALL, "data", lambda t, p: with_row(t, p, [2], answer={"a": 1}), "data.jsonl:2: .*not dict"),
+    "row 2 has half a character": (ALL, "data", lambda t, p: with_row(t, p, [2], answer="\ud800"), "data.jsonl:2: .*UTF-8"),
+    "row 2 has an empty gold": (["rl"], "data", lambda t, p: with_row(t, p, [2], answer="\\boxed{ }"), "data.jsonl:2: .*answer"),
+    "row 2 is no picture": (ALL, "data", lambda t, p: with_row(t, p, [2], images=["data.jsonl"]), "data.jsonl:2: .*image"),
+    "row 2 is garbage": (ALL, "data", lambda t, p: with_row(t, p, [2], prompt=[{"\b" * 9999: 1}]), "data.jsonl:2: [ -~]{,400}$"),
     "every prompt too long": (ALL, "max-prompt", lambda t, p: 3, "--max-prompt"),
 }  # fmt: skip
 CASES = [(name, script) for name, (scripts, *_) in BAD.items() for script in scripts]
@@ -302,6 +353,20 @@ def test_under_torchrun_the_line_appears_once(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, script", [
+    ("missing data", "rl"), ("--ckpt has cut weights", "sft"), ("no teacher", "align"), ("row 2 is a video", "rl"),
+    ("--disc has no weights", "align"),
+])  # fmt: skip
+def test_two_processes_refuse_bad_input(tiny, tmp_path, name, script):
+    """Whatever is wrong, it is said once, and no process waits for another."""
+    result = launch(f"{script}.py", *bad_flags(tiny, tmp_path, script, name), processes=2)
+    lines = [line for line in result.stderr.splitlines() if f"{script}.py: error: " in line]
+    assert result.returncode != 0 and len(set(lines)) == 1, result.stderr[-3000:]
+    assert re.match(f"{script}.py: error: .*{BAD[name][3]}", lines[0])
+    assert "Traceback" not in result.stderr.partition(lines[0])[0] and not (tmp_path / "out").is_dir()
+
+
 def test_a_bad_row_on_one_rank_ends_all(tiny, tmp_path):
     """Only the rank that draws the row sees it; the others must not wait for it in a collective for
     ever."""
@@ -321,6 +386,76 @@ def test_a_bad_row_on_one_rank_ends_all(tiny, tmp_path):
     result = launch("sft.py", *flags, "--bad-rows", "stop", processes=2)
     assert result.returncode != 0 and result.stderr.count("sft.py: error: ") == 1
     assert re.search(r"sft.py: error: .*data.jsonl:4: image cannot be read", result.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- the identity of a run
+@pytest.fixture(scope="module")
+def begun(tiny, policy, tmp_path_factory):
+    """{script: flags of a run of one step that was done}"""
+    runs = {}
+    for script in ("align", "rl"):
+        out = tmp_path_factory.mktemp(script) / "out"
+        flags = {"ckpt": policy, "data": getattr(tiny, script), "prompts": 2, "rollouts": 2, "max-new-tokens": 4, "out": out}
+        runs[script] = flags | {"steps": 1}
+        assert stage(script, *(part for key, value in runs[script].items() for part in (f"--{key}", value))) == 0
+    return runs
+
+
+@pytest.mark.parametrize("script, flag, value, words", [
+    ("rl", "algo", "gspo", "--algo grpo, not gspo"), ("rl", "temperature", 0.5, "--temperature 1.0, not 0.5"),
+    ("rl", "rollouts", 4, "--rollouts 2, not 4"), ("rl", "prompts", 4, "--prompts 2, not 4"),
+    ("rl", "kl", 0.1, "--kl 0.0, not 0.1"), ("rl", "updates-per-rollout", 2, "--updates-per-rollout 1, not 2"),
+    ("rl", "max-new-tokens", 8, "--max-new-tokens 4, not 8"), ("rl", "lr-warmup", 3, "--lr-warmup 0, not 3"),
+    ("rl", "data", "ALIGN", "--data .*, not "), ("rl", "ckpt", "BASE", "--ckpt .*, not "),
+    ("rl", "max-prompt", 900, "--max-prompt 2048, not 900"), ("rl", "max-pixels", 4096, "--max-pixels None, not 4096"),
+    ("align", "alpha", 0.1, "--alpha 0.5, not 0.1"), ("align", "normalize", "combined", "--normalize per-expert, not"),
+    ("align", "disc-lr", 0.1, "--disc-lr 1e-06, not 0.1"), ("align", "disc", "BASE", "--disc .*None.*, not .*content "),
+    ("align", "warmup-steps", 1, "--warmup-steps 0, not 1"), ("align", "std-floor", 1, "--std-floor 0.1, not 1.0"),
+    ("align", "invalid-penalty", 0, "--invalid-penalty 1.5, not 0.0"), ("align", "score-l2", 0, "--score-l2 0.001, not 0.0"),
+])  # fmt: skip
+def test_resume_of_another_run_names_what_differs(tiny, begun, capfd, script, flag, value, words):
+    flags = begun[script] | {"steps": 2, flag: {"ALIGN": tiny.align, "BASE": tiny.base}.get(value, value)}
+    out = begun[script]["out"]
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    capfd.readouterr()
+    assert stage(script, *(part for key, value in flags.items() for part in (f"--{key}", value)), "--resume") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.match(f"{script}.py: error: --resume: the state was made with {words}", line) and "may differ" in line
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+# ------------------------------------------------------------------------------------------------- runs that cannot work
+WORKLESS = {  # name: script, checkpoint, change of every row, flags, words of the warning
+    "no format": ("rl", "base", {}, {}, "no response had the three blocks: is --ckpt trained on them"),
+    "no right answer": ("rl", "policy", {"answer": "17"}, {"max-new-tokens": 40}, "no answer was right: .*the gold in the form"),
+    "equal rewards": ("rl", "base", {}, {}, "all rewards in each group were equal"),
+    "none valid": ("align", "base", {}, {}, "no rollout was valid, .*is --max-new-tokens too small"),
+}
+
+
+@pytest.mark.parametrize("name", WORKLESS)
+def test_a_run_that_cannot_work_says_so_once(tiny, policy, tmp_path, capfd, name):
+    """After ten steps: what is wrong, the likely cause, and a response; the first example is shown with its gold."""
+    script, ckpt, change, more, words = WORKLESS[name]
+    data = with_row(tiny, tmp_path, EVERY, **change)
+    flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": data, "steps": 12, "prompts": 1, "rollouts": 2}
+    flags |= {"max-new-tokens": 4, "save-every": 0, "out": tmp_path / "out"} | more
+    assert stage(script, *(part for key, value in flags.items() for part in (f"--{key}", value))) == 0
+    text = capfd.readouterr().out
+    assert len(re.findall(f"^warning: 10 steps in a row {words}.*; a response: .+$", text, re.M)) == 1
+    step = text.index("step 10 ")
+    assert step < text.index("warning: ") < text.index("step 11 ")
+    assert re.search(r"--- step 0, first rollout\n(.*\n)+gold (even|odd|17), ", text)
+
+
+@pytest.mark.parametrize("response, count", [("yes", 1), (RESPONSE, 0)])
+def test_demonstrations_that_are_not_what_the_prompt_asks_for(tiny, tmp_path, capfd, response, count):
+    system = [{"role": "system", "content": "Write <caption>, <think> and <answer>."}, {"role": "user", "content": "?"}]
+    data = with_row(tiny, tmp_path, EVERY, prompt=system, images=[], response=response)
+    assert stage("sft", "--ckpt", tiny.base, "--data", data, "--batch", 2, "--steps", 1, "--out", tmp_path / "out") == 0
+    text = capfd.readouterr().out
+    assert text.count("warning: 24 of the first 24 responses lack the blocks") == count
+    assert text.find("warning") < text.index("step 1 ") and ("data.jsonl:1" in text) == count
 
 
 DEFAULTS = {  # the published settings
