@@ -39,13 +39,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Example, Examples, File, check_text, encode_prompt, load_examples, load_image
-from data import open_source, pixel_flags, read_file, resolve, system_prompt, to_example, undecoded
+from data import TOO_LONG, Example, Examples, File, attempt, check_text, encode_prompt
+from data import load_examples, load_image, open_image, open_source, pixel_flags, read_file, resolve
+from data import system_prompt, to_example, undecoded
 from rollout import parse_response, sample
 from rows import ATTENTION, set_attention
-from runtime import InputError, InputErrorOfAll, Parser, check_checkpoint, check_out
-from runtime import choose_attention, eos_ids, integer, load_policy, load_tokenizer, real, run
-from runtime import setup, write_json, write_rows
+from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
+from runtime import choose_attention, eos_ids, fingerprint, flag_of, integer, load_policy
+from runtime import load_tokenizer, read_json, real, run, setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
 
 
@@ -286,21 +287,18 @@ def load_bench(spec):
         raise InputError(f"--bench {name}: unknown; there are {', '.join(BENCHMARKS)}")
     if path and not os.path.exists(path):
         raise InputError(f"--bench {spec}: {path} does not exist")
-    benchmark = BENCHMARKS[name]
+    benchmark, source = BENCHMARKS[name], path or BENCHMARKS[name].hub
     # a copy of the Hub's folder has its files further down, in configurations and splits
     tops = glob("*.jsonl*", root_dir=path) + glob("*.parquet", root_dir=path)
     if path and (tops or os.path.isfile(path)):
         return benchmark, Examples(open_source(path, None), [], False, benchmark.read)
     from datasets import load_dataset  # imported here: local files do not need it
 
-    source, files = path or benchmark.hub, []
-    try:
+    files = []
+    with about(f"--bench {spec}: cannot load {source}; give a copy as {name}=PATH"):
         for config in benchmark.configs:
             rows = undecoded(load_dataset(source, config, split=benchmark.split))
             files.append(File(rows, f"{source} {config or ''}".strip(), path))
-    except Exception as error:
-        why = f"cannot load {source} ({' '.join(str(error).split())}); give a copy: {name}=PATH"
-        raise InputError(f"--bench {spec}: {why}") from error
     return benchmark, Examples(files, [], False, benchmark.read)
 
 
@@ -311,43 +309,41 @@ def look(benchmark, examples, world):
     seen, error = {}, None
     mine = range(world.rank, len(examples), world.size)
     for i in tqdm(mine, desc="rows", disable=world.rank > 0 or None, leave=False):
-        try:
-            example = examples[i]
-            if example is not None:
-                seen[i] = look_at(example, "{}:{}".format(*examples.where(i)))
-        except InputError as first:
-            error = i, str(first)
+        where = "{}:{}".format(*examples.where(i))
+        seen[i], why = attempt(lambda example: look_at(example, where), examples, i)
+        if why:
+            error = i, f"{where}: {why}"
             break
     parts = world.gather((seen, error))
     errors = [error for _, error in parts if error]
     if errors:
         raise InputErrorOfAll(min(errors)[1])
     for part, _ in parts:
-        seen.update(part)
-    if not seen:
+        seen |= part
+    indices, checksums = [i for i in sorted(seen) if seen[i]], {}
+    if not indices:
         raise InputErrorOfAll(f"{examples.where(0)[0]}: none of the rows counts")
-    indices, checksums = sorted(seen), {}
     for name in seen[indices[0]]:
         checksums[name] = checksum([seen[i][name] for i in indices])
     return TestSet(benchmark, examples, indices, checksums)
 
 
 def look_at(example, where):
-    """-> {part of the example: checksum}. Raises InputError for what would end the sampling, and
-    for what no response could get right."""
+    """-> {part of the example: checksum}, {} for one that does not count. Raises InputError for
+    what would end the sampling, and for what no response could get right."""
+    if example is None:
+        return {}
     golds = example.answer if isinstance(example.answer, list) else [example.answer]
-    places = sum(message["content"].count("<image>") for message in example.prompt)
-    why = None
     if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
-        why = "the row has no answer to verify against (column answer or reward_model)"
-    elif len(example.options) > 10 and golds[0] not in example.options[:10]:
-        if not parse_choice(clean(golds[0])):  # the letters that the verifier knows
-            many = f"{len(example.options)} options"
-            why = f"the answer {golds[0][:80]!r} of {many} is none of A to J"
-    if places not in (0, len(example.images)):
-        why = f"{places} <image> in the text but {len(example.images)} images in the row"
-    if why:
-        raise InputError(f"{where}: {why}")
+        raise InputError("the row has no answer to verify against (column answer or reward_model)")
+    many = len(example.options)
+    if many > 10 and golds[0] not in example.options[:10] and not parse_choice(clean(golds[0])):
+        # the verifier knows ten letters
+        raise InputError(f"the answer {golds[0][:80]!r} of {many} options is none of A to J")
+    places = sum(message["content"].count("<image>") for message in example.prompt)
+    images = len(example.images)
+    if places not in (0, images):
+        raise InputError(f"{places} <image> in the text but {images} images in the row")
     name = "" if example.id == where else example.id  # a file may move
     parts = {"questions": [name, example.prompt, example.info], "options": example.options}
     parts["gold answers"] = [example.answer, example.digits]
@@ -358,7 +354,7 @@ def look_at(example, where):
             parts["pictures"].append(look_at_picture(image))
         except Exception as error:  # Pillow's decoders raise many kinds
             picture = image if isinstance(image, str) else number
-            raise InputError(f"{where}: image {picture} cannot be read ({error})") from error
+            raise InputError(f"image {picture} cannot be read ({error})") from error
     return {name: checksum(part) for name, part in parts.items()}
 
 
@@ -370,16 +366,15 @@ ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}  # of files 
 
 
 def look_at_picture(image):
-    """A path or bytes -> checksum. Raises what `load_image` raises, but decodes only where header
-    or end of the file are not those of a usual, whole picture."""
+    """A path or bytes -> checksum. Raises what `load_image` raises, but decodes only where the
+    end of the file is not that of a whole picture."""
     if isinstance(image, str):
         with open(image, "rb") as file:
             image = file.read()
-    with Image.open(io.BytesIO(image)) as picture:
+    with open_image(image) as picture:
         width, height = picture.size
-        usual = picture.mode not in ("I", "F") and width * height <= Image.MAX_IMAGE_PIXELS
         whole = picture.format in ENDS and image.endswith(ENDS[picture.format])
-    if not usual or not whole:
+    if not whole:
         load_image(image)
     if max(width, height) > 200 * min(width, height):  # Qwen's image processor refuses it
         raise ValueError(f"{width} x {height} pixels: one side is more than 200 times the other")
@@ -449,28 +444,28 @@ def generate(model, test_set, tokenizer, image_processor, args, world):
     tokens and the verdict. The ranks take every size-th item; a prompt that is too long counts as
     an empty, wrong response."""
     generations, system = [], system_prompt(args)
+
+    def encode(example):
+        return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+
     mine = range(world.rank, len(test_set), world.size)
     chunk = max(1, 2 * args.slots // args.samples)  # so many prompts are kept encoded at a time
     for start in tqdm(range(0, len(mine), chunk), disable=world.rank > 0, leave=False):
-        items = mine[start : start + chunk]
-        examples = [test_set[n] for n in items]
-        prompts = {}
-        for n, example in zip(items, examples):
-            try:
-                prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
-            except InputError as error:  # a picture whose header was right
-                where, why = test_set.where(n), str(error)
-                raise InputError(f"{where}: {why.removeprefix(f'{where}: ')}") from error
+        items, prompts = mine[start : start + chunk], {}
+        for n in items:
+            prompt, why = attempt(encode, test_set.examples, test_set.indices[n])
             if prompt is not None:
                 prompts[n] = prompt
+            elif why != TOO_LONG:  # a picture of which only header and end are right
+                raise InputError(f"{test_set.where(n)}: {why}")
         rollouts = sample(
             model, list(prompts.values()), args.samples, max_new_tokens=args.max_new_tokens,
             slots=args.slots, eos_id=eos_ids(tokenizer, model), temperature=args.temperature,
             seeds=[(args.seed, n) for n in prompts],
         )
         found = dict(zip(prompts, rollouts))
-        for n, example in zip(items, examples):
-            generations += graded(n, example, found.get(n), tokenizer, args.samples)
+        for n in items:
+            generations += graded(n, test_set[n], found.get(n), tokenizer, args.samples)
     everything = [generation for part in world.gather(generations) for generation in part]
     return sorted(everything, key=lambda generation: (generation["item"], generation["sample"]))
 
@@ -505,51 +500,31 @@ class Job:
 def plan(folders, sets, args):
     """-> all jobs. Raises InputError for a file that --resume would keep, but that was made with
     other flags, data or weights."""
-    jobs, values = [], {"--system-prompt": system_prompt(args)}
-    for flag in ("seed", "samples", "temperature", "max_new_tokens", "max_prompt", "min_pixels",
-                 "max_pixels"):
-        values["--" + flag.replace("_", "-")] = getattr(args, flag)
+    flags = ("seed", "samples", "temperature", "max_new_tokens", "max_prompt", "min_pixels",
+             "max_pixels")
+    values = {flag_of(name): getattr(args, name) for name in flags}
+    jobs = []
     for path, folder in folders.items():
-        weights = fingerprint(path)
+        values |= {"--ckpt": fingerprint(path) if os.path.exists(path) else path}
         for data, test_set in sets.items():
             file = os.path.join(args.folder, folder, f"{data}.jsonl")
-            lines = {"number of responses": len(test_set) * args.samples}
-            identity = values | weights | test_set.checksums | lines
+            identity = values | {"--system-prompt": system_prompt(args)} | test_set.checksums
+            identity["number of responses"] = len(test_set) * args.samples
             jobs.append(Job(path, data, file, identity, args.resume and os.path.exists(file)))
             if jobs[-1].kept:
                 check_kept(jobs[-1])
     return jobs
 
 
-def fingerprint(path):
-    """{file: checksum} of what the responses of a checkpoint depend on. Of a large file 64 pieces
-    of 4 kB count: a step of training changes nearly all. A Hub id stands for itself."""
-    if not os.path.isdir(path):
-        return {"checkpoint": path}
-    found = {}
-    for name in os.listdir(path):
-        if name.endswith((".safetensors", ".json", ".jinja", ".txt")) and name != "meta.json":
-            with open(os.path.join(path, name), "rb") as file:
-                found[name] = size = os.fstat(file.fileno()).st_size
-                for start in range(0, size, max(4096, size // 64)):
-                    file.seek(start)
-                    found[name] = crc32(file.read(4096), found[name])
-    return found
-
-
 def check_kept(job):
-    try:
-        with open(job.file.removesuffix("l"), encoding="utf-8") as file:
-            before = json.load(file)
+    with about(f"--resume: {job.file} cannot be kept (delete it, or give another --out)"):
+        before = read_json(job.file.removesuffix("l"))
         with open(job.file, encoding="utf-8") as file:
             before["number of responses"] = sum(1 for _ in file)
-        names = before.keys() | job.identity.keys()
-        other = [name for name in names if before.get(name) != job.identity.get(name)]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        other = [str(error)]
-    if other:
-        what = f"made with other data or flags ({', '.join(sorted(other)[:8])})"
-        raise InputError(f"--resume: {job.file} was {what}; delete it, or give another --out")
+        names = before | job.identity
+        other = sorted(name for name in names if before.get(name) != job.identity.get(name))
+        if other:
+            raise ValueError(f"it was made with other data or flags ({', '.join(other)})")
 
 
 def write_generations(job, generations):
@@ -942,17 +917,16 @@ def keep_rows(generated, sets, args):
     for data, test_set in sets.items():
         measured = measure(generated[data])
         long += int(measured["too_long"].sum())
-        examples = test_set.examples
-        stored = Examples(examples.files, examples.sources, False, lambda row, where, folder: row)
         for n, rate in enumerate(measured["accuracy"].tolist()):
             rates.append(rate)
             if low <= rate <= high:
-                images = []
-                for k, image in enumerate(test_set[n].images):
-                    images.append(portable(image, f"{len(kept)}_{k}", args))
-                row = dict(stored[test_set.indices[n]])
+                file, place = test_set.examples.find(test_set.indices[n])
+                row = dict(file.rows[place])
                 row.pop("image", None), row.pop("images", None)
-                kept.append(row | ({"images": images} if images else {}) | {"pass_rate": rate})
+                for k, image in enumerate(test_set[n].images):
+                    path = portable(image, f"{len(kept)}_{k}", args)
+                    row.setdefault("images", []).append(path)
+                kept.append(row | {"pass_rate": rate})
     hard, easy = sum(rate < low for rate in rates), sum(rate > high for rate in rates)
     counts = f"kept {len(kept)} of {len(rates)} rows, dropped {hard} too hard (pass rate below "
     counts += f"{low}; {long} of them longer than --max-prompt) and {easy} too easy (above {high})"
@@ -1053,19 +1027,6 @@ def checkpoints(specs):
     return ckpts, folders
 
 
-def on_first(world, function, *args):
-    """Call a function on rank 0 -> its result on every rank; all raise its InputError."""
-    result = error = None
-    try:
-        result = function(*args) if world.rank == 0 else None
-    except InputError as found:
-        error = str(found)
-    result, error = world.gather((result, error))[0]
-    if error:
-        raise InputErrorOfAll(error)
-    return result
-
-
 def main():
     args = parse_args()
     check_args(args)
@@ -1076,17 +1037,17 @@ def main():
         check_out(out, inputs | {"--system-prompt": args.system_prompt})
     world = setup(argparse.Namespace(out=args.folder))
     for path in folders:
-        on_first(world, check_checkpoint, path)
+        world.on_first(check_checkpoint, path)
     sets = load_sets(args, world)
-    jobs = on_first(world, plan, folders, sets, args)
+    jobs = world.on_first(plan, folders, sets, args)
     attention = choose_attention(args.attn, world)
     if args.judge:  # a server that is not there is said before an hour of sampling
-        on_first(world, ask, JUDGE.format("How much is 1 + 1?", "2", "two"), args)
+        world.on_first(ask, JUDGE.format("How much is 1 + 1?", "2", "two"), args)
     runs, loaded = {path: {} for path in folders}, None
     for job in jobs:
         test_set = sets[job.data]
         if job.kept:
-            generations = on_first(world, lambda: list(read_file(job.file)))
+            generations = world.on_first(lambda: list(read_file(job.file)))
         else:
             if loaded != job.path:
                 model, loaded = None, job.path  # frees the one before

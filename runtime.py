@@ -183,6 +183,18 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def on_first(self, function, *args):
+        """Call a function on rank 0 -> its result on every rank; all raise its InputError."""
+        result = problem = None
+        try:
+            result = function(*args) if self.rank == 0 else None
+        except InputError as error:
+            problem = str(error)
+        result, problem = self.gather((result, problem))[0]
+        if problem:
+            raise InputErrorOfAll(problem)
+        return result
+
     def wait(self):
         """For all ranks to arrive here."""
         if self.size > 1:
@@ -215,7 +227,7 @@ def setup(args, global_sizes=()):
         shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
         shape = list(world.mesh.mesh.shape)
         print("; ".join([f"{size} processes, mesh {shape}", *shares]), flush=True)
-    claim(args.out, world)
+    world.on_first(claim, args.out)
     return world
 
 
@@ -271,26 +283,21 @@ def check_run(args):
             raise InputError(f"--logger {args.logger}: {error}; {cure}") from error
 
 
-def claim(out, world):
-    """Make OUT and lock it until `run` ends. InputErrorOfAll when another run holds it or when it
-    cannot be written; a folder that is new and stays empty is taken away again."""
-    problem = None
-    if world.rank == 0:
-        new = not os.path.isdir(out)
-        try:
-            os.makedirs(out, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-            lock = CLOSING.enter_context(open(os.path.join(out, "lock"), "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if new:
-                CLOSING.callback(lambda: os.listdir(out) == ["lock"] and shutil.rmtree(out))
-        except BlockingIOError:
-            problem = f"--out {out}: another run is at work there"
-        except OSError as error:
-            problem = f"--out {out} cannot be written: {error.strerror}"
-    problem = world.gather(problem)[0]
-    if problem:
-        raise InputErrorOfAll(problem)
+def claim(out):
+    """Make OUT and lock it until `run` ends. InputError when another run holds it or when it cannot
+    be written; a folder that is new and stays empty is taken away again."""
+    new = not os.path.isdir(out)
+    try:
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        lock = CLOSING.enter_context(open(os.path.join(out, "lock"), "a"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--out {out}: another run is at work there") from error
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from error
+    if new:
+        CLOSING.callback(lambda: os.listdir(out) == ["lock"] and shutil.rmtree(out))
 
 
 def most(packs, world):
@@ -354,9 +361,7 @@ def full_weights(model):
 # --------------------------------------------------------------------------------------- optimizer
 def make_optimizer(model, lr, weight_decay):
     """AdamW over all parameters."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay
-    )
+    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.999), weight_decay=weight_decay)
 
 
 def cosine(step, total, peak, warmup):
@@ -819,7 +824,7 @@ def begin(args, world, parts, steps, *skips, identity=None):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
     run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: see
     `identity_of`. -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
-    world.identity = world.gather(identity_of(args, identity))[0]
+    world.identity = world.on_first(identity_of, args, identity)
     progress = {"step": 0, "position": 0}
     if args.resume:
         progress = resume(args.out, world, parts, steps, skips)
@@ -850,8 +855,8 @@ def resume(out, world, parts, steps, skips):
     if step > steps:
         raise InputErrorOfAll(f"--resume: {step} steps are done already, --steps makes it {steps}")
     load_state(state, world, parts)
-    for mine, (mine.row, mine.total) in zip(skips, progress.pop("skips")):
-        mine.named = mine.total
+    for mine, (row, total) in zip(skips, progress.pop("skips")):
+        mine.row, mine.total, mine.named = row, total, total
     if world.rank == 0:
         other = f", saved by {processes} processes: same data, same random numbers, other rounding"
         other = f"{other} of sums" if processes != world.size else ""
