@@ -32,7 +32,7 @@ import torch
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
 from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched, compare_tokenizers
 from discriminator import expert_metrics, grounding_flags, load_discriminator, make_pairs
-from discriminator import need_two, save_discriminator, score_and_backward
+from discriminator import save_discriminator, score_and_backward
 from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
 from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
@@ -162,7 +162,8 @@ def parse_args():
     common_flags(parser, "align")
     data_flags(parser)
     args = parser.parse_args()
-    need_two(args, "--prompts", args.prompts)
+    if args.mismatch > 0 and args.prompts < 2:
+        raise InputError(f"--mismatch needs two prompts a step: --prompts {args.prompts}")
     return args
 
 

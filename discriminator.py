@@ -10,10 +10,9 @@ routing is slicing, every token costs one MLP, D_v's loss never touches the reas
 other way round, and before the first step both experts equal the dense model.
 
 Does an expert look? ground_v is the share of prompts with pictures under which the teacher's
-caption scores above the one that the teacher wrote for the next prompt of the step with another
-picture; ground_r is that of traces. Near 1 it looks; at 0.5 it reads style, however high acc_v is.
-A text-only one must be at 0.5 where the question says nothing of the picture. (Of traces it need
-not: they name what is asked.)
+caption scores above that of the next prompt of the step with another picture; ground_r is that of
+traces. Near 1 it looks; at 0.5 it reads style, however high acc_v is. Text-only must be at 0.5 in
+captions, if questions say nothing of the picture (in traces not: they name what is asked).
 
 Deviations from the paper and the authors' code: (1) hard routing by segment instead of a learned
 top-2 router over four experts; (2) two heads instead of one; (3) all segments are read at one and
@@ -340,7 +339,7 @@ def score_and_backward(disc, rows, args, world):
 
 
 def score_packs(disc, rows, counts, args, world):
-    """`score_and_backward` (no backward without gradient): one forward per pack of at most
+    """`score_and_backward`, of no_grad without backward: one forward per pack of at most
     args.max_tokens tokens, equally many on every rank. counts: see `pair_loss`."""
     lengths, none = [], torch.empty(0, len(SCORES))
     for row in rows:
@@ -503,7 +502,8 @@ def parse_args():
     common_flags(parser, "disc")
     data_flags(parser)
     args = parser.parse_args()
-    need_two(args, "--batch", args.batch)
+    if args.mismatch > 0 and args.batch < 2:
+        raise InputError(f"--mismatch needs two prompts a step: --batch {args.batch}")
     return args
 
 
@@ -512,11 +512,6 @@ def grounding_flags(group):
                        help="what a head reads of a segment (default: as stored; last)")
     group.add_argument("--mismatch", type=real(0), default=0.0, metavar="W",
                        help="weight of pairs with another picture's teacher response; 0: the paper")
-
-
-def need_two(args, flag, count):
-    if args.mismatch > 0 and count < 2:
-        raise InputError(f"--mismatch needs two prompts a step: {flag} {count}")
 
 
 def need_pair(example, args):
@@ -533,25 +528,26 @@ def need_pair(example, args):
         raise InputError(f"{example.id}: of teacher_cot and student_cot only one has an answer")
 
 
+def encode_texts(example, tokenizer):
+    """Token ids of the teacher's response and, where there is one, of the student's."""
+    texts = filter(None, (example.response, example.rejected))
+    return [encode_response(text, tokenizer) for text in texts]
+
+
 def measure_pair(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of its responses), or None: too long."""
     need_pair(example, args)
     prompt = measure_prompt(example, tokenizer, image_processor, system, args)
-    if prompt is None:
-        return None
-    texts = filter(None, (example.response, example.rejected))
-    return prompt[0], sum(len(encode_response(text, tokenizer)) for text in texts)
+    return prompt and (prompt[0], response_tokens(encode_texts(example, tokenizer)))
 
 
 def encode_pair(example, tokenizer, image_processor, system, args):
-    """Example with a teacher's and maybe a student's response -> Pairs, or None when it is too
-    long."""
-    texts = filter(None, (example.response, example.rejected))
-    teacher, *students = [split_segments(encode_response(text, tokenizer), tokenizer)
-                          for text in texts]
+    """Example with a teacher's and maybe a student's response -> Pairs, or None: too long."""
     prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
     if prompt is None:
         return None
+    ids = encode_texts(example, tokenizer)
+    teacher, *students = [split_segments(response, tokenizer) for response in ids]
     return make_pairs(prompt, teacher, students, tokenizer, args.disc_variant)
 
 
@@ -651,7 +647,7 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args, wo
 def score(args, world):
     """Score every response of a data set, with --probe also in another one's place, and report."""
     examples = load_examples(args.score or args.probe, args.split)
-    tokenizer, image_processor = load_tokenizer(args.ckpt, args)
+    tools = load_tokenizer(args.ckpt, args)
     disc = load_discriminator(args.ckpt, None, choose_attention(args.attn, world))
     disc, lines = disc.to(world.device).eval(), {}
     order = np.arange(len(examples))
@@ -659,9 +655,7 @@ def score(args, world):
         order = np.random.default_rng(args.seed).permutation(order)
     blocks = np.array_split(order, math.ceil(len(order) / 64))  # on any number of ranks the same
     for block in tqdm(blocks[world.rank :: world.size], disable=world.rank > 0):
-        lines |= score_examples(
-            disc, examples, block.tolist(), tokenizer, image_processor, args, world
-        )
+        lines |= score_examples(disc, examples, block.tolist(), *tools, args, world)
     for part in world.gather(lines):
         lines |= part
     lines = [lines[i] for i in range(len(examples))]
@@ -669,7 +663,7 @@ def score(args, world):
         first = "{id}: {reason}".format(**lines[0])
         raise InputError(f"no response can be scored; the first, {first}")
     if args.probe and not any("other_perception" in line for line in lines):
-        raise InputError("--probe: no two responses to different pictures")
+        raise InputError("--probe: no two pictures with a response differ")
     if world.rank == 0:
         report(lines, args.out)
 

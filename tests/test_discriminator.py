@@ -26,6 +26,7 @@ from conftest import (
     stock_inputs,
     write_jsonl,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
@@ -44,6 +45,7 @@ from discriminator import (
     save_discriminator,
     score_and_backward,
     visible_prompt,
+    wilson,
 )
 from rows import Prompt, set_attention
 
@@ -552,6 +554,71 @@ def test_nothing_to_score_is_an_error(tiny, tmp_path, capsys):
     assert stage("discriminator", "--score", data, *flags) == 2
     assert "no response can be scored" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------- grounding
+def write_pictures(folder, name, count):
+    """Examples of a teacher whose caption names the colour of the picture, which nothing else
+    tells; the trace is always the same."""
+    colors = {"red": (220, 30, 30), "blue": (30, 60, 220)}
+    rng, examples = np.random.default_rng(0), []
+    for color, fill in colors.items():
+        Image.new("RGB", (32, 32), fill).save(folder / f"{color}.png")
+    for _ in range(count):
+        color = str(rng.choice(list(colors)))
+        response = f"<caption>\n1 {color} square\n</caption>\n<think>\neven\n</think>\n"
+        response += "<answer>\neven\n</answer>"
+        prompt = [{"role": "user", "content": "<image>How many?"}]
+        example = {"prompt": prompt, "images": [str(folder / f"{color}.png")]}
+        examples.append({**example, "response": response})
+    return write_jsonl(folder / f"{name}.jsonl", examples)
+
+
+def probe(tiny, folder, variant, readout):
+    """Ground a discriminator on teacher responses alone and probe it -> results.json."""
+    data = write_pictures(folder, "data", 48)
+    train = ["--pairs", data, "--ckpt", tiny.base, "--out", folder / variant, "--lr", 1e-2]
+    train += ["--disc-variant", variant, "--readout", readout, "--mismatch", 1, "--batch", 12]
+    assert stage("discriminator", *train, "--steps", 30) == 0
+    out = folder / f"probe {variant}"
+    flags = ["--probe", data, "--ckpt", folder / variant, "--out", out, "--max-tokens", 150]
+    assert stage("discriminator", *flags) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("variant", ["moe", "text-only"])
+def test_grounding_on_teachers_alone(tiny, tmp_path, capsys, variant, readout):
+    """An expert that sees learns which caption is right; without the picture there is nothing to
+    learn, and the measure stays at chance: each caption is as often wrong as right."""
+    results = probe(tiny, tmp_path, variant, readout)
+    log = read_jsonl(tmp_path / variant / "metrics.jsonl")
+    assert "acc_v" not in log[0] and log[0]["ground_v"] == 0.5  # the heads start at zero
+    assert all(metrics["ground_r"] == 0.5 for metrics in log)  # the same trace
+    assert results["ground_r"]["share"] == 0.5 and results["ground_v"]["pairs"] == 48
+    share = results["ground_v"]["share"]
+    assert share == 1 if variant == "moe" else abs(share - 0.5) < 0.2
+    assert variant == "text-only" or log[-1]["ground_v"] == 1
+    assert "ground_v" in capsys.readouterr().out
+    lines = read_jsonl(tmp_path / f"probe {variant}" / "scores.jsonl")
+    right = [line["perception"] > line["other_perception"] for line in lines]
+    assert sum(right) / 48 == pytest.approx(share)
+
+
+def test_wilson():
+    """p between the two roots of (share - p)^2 = z^2 p (1 - p) / n."""
+    for right, n in ((0, 10), (32.5, 64), (48, 48)):
+        for p in wilson(right, n):
+            assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+
+
+def test_teachers_alone_need_mismatch(tiny, tmp_path, capsys):
+    data = write_pictures(tmp_path, "data", 4)
+    flags = ["--pairs", data, "--ckpt", tiny.base, "--out", tmp_path / "out"]
+    for more, words in (([], "no well-formed student response"), (["--batch", 1], "--batch 1")):
+        more += ["--mismatch", 0.5] if more else []
+        assert stage("discriminator", *flags, *more) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------- the copy
