@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import run_alone  # noqa: E402
+
 from rl import reward  # noqa: E402
 import verify as verify_module  # noqa: E402
 from verify import timeouts, verify  # noqa: E402
@@ -1686,6 +1688,19 @@ def test_fresh_process():
     subprocess.run(
         [sys.executable, "-c", FRESH, str(Path(__file__).parents[1])], check=True, timeout=120
     )
+
+
+def test_verify_alone_in_an_empty_folder(tmp_path):
+    """Copied without any other file of ours it needs mpmath and nothing else."""
+    script = """
+import sys
+from verify import verify
+assert verify(r"x = \\frac{1}{2}", "0.5") and verify("(B)", "B", ["1", "2"])
+assert verify(r"\\sqrt{8}", r"2\\sqrt{2}") and not verify("3 or 4", "3")
+found = {name.partition(".")[0] for name in sys.modules}
+print(sorted(found & {"torch", "transformers", "sympy", "numpy", "mpmath", "runtime", "data"}))
+"""
+    assert run_alone(tmp_path, ["verify.py"], script).strip() == "['mpmath']"
 
 
 def test_timeouts_are_counted():
