@@ -41,6 +41,11 @@ from runtime import InputError, Parser, Skips, begin, choose_attention, common_f
 from runtime import integer, load_policy, load_tokenizer, log, make_optimizer, make_sampler
 from runtime import real, refresh, run, save, setup, shard
 
+NOTHING_VALID = (
+    "no rollout was valid, finished and with the three blocks: is --ckpt trained on them, is "
+    "--max-new-tokens too small?"
+)
+
 
 # ------------------------------------------------------------------------------- pure functions
 def masked_zscore(scores, valid, floor):
@@ -181,14 +186,18 @@ def main():
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     compare_tokenizers(tokenizer, args.disc)
-    system, attn = system_prompt(args), choose_attention(args.attn, world)
-    tools = tokenizer, image_processor, system, args
+    tools = tokenizer, image_processor, system_prompt(args), args
     found = look(args.data, lambda example: measure_taught(example, *tools), args, world)
-    parts, sampler = load_players(args, attn, world)
-    (policy, optimizer), (disc, disc_optimizer) = parts.values()
+    policy, sampler, disc = load_players(args, choose_attention(args.attn, world), world)
+    shard(policy, [*policy.model.language_model.layers, policy.model.visual], world,
+          target_logprobs, checkpointing=args.checkpointing)  # the rest is the root
+    shard(disc, [*disc.backbone.language_model.layers, disc.backbone.visual], world,
+          Discriminator.scores, disc.heads.values(), args.checkpointing)
+    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
+    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
+    parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     skips, disc_skips, warn, steps = Skips(), Skips(), Warn(world), args.warmup_steps + args.steps
-    same = found.identity
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=same)
+    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=found.identity)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(steps, args.prompts)
@@ -207,10 +216,9 @@ def main():
         give_advantages(records, scores, args)
         # update discriminator
         experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
-        for update in range(args.disc_updates if experts else 0):  # without a valid rollout none
-            if update > 0:
-                score_records(disc, records, tokenizer, args, world)
-            disc_norm = disc_skips.step(disc, disc_optimizer, args.disc_lr, args.clip, world, 0.0)
+        if experts:  # some rollout was valid
+            play = disc, disc_optimizer, disc_skips
+            disc_norm = update_discriminator(*play, records, tokenizer, args, world)
         scored_at, update, norm = time.time(), {}, None
         # update policy
         if step >= args.warmup_steps:
@@ -224,13 +232,10 @@ def main():
         metrics = {"step": step + 1, "valid": valid, **experts, **update, "grad_norm": norm,
                    "disc_grad_norm": disc_norm, **rollout_metrics(records, world), **feed.counts,
                    "skipped_steps": skips.total + disc_skips.total,
-                   "seconds_rollout": round(sampled_at - began, 3),
-                   "seconds_disc": round(scored_at - sampled_at, 3),
-                   "seconds": round(time.time() - began, 3)}
+                   **seconds(rollout=sampled_at - began, disc=scored_at - sampled_at, began=began)}
         log(world, args.out, metrics)
         log_rollouts(world, args.out, step + 1, records, args.log_rollouts)
-        warn(valid == 0, "no rollout was valid, finished and with the three blocks: is --ckpt "
-             "trained on them, is --max-new-tokens too small?", records)
+        warn(valid == 0, NOTHING_VALID, records)
         # save
         end_step(args, world, parts, progress, step + 1 == steps, skips, disc_skips)
     feed.close()
@@ -239,18 +244,28 @@ def main():
 
 
 def load_players(args, attn, world):
-    """-> {name: (model, optimizer)} of policy and discriminator, and the model to sample from."""
+    """-> policy, the model to sample from, discriminator; none of them sharded yet."""
     policy = set_attention(load_policy(args.ckpt), attn)
     sampler = make_sampler(policy, world)
-    units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
-    shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
-    disc = disc.to(world.device)
-    units = [*disc.backbone.language_model.layers, disc.backbone.visual]
-    shard(disc, units, world, Discriminator.scores, disc.heads.values(), args.checkpointing)
-    optimizer = make_optimizer(policy, args.lr, args.weight_decay)
-    disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
-    return {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}, sampler
+    return policy.to(world.device), sampler, disc.to(world.device)
+
+
+def update_discriminator(disc, optimizer, skips, records, tokenizer, args, world):
+    """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
+    rollouts -> gradient norm of the last."""
+    norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+    for _ in range(args.disc_updates - 1):
+        score_records(disc, records, tokenizer, args, world)
+        norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+    return norm
+
+
+def seconds(rollout, disc, began):
+    """What a step took, for the log."""
+    whole = time.time() - began
+    times = {"seconds_rollout": rollout, "seconds_disc": disc, "seconds": whole}
+    return {name: round(time, 3) for name, time in times.items()}
 
 
 if __name__ == "__main__":
