@@ -107,9 +107,10 @@ JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
     r"|correct|right)$"
 )
-CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing that denies
-    r"^(?:(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)|所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|"
-    r"一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])"
+CHINESE = (  # what may stand before an answer: '面积是', then '所以答案是', '应选', '约'; no denial
+    r"^(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)(?=[-\dA-Za-z(\[{\\$])",
+    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|"
+    r"大约|共|一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])",
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
     m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
@@ -197,7 +198,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
     (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
     (r"^0(?=\d:\d\d)", ""),
-    (CHINESE, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
+    (CHINESE[0], ""), (CHINESE[1], ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
     (rf"(?i)^(?:{SPOKEN})\b(?!-[^hqtfsen])",
      lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),

@@ -1074,7 +1074,9 @@ for line in CASES.strip().splitlines():
     TABLE.append((kind, *line.split(" == " if right else " != ", 1), right))
 
 
-@pytest.mark.parametrize(("kind", "prediction", "gold", "right"), TABLE, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("kind", "prediction", "gold", "right"), TABLE, ids=lambda value: str(value)[:30]
+)
 def test_table(kind, prediction, gold, right):
     assert verify(prediction, gold) is right
 
@@ -1214,7 +1216,18 @@ CHOICES = [
         r"A|30|B. 30|C|60 rad",
     ),
     (
-        ["text one", "text two", "text three", "text four", "text five", "text six", "text seven", "text eight", "text nine", "text ten"],
+        [
+            "text one",
+            "text two",
+            "text three",
+            "text four",
+            "text five",
+            "text six",
+            "text seven",
+            "text eight",
+            "text nine",
+            "text ten",
+        ],
         "J",
         r"J|(J)|text ten|J. text ten",
         r"I|A|text one|J. text one|text|ten text|H or J",
@@ -1238,22 +1251,37 @@ def test_letters_as_options():
 def test_characters_that_nobody_sees(mark):
     """They neither hide an answer nor join two of them."""
     assert verify(f"{mark}5{mark}", "5") and verify(f"C{mark}", "C") and verify("7", f"7{mark}")
-    assert not verify(f"5{mark}6", "5") and not verify(f"5{mark}6", "56") and not verify(f"C{mark}D", "C")
+    assert (
+        not verify(f"5{mark}6", "5")
+        and not verify(f"5{mark}6", "56")
+        and not verify(f"C{mark}D", "C")
+    )
 
 
 def readme_examples():
     """The table under 'What is counted right' -> answer, gold, options, right."""
-    text = (Path(__file__).parents[1] / "README.md").read_text().partition("**What is counted right.**")[2]
+    text = (
+        (Path(__file__).parents[1] / "README.md")
+        .read_text()
+        .partition("**What is counted right.**")[2]
+    )
     for line in re.findall(r"(?m)^\| `.*", text.partition("\nNot counted right")[0]):
         answers, gold, verdict = line.strip("| ").split(" | ")
         gold, _, option = gold.partition(", where option B is ")
         for answer in re.findall("`(.*?)`", answers):
-            yield answer, gold.strip("`"), ["0", option.strip("`")] if option else None, verdict.startswith("right")
+            yield (
+                answer,
+                gold.strip("`"),
+                ["0", option.strip("`")] if option else None,
+                verdict.startswith("right"),
+            )
 
 
 def test_readme():
     rows = list(readme_examples())
-    assert len(rows) == 11 and sum(row[3] for row in rows) == 5  # ten lines, one of them with two answers
+    assert (
+        len(rows) == 11 and sum(row[3] for row in rows) == 5
+    )  # ten lines, one of them with two answers
     for answer, gold, options, right in rows:
         assert verify(answer, gold, options) is right, (answer, gold)
 
@@ -1297,7 +1325,11 @@ GOOD = "<caption>a circle</caption>\n<think>3 + 4</think>\n<answer>{}</answer>"
     ],
 )
 def test_reward(text, score, accuracy, form):
-    assert reward(text, "7") == {"score": pytest.approx(score), "accuracy": accuracy, "format": form}
+    assert reward(text, "7") == {
+        "score": pytest.approx(score),
+        "accuracy": accuracy,
+        "format": form,
+    }
 
 
 def test_reward_options():
@@ -1307,9 +1339,11 @@ def test_reward_options():
     )
 
 
-# ------------------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 UNITS = ["cm", "m", "kg", "s", "°", "cm^2", "m/s", "dollars", "apples"]
-numbers = st.one_of(st.integers(-(10**9), 10**9).map(str), st.decimals(-1000, 1000, places=3).map(str))
+numbers = st.one_of(
+    st.integers(-(10**9), 10**9).map(str), st.decimals(-1000, 1000, places=3).map(str)
+)
 quick = settings(max_examples=200, deadline=None)
 
 
@@ -1329,8 +1363,12 @@ def test_numbers_are_exact_and_symmetric(a, b):
 @quick
 @given(st.integers(-999, 999), st.integers(1, 99), st.integers(1, 9))
 def test_fractions(a, b, k):
-    assert verify(f"{a * k}/{b * k}", rf"\frac{{{a}}}{{{b}}}") and verify(rf"\dfrac{{{a}}}{{{b}}}", f"{a * k}/{b * k}")
-    assert not verify(f"{a}/{b}", f"{a + 1}/{b}") and not verify(f"{a}/{b} or {a + 1}/{b}", f"{a}/{b}")
+    assert verify(f"{a * k}/{b * k}", rf"\frac{{{a}}}{{{b}}}") and verify(
+        rf"\dfrac{{{a}}}{{{b}}}", f"{a * k}/{b * k}"
+    )
+    assert not verify(f"{a}/{b}", f"{a + 1}/{b}") and not verify(
+        f"{a}/{b} or {a + 1}/{b}", f"{a}/{b}"
+    )
 
 
 @quick
@@ -1342,7 +1380,10 @@ def test_a_unit_flips(number, one, other):
 
 @quick
 @given(
-    numbers, numbers, st.sampled_from(["()", "[]", "(]", "[)", "{}"]), st.sampled_from(["()", "[]", "(]", "[)", "{}"])
+    numbers,
+    numbers,
+    st.sampled_from(["()", "[]", "(]", "[)", "{}"]),
+    st.sampled_from(["()", "[]", "(]", "[)", "{}"]),
 )
 def test_a_bracket_flips(a, b, one, other):
     assert verify(f"{one[0]}{a},{b}{one[1]}", f"{other[0]}{a}, {b}{other[1]}") == (one == other)
@@ -1359,7 +1400,7 @@ def test_expressions(a, b, surd):
     )
 
 
-# ------------------------------------------------------------------------------------- any input, in bounded time
+# ----------------------------------------------------------------------- any input, in bounded time
 ALPHABET = [
     *"0123456789 .,;:+-*/^_=<>(){}[]|!%$°\\'\"xyzABC\n",
     *"±√π½²∪≤∞é红Б\x00\ud800",
@@ -1423,7 +1464,9 @@ HOSTILE = {
     "fracs": r"\frac{1}{" * 99 + "2" + "}" * 99,
     "roots": r"\sqrt{" * 150 + "2" + "}" * 150,
     "wide set": "{" + "1," * 480 + "2}",
-    "sets of sets": "{" + ",".join("{" + ",".join(f"{i}{j}" for j in range(9)) + "}" for i in range(12)) + "}",
+    "sets of sets": "{"
+    + ",".join("{" + ",".join(f"{i}{j}" for j in range(9)) + "}" for i in range(12))
+    + "}",
     "surds": "{" + ",".join(rf"\sqrt{{{i}}}" for i in range(90)) + "}",
     "sum": "+".join("x" * 490),
     "minus": "-" * 999 + "5",
@@ -1460,6 +1503,8 @@ HOSTILE = {
     "carets": "^" * 999,
     "pipes": "|x" * 490,
     "ratio": "1:" * 490,
+    "chinese": "是" * 990,
+    "enumeration": r"(1) \log_2" * 90,
 }
 
 
@@ -1470,23 +1515,58 @@ def test_hostile(name):
         assert not timed(prediction, gold) or name in {"spaces", "few brackets", "units"}
     assert timed(text, text)
     start = time.thread_time()
-    accuracy = reward(f"<caption>c</caption><think>t</think><answer>{text}</answer>", "5")["accuracy"]
+    accuracy = reward(f"<caption>c</caption><think>t</think><answer>{text}</answer>", "5")[
+        "accuracy"
+    ]
     assert time.thread_time() - start < BOUND
     assert not accuracy or name in {"spaces", "few brackets", "units"}
+
+
+def test_repeated_pieces():
+    """No pattern backtracks: every piece, and every two, a thousand characters long."""
+    pieces = [
+        *ALPHABET,
+        "是",
+        "选",
+        "(1) ",
+        "x=",
+        "cm ",
+        "e^{",
+        "1 000 ",
+        "one ",
+        r"\log_2",
+        "A. ",
+        "the ",
+    ]
+    for first in pieces:
+        for second in ("", *random.Random(first).sample(pieces, 2)):
+            text = ((first + second) * 1000)[:990]
+            timed(text, "5 cm")
+            timed(f"5 {text}"[:990], "{1, 2}")
 
 
 BOMBS = [
     *(tower * 9 + str(base) for base in (2, 9, 99) for tower in (f"{base}^", f"{base}**")),
     *(f"{base}^{{" * 25 + "9" + "}" * 25 for base in (2, 9, "e", "x", r"\pi")),
-    *(f"{sign}{base}^{{{base}^{{{base}^{{9}}}}}}" for base in (3, 7, 99) for sign in ("", "-", "1/")),
+    *(
+        f"{sign}{base}^{{{base}^{{{base}^{{9}}}}}}"
+        for base in (3, 7, 99)
+        for sign in ("", "-", "1/")
+    ),
     *(f"({n}!)!" for n in (9, 99, 999, "9!")),
     *(rf"\binom{{10^{n}}}{{10^{n - 1}}}" for n in (4, 9, 99)),
     *(rf"\{name}(10^{{10^{{{n}}}}})" for name in ("sin", "ln", "exp", "tan") for n in (3, 9, 99)),
     *(rf"\{name} " * 25 + "9" for name in ("sin", "exp", "sqrt", "ln")),
     *("e^{" * n + "9" + "}" * n for n in (2, 3, 4, 9)),
     *(f"({'+'.join([text] * 40)})^{{99}}" for text in (r"\sqrt{2}", "x", r"\pi", "1/7")),
-    *("*".join([text] * 60) for text in ("99999999!", r"\sqrt{3}", "9^{99}", "(x+1)^{99}", "e^{x}")),
-    *("{" + ",".join([text] * 11) + "}" for text in ("x^{x^{x}}", r"e^{e^{5}}", r"\sqrt{\sqrt{x}}")),
+    *(
+        "*".join([text] * 60)
+        for text in ("99999999!", r"\sqrt{3}", "9^{99}", "(x+1)^{99}", "e^{x}")
+    ),
+    *(
+        "{" + ",".join([text] * 11) + "}"
+        for text in ("x^{x^{x}}", r"e^{e^{5}}", r"\sqrt{\sqrt{x}}")
+    ),
 ]
 
 
@@ -1498,23 +1578,33 @@ def test_bombs(bomb):
     assert timed(bomb, bomb)
 
 
-BESIDE = """after before until since almost nearly beyond excluding minus plus times twice half double
-    under over above below within past modulo approaching not without besides except like unlike
-    opposite multiples~of a~multiple~of factors~of the~square~of the~root~of one~less~than greater~than
-    a~number~near anything~like other~than everything~but one~of any~of numbers~ending~in the~next~after
-    the~sum~of the~inverse~of the~complement~of two~times the~double~of""".split()
-BEHIND = """squared cubed factorial halves tenths dozen hundred thousand million percent more fewer less
-    short too~many times~that at~most at~least or~so or~more and~up plus minus and~a~half if~true if~not
-    else when~odd unless~even but~no maybe perhaps? is~wrong is~not~it is~false was~wrong ago later
-    through~9 to~9 out~of~9 and~9 or~9 versus~9 mod~9 base~9 choose~2 of~9 then~9 9 ± - + / ^ ! _ |
-    =6 >4 <6 ≠6 e1 x %% ?""".split()
-BETWEEN = "{a} {b}@{a},{b}@{a};{b}@{a}/{b}@{a}|{b}@{a} & {b}@{a}\n{b}@{{{a}, {b}}}@[{a}, {b}]@({a}, {b})"
+BESIDE = """
+    after before until since almost nearly beyond excluding minus plus times twice half
+    double under over above below within past modulo approaching not without besides except
+    like unlike opposite multiples~of a~multiple~of factors~of the~square~of the~root~of
+    one~less~than greater~than a~number~near anything~like other~than everything~but one~of
+    any~of numbers~ending~in the~next~after the~sum~of the~inverse~of the~complement~of
+    two~times the~double~of
+""".split()
+BEHIND = """
+    squared cubed factorial halves tenths dozen hundred thousand million percent more fewer
+    less short too~many times~that at~most at~least or~so or~more and~up plus minus
+    and~a~half if~true if~not else when~odd unless~even but~no maybe perhaps? is~wrong
+    is~not~it is~false was~wrong ago later through~9 to~9 out~of~9 and~9 or~9 versus~9 mod~9
+    base~9 choose~2 of~9 then~9 9 ± - + / ^ ! _ | =6 >4 <6 ≠6 e1 x %% ?
+""".split()
+BETWEEN = (
+    "{a} {b}@{a},{b}@{a};{b}@{a}/{b}@{a}|{b}@{a} & {b}@{a}\n{b}@{{{a}, {b}}}@[{a}, {b}]@({a}, {b})"
+)
 REFUSED = [
     *(f"{word.replace('~', ' ')} 7" for word in BESIDE),
     *(f"The answer is {word.replace('~', ' ')} 7" for word in BESIDE),
     *(f"7 {word.replace('~', ' ')}" for word in BEHIND),
     *(text.format(a=a, b=b) for text in BETWEEN.split("@") for a, b in ((7, 8), (6, 7))),
-    *(rf"{name} 7" for name in (r"\sin", r"\ln", r"\sqrt", r"\log", r"\overline", r"\neg", r"\exp")),
+    *(
+        rf"{name} 7"
+        for name in (r"\sin", r"\ln", r"\sqrt", r"\log", r"\overline", r"\neg", r"\exp")
+    ),
 ]
 
 
@@ -1525,12 +1615,34 @@ def test_two_hundred_answers_that_hint_at_seven():
 
 
 def test_two_letters_are_no_choice():
-    joints = [" or ", " and ", ", ", "/", " ", "", "; ", " & ", "|", " / ", ". ", ") ", ": ", " but ", "和", "或"]
-    texts = [f"{lead}{a}{joint}{b}" for joint in joints for a, b in ("BC", "CB") for lead in ("", "Answer: ")]
+    joints = [
+        " or ",
+        " and ",
+        ", ",
+        "/",
+        " ",
+        "",
+        "; ",
+        " & ",
+        "|",
+        " / ",
+        ". ",
+        ") ",
+        ": ",
+        " but ",
+        "和",
+        "或",
+    ]
+    texts = [
+        f"{lead}{a}{joint}{b}"
+        for joint in joints
+        for a, b in ("BC", "CB")
+        for lead in ("", "Answer: ")
+    ]
     assert [text for text in texts if verify(text, "B", ["10", "20", "30", "40"])] == []
 
 
-# ----------------------------------------------------------- the same verdicts whatever else runs
+# ------------------------------------------------------------- the same verdicts whatever else runs
 def verdicts(cases):
     return [verify(prediction, gold) for _, prediction, gold, _ in cases]
 
@@ -1550,7 +1662,10 @@ def test_threads_and_load():
     try:
         forget()
         order = {n: cases[n * 97 % len(cases) :] + cases[: n * 97 % len(cases)] for n in range(8)}
-        work = [threading.Thread(target=lambda n=n: found.update({n: verdicts(order[n])})) for n in order]
+        work = [
+            threading.Thread(target=lambda n=n: found.update({n: verdicts(order[n])}))
+            for n in order
+        ]
         for thread in work:
             thread.start()
         for thread in work:
@@ -1560,7 +1675,9 @@ def test_threads_and_load():
             process.kill()
             process.wait()
     right = {case: verdict for case, verdict in zip(cases, alone)}
-    differences = [case for n in order for case, said in zip(order[n], found[n]) if said != right[case]]
+    differences = [
+        case for n in order for case, said in zip(order[n], found[n]) if said != right[case]
+    ]
     assert len(found) == 8 and differences == []
 
 
@@ -1596,7 +1713,9 @@ assert before == state() and threading.active_count() == 1
 
 def test_fresh_process():
     """No torch, no sympy, no signal handlers, no threads."""
-    subprocess.run([sys.executable, "-c", FRESH, str(Path(__file__).parents[1])], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", FRESH, str(Path(__file__).parents[1])], check=True, timeout=120
+    )
 
 
 def test_timeouts_are_counted():
@@ -1623,11 +1742,13 @@ def test_timeouts_are_counted():
     ],
 )
 def test_golds_of_any_type(gold, right, wrong):
-    assert all(verify(text, gold) for text in right) and not any(verify(text, gold) for text in wrong)
+    assert all(verify(text, gold) for text in right) and not any(
+        verify(text, gold) for text in wrong
+    )
     assert not verify(None, gold) and not verify(5.0, gold)
 
 
-# ------------------------------------------------------------------------- rows of real benchmarks
+# -------------------------------------------------------------------------- rows of real benchmarks
 def check_options(gold, options):
     """The right option is accepted by letter and text, every other one is refused by both."""
     letters = "ABCDEFGHIJ"[: len(options)]
@@ -1648,7 +1769,10 @@ MADE_UP = [
     ("D", ["A", "B", "C", "E", "Impossible to determine"]),
     ("E", [r"$a>0$", r"$b<0$", r"$a+b+c<0$", r"$b^{2}>4 a c$", r"$c<0$"]),
     ("B", ["... only be 3.", "... be 3 or 4.", "... be 4 or 5.", "... only be 5."]),
-    ("A", ["Unemployment remained the same.", "Unemployment decreased.", "Unemployment increased."]),
+    (
+        "A",
+        ["Unemployment remained the same.", "Unemployment decreased.", "Unemployment increased."],
+    ),
     ("B", ["1 and 5", "1 and 3", "2 and 4", "6 and 7", "7 and 8"]),
     ("C", [r"$36 \mathrm{~cm}^{2}$", r"$45 \mathrm{~cm}^{2}$", r"$54 \mathrm{~cm}^{2}$"]),
     ("D", ["$3,5,4,2,1$", "$3,4,5,1,2$", "$3,2,1,4,5$", "$3,1,2,4,5$"]),
@@ -1667,7 +1791,9 @@ def test_rows_with_options(gold, options):
 REAL = Path(__file__).parents[2] / "shared" / "real_rows"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/real_rows: rows of the published benchmarks")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="needs ../shared/real_rows: rows of the published benchmarks"
+)
 def test_real_rows():
     """Every row accepts its gold and refuses every other option, or the gold of any other row."""
     count = 0
