@@ -759,7 +759,8 @@ def run(main):
         status = 2
         alone = dist.is_initialized() and not isinstance(error, InputErrorOfAll)
         if alone or first:
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+            line = quote(" ".join(str(error).split()), 1000)
+            print(f"{script}: error: {line}", file=sys.stderr, flush=True)
     except SystemExit as end:
         status = end.code or 0
     except KeyboardInterrupt:  # before `begin`: nothing is there to save

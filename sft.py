@@ -76,9 +76,9 @@ def turns(example):
 def measure_demonstration(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of the response as it will be trained), summed over the turns of
     the assistant; None when one of them is too long."""
-    need_response(example)
     total = np.zeros(2, np.int64)
     for turn in turns(example):
+        need_response(turn)
         prompt = measure_prompt(turn, tokenizer, image_processor, system, args)
         response = len(encode_response(turn.response, tokenizer))
         if prompt is None:

@@ -107,10 +107,10 @@ JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
     r"|correct|right)$"
 )
-CHINESE = (  # '所以答案是', '应选', '约' before what is said; nothing that denies
-    r"^(?:(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)|所以|因此|因而|故|则|本题|最终|"
-    r"最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|大约|共|一共|总共|有|[:,\s])+"
-    r"(?=[-\dA-Za-z(\[{\\$])"
+CHINESE = (  # what may stand before an answer: '面积是', then '所以答案是', '应选', '约'; no denial
+    r"^(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)(?=[-\dA-Za-z(\[{\\$])",
+    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|"
+    r"大约|共|一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])",
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
     m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
@@ -198,7 +198,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
     (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
     (r"^0(?=\d:\d\d)", ""),
-    (CHINESE, ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
+    (CHINESE[0], ""), (CHINESE[1], ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
     (rf"(?i)^(?:{SPOKEN})\b(?!-[^hqtfsen])",
      lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),
@@ -486,8 +486,8 @@ def timeouts():
 
 # --------------------------------------------------------------------------------------- statement
 HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi
-    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*"
-    r"((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|[eE](?=[-+]?\d))+)"
+    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
+    r"[eE](?=[-+]?\d))+)"
 )
 FORMULA_TAIL = re.compile(  # letters, no units: '\frac{1}{2}mv^{2}', '2\pi h', '5a', '2mg'
     r"\\.*[ })](?!(?:cm|mm|dm|km|kg|ft|m)\b)[a-zA-Z]{1,2}(?:\^\{\d\})?$|"
@@ -882,6 +882,11 @@ def accepts(prediction, gold, options):
     if max(map(len, texts)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
         return prediction.casefold().split() == gold.casefold().split()
     p, g = clean(prediction), clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
+    based = re.fullmatch(r"(\d+)_\{\d+\}", g)  # 72_8: who is asked for octal need not say it
+    if based and p == based[1]:
+        return True
+    if re.fullmatch("A?B?C?D?E?F?G?H?", g) and len(g) > 1:  # several choices: 'A, C' and 'A and C'
+        p = re.sub(r"(?<=\b[A-H])(?:\s*[,;]\s*|\s*\band\b\s*|\s+)(?=[A-H]\b)", "", p)
     if not options:
         return same_answer(p, g)
     options = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
