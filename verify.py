@@ -486,7 +486,8 @@ def timeouts():
 
 # --------------------------------------------------------------------------------------- statement
 HEAD = re.compile(  # the longest beginning without letters: [currency] digits, marks, \frac, \pi
-    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
+    r"((?:[-+](?!\s*[-+]))?)\s*([$€£¥]?)\s*"
+    r"((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
     r"[eE](?=[-+]?\d))+)"
 )
 FORMULA_TAIL = re.compile(  # letters, no units: '\frac{1}{2}mv^{2}', '2\pi h', '5a', '2mg'
