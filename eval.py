@@ -48,6 +48,7 @@ from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint
 from runtime import choose_attention, eos_ids, fingerprint, flag_of, integer, load_policy
 from runtime import load_tokenizer, read_json, real, run, setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
+from verify import with_percent
 
 
 # -------------------------------------------------------------------------- rows of the benchmarks
@@ -410,7 +411,8 @@ def grade(text, example):
     if response is None:
         return {"accuracy": 0.0, "format": 0.0}
     said = response.answer
-    right = verify(said, example.answer, example.options)
+    golds = with_percent(example.answer, example.prompt[-1]["content"])
+    right = verify(said, golds, example.options)
     verdict = {"accuracy": float(right), "format": 1.0, "said": said}
     if not right and 0 < len(said) <= MAX_CHARS:
         words = clean(said)
@@ -420,8 +422,10 @@ def grade(text, example):
             gold = parse_quantity(clean(example.answer))[0]
             if isinstance(gold, Fraction):
                 right = round(value, example.digits) == round(gold, example.digits)
-        closed = right or is_number or parse_choice(words) or words.casefold() in YES_NO
-        verdict |= {"accuracy": float(right), "open": not closed}
+        plain = is_number or parse_choice(words) or words.casefold() in YES_NO
+        # 62% for 62, of which the question does not speak: the judge may know
+        plain = plain and not verify(said, with_percent(example.answer, "%"), example.options)
+        verdict |= {"accuracy": float(right), "open": not right and not plain}
     return verdict
 
 

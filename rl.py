@@ -35,7 +35,7 @@ from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_ro
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
 from runtime import end_step, eos_ids, integer, load_policy, load_tokenizer, log, make_optimizer
 from runtime import make_sampler, most, quote, real, refresh, run, save, setup, shard
-from verify import timeouts, verify
+from verify import timeouts, verify, with_percent
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token",
@@ -397,7 +397,8 @@ def measure_problem(example, *tools):
 def give_rewards(records, args):
     """(5) for each record, with DAPO's soft penalty for overlong responses."""
     for r in records:
-        r.scores = reward(r.text, r.example.answer, r.example.options)
+        golds = with_percent(r.example.answer, r.example.prompt[-1]["content"])
+        r.scores = reward(r.text, golds, r.example.options)
         r.reward = r.scores["score"]
         if ALGOS[args.algo]["overlong"]:
             length = len(r.rollout.ids)

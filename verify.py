@@ -907,6 +907,16 @@ def to_golds(gold):
     return [str(gold)] if isinstance(gold, (str, int, float)) and gold == gold else []
 
 
+def with_percent(gold, question):
+    """The golds to accept where the question speaks of per cent: 62 and 62% are one there."""
+    if not re.search(r"(?i)%|\bper ?cent|百分", question):
+        return gold
+    golds = to_golds(gold)
+    numbers = [text.strip() for text in golds if re.fullmatch(r"\s*-?[\d.,]+\s*%?\s*", text)]
+    other = [text[:-1].strip() if text.endswith("%") else f"{text}%" for text in numbers]
+    return golds + other
+
+
 def verify(prediction, gold, options=None):
     """Is `prediction` (the text of an answer) right?
 

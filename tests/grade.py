@@ -15,7 +15,7 @@ from rl import reward  # noqa: E402
 
 
 def grade(path):
-    """Prints how often the reward's accuracy is right, the faults, and the CPU time."""
+    """Prints how often the reward's accuracy is right, the faults, and the time (of CPU)."""
     faults, slowest, total = {"false accept": [], "false reject": []}, (0.0, ""), 0.0
     answers = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     for answer in answers:
@@ -29,8 +29,7 @@ def grade(path):
     counts = ", ".join(f"{len(found)} {name}" for name, found in faults.items())
     print(
         f"{path}: {right} of {len(answers)} right ({right / len(answers):.1%}), {counts}, "
-        f"slowest {1000 * slowest[0]:.0f} ms ({slowest[1]}), "
-        f"{len(answers) / total:.0f} a CPU second"
+        f"slowest {1000 * slowest[0]:.0f} ms ({slowest[1]}), {len(answers) / total:.0f} a second"
     )
     for name, found in faults.items():
         for answer in found:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
-from data import Examples, File, load_examples
+from data import Example, Examples, File, load_examples
 import eval as E
 from runtime import InputError
 
@@ -1019,3 +1019,14 @@ def test_bad_flags(tiny, tmp_path, capfd, flags, words):
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 1 and E.re.search(f"eval.py: error: .*{words}", error), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "question, accuracy, left_open",
+    [("What per cent is red?", 1.0, False), ("How many are red?", 0.0, True)],
+)  # fmt: skip
+def test_per_cent_is_right_where_it_is_asked_for_and_else_open(question, accuracy, left_open):
+    """As in a tenth of ChartQA's rows: the gold is 62, the answer 62%."""
+    text = "<caption>a</caption><think>b</think><answer>62%</answer>"
+    verdict = E.grade(text, Example("x", [{"role": "user", "content": question}], answer="62"))
+    assert (verdict["accuracy"], verdict["open"]) == (accuracy, left_open)

@@ -22,7 +22,7 @@ from conftest import run_alone  # noqa: E402
 
 from rl import reward  # noqa: E402
 import verify as verify_module  # noqa: E402
-from verify import timeouts, verify  # noqa: E402
+from verify import timeouts, verify, with_percent  # noqa: E402
 
 BOUND = 1.0  # seconds of CPU for one answer, whatever it is
 
@@ -1541,7 +1541,7 @@ def test_repeated_pieces():
         "the ",
     ]
     for first in pieces:
-        for second in ("", *random.Random(first).sample(pieces, 2)):
+        for second in ("", *random.Random(ascii(first)).sample(pieces, 2)):
             text = ((first + second) * 1000)[:990]
             timed(text, "5 cm")
             timed(f"5 {text}"[:990], "{1, 2}")
@@ -1744,6 +1744,17 @@ print(sorted(found & {"torch", "transformers", "sympy", "numpy", "mpmath", "runt
 def test_a_base_and_several_letters(prediction, gold, right):
     """A gold with its base may be said without it; letters in order are several choices."""
     assert verify(prediction, gold) == right
+
+
+@pytest.mark.parametrize(
+    "question, said, gold, right",
+    [("What per cent is red?", "62%", "62", True), ("What is the percentage?", "62", "62%", True),
+     ("How many % are red?", "62 %", 62, True), ("What percent?", "0.62", "62", True),
+     ("What percent?", "63%", "62", False), ("How many are red?", "62%", "62", False),
+     ("How many are red?", "62", "62%", False), ("What percent?", "red%", "red", False)],
+)  # fmt: skip
+def test_per_cent_where_the_question_speaks_of_it(question, said, gold, right):
+    assert verify(said, with_percent(gold, question)) == right
 
 
 def test_timeouts_are_counted():
