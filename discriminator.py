@@ -203,8 +203,8 @@ class Pairs:
     def part(self, chosen):
         """The same row with these of its [*students, *mismatched]."""
         n = len(self.students)
-        students = [self.students[i] for i in chosen if i < n]
-        return replace(self, students=students, mismatched=self.mismatched if n in chosen else [])
+        students, other = [self.students[i] for i in chosen if i < n], n in chosen
+        return replace(self, students=students, mismatched=self.mismatched if other else [])
 
 
 def make_pairs(prompt, teacher, students, tokenizer, variant):
@@ -326,8 +326,8 @@ def score_and_backward(disc, rows, args, world):
     -> scores of the pairs with students [pairs, 4] and with mismatched responses [m, 4], float32 on
     the CPU, columns SCORES, row after row. With --mismatch 0 the latter have a forward of their own
     without gradient: in the others' pack they would change how the others' sums are rounded."""
-    counts = world.sum(sum(len(row.students) for row in rows),
-                       sum(len(row.mismatched) for row in rows))
+    kinds = [len(row.students) for row in rows], [len(row.mismatched) for row in rows]
+    counts = world.sum(*map(sum, kinds))
     if args.mismatch > 0 or not counts[1]:
         return score_packs(disc, rows, counts, args, world)
     with torch.no_grad():

@@ -21,9 +21,11 @@ from conftest import (
     assert_same_grads,
     grads,
     ids_of,
+    launch,
     read_jsonl,
     stage,
     stock_inputs,
+    untimed,
     write_jsonl,
 )
 from PIL import Image
@@ -603,6 +605,28 @@ def test_grounding_on_teachers_alone(tiny, tmp_path, capsys, variant, readout):
     lines = read_jsonl(tmp_path / f"probe {variant}" / "scores.jsonl")
     right = [line["perception"] > line["other_perception"] for line in lines]
     assert sum(right) / 48 == pytest.approx(share)
+
+
+@pytest.mark.slow
+def test_grounding_on_two_processes_is_the_same(tiny, tmp_path):
+    """The learning rate is low because the trace is always the same: its gradient is rounding, of
+    which AdamW makes steps of full size."""
+    data = write_pictures(tmp_path, "data", 21)
+    flags = ["--pairs", data, "--ckpt", tiny.base, "--lr", 1e-6, "--mismatch", 0.5, "--batch", 6]
+    assert stage("discriminator", *flags, "--out", tmp_path / "1") == 0
+    flags += ["--out", tmp_path / "2", "--max-tokens", 100]
+    ran = launch("discriminator.py", *flags, processes=2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = (untimed(read_jsonl(tmp_path / n / "metrics.jsonl")) for n in ("1", "2"))
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+    shares = []
+    for processes in (0, 2):
+        out = tmp_path / f"probe {processes}"
+        flags = ["--probe", data, "--ckpt", tmp_path / "1", "--out", out, "--seed", 3]
+        assert launch("discriminator.py", *flags, processes=processes).returncode == 0
+        shares.append(json.loads((out / "results.json").read_text())["ground_v"])
+    assert shares[0] == shares[1] and shares[0]["pairs"] == 21
 
 
 def test_wilson():
