@@ -20,8 +20,8 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll, append_rows, fingerprint, integer, quote, real
-from runtime import write_rows
+from runtime import InputError, InputErrorOfAll, about, append_rows, fingerprint, integer, quote
+from runtime import real, write_rows
 
 SYSTEM_PROMPT = (
     "Answer in three blocks. "
@@ -137,6 +137,7 @@ class Examples(Sequence):
         file, place = self.find(i)
         return self.read(file.rows[place], "{}:{}".format(*self.where(i)), file.folder)
 
+    @cached_property
     def fingerprint(self):
         """A text that changes when the rows do."""
         found = [self.sources]
@@ -241,7 +242,7 @@ def is_saved(folder):
 def load_saved(folder, split):
     from datasets import DatasetDict, load_from_disk
 
-    with reading(f"{folder}: not a readable folder of save_to_disk"):
+    with about(f"{folder}: not a readable folder of save_to_disk"):
         saved = load_from_disk(folder)
     if isinstance(saved, DatasetDict):
         if (split or "train") not in saved:
@@ -261,17 +262,8 @@ def load_from_hub(source, split):
     from datasets import load_dataset  # imported here: the local formats do not need it
 
     name, _, file = source.partition(":")
-    with reading(f"{source}: neither a local file nor a data set that the Hub gives"):
+    with about(f"{source}: neither a local file nor a data set that the Hub gives"):
         return undecoded(load_dataset(name, data_files=file or None, split=split or "train"))
-
-
-@contextmanager
-def reading(what):
-    """Whatever datasets raises in the block becomes one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(f"{what} ({quote(error, 200)})") from error
 
 
 class JsonLines(Sequence):
@@ -322,7 +314,7 @@ def read_file(path):
     if magic.startswith(b"PAR1") or path.endswith(".parquet"):
         from datasets import Dataset
 
-        with reading(f"{path}: not a readable parquet file"):
+        with about(f"{path}: not a readable parquet file"):
             return undecoded(Dataset.from_parquet(path))
     try:
         if magic[:2] == b"\x1f\x8b":
@@ -782,7 +774,7 @@ class Found:
     @property
     def identity(self):
         """What a run remembers of its data, for --resume."""
-        return {"data": self.examples.fingerprint()}
+        return {"data": self.examples.fingerprint}
 
 
 def attempt(function, examples, i):
@@ -812,7 +804,7 @@ def look(sources, measure, args, world):
     kept = os.path.join(args.out, "rows.npz")
     if args.resume and os.path.exists(kept):
         with np.load(kept) as arrays:
-            if arrays["fingerprint"] == examples.fingerprint():
+            if arrays["fingerprint"] == examples.fingerprint:
                 return Found(examples, arrays["prompt"], arrays["response"], {})
     stop = args.bad_rows == "stop"
     limit = 0 if stop else args.max_bad * len(examples)
@@ -829,8 +821,8 @@ def look(sources, measure, args, world):
                 if reason:
                     lengths, reasons[i] = LONG if reason == TOO_LONG else BAD, reason
                 tokens[i] = lengths
+                bad += lengths == BAD
             looked += len(block)
-            bad = int((tokens[mine, 0] == BAD).sum())
             bar.update(len(block))
             if bad > limit + patience:
                 break
@@ -925,7 +917,7 @@ class Feed:
         if world.rank == 0:
             os.makedirs(args.out, exist_ok=True)
             np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
-                     response=found.response, fingerprint=self.examples.fingerprint())
+                     response=found.response, fingerprint=self.examples.fingerprint)
             if found.reasons and not progress["step"]:
                 write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
 

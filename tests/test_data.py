@@ -1102,7 +1102,7 @@ def test_folders_of_save_to_disk(tiny, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert asked(one) == asked(two) == asked(two, "train") == [row["prompt"] for row in rows]
     assert asked(two, "test") == [row["prompt"] for row in rows[:3]]
-    assert load_examples(one).fingerprint() == load_examples(one).fingerprint()
+    assert load_examples(one).fingerprint == load_examples(one).fingerprint
     for source, split, words in [
         (one, "test", "is one data set"),
         (two, "dev", "choose one with --split: train, test"),
