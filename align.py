@@ -16,7 +16,9 @@ as in the authors' code (--normalize per-expert), because only then do both sign
 weights; --normalize combined is the paper's (3); (2) invalid rollouts get -1.5 after the statistics
 were taken over the valid ones (the authors' code also puts them into the z-score), and an
 all-invalid group gets nothing; (3) a floor under the group's std keeps score noise from becoming
-advantage; (4) scores are clipped at +-10 for the reward only, never in the discriminator's loss.
+advantage; (4) scores are clipped at +-10 for the reward only, never in the discriminator's loss;
+(5) --credit segment, off by default: the caption's tokens are rewarded by both scores, those of the
+trace by D_r alone.
 
     python align.py --ckpt sft_out/ --data curated.jsonl                                     # 1 GPU
     torchrun --nproc_per_node=8 align.py --ckpt sft_out/                      # the paper's settings
@@ -30,9 +32,9 @@ import time
 import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
-from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched, compare_tokenizers
-from discriminator import expert_metrics, grounding_flags, load_discriminator, make_pairs
-from discriminator import save_discriminator, score_and_backward
+from discriminator import MIXTURES, SCORES, VARIANTS, Discriminator, add_mismatched
+from discriminator import compare_tokenizers, expert_metrics, grounding_flags, load_discriminator
+from discriminator import make_pairs, save_discriminator, score_and_backward
 from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
 from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
@@ -108,9 +110,10 @@ def score_records(disc, records, tokenizer, args, world, step=0):
     rows = {}
     for group, members in groups.items():  # in the order of the records, group by group
         first, students = members[0], [r.segments for r in members]
-        rows[group] = make_pairs(first.prompt, first.teacher, students, tokenizer, disc.variant)
+        rows[group] = make_pairs(first.prompt, first.example.response, first.teacher, students,
+                                 tokenizer, disc.variant)
     if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
-        add_mismatched(rows, world)
+        add_mismatched(rows, world, tokenizer, MIXTURES if args.mismatch > 0 else ())
     scores = torch.full((len(records), 4), math.nan)
     scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
     return scores, torch.cat(world.gather(mismatched))
@@ -124,13 +127,17 @@ def give_scores(records, scores, args, world):
 
 
 def give_advantages(records, scores, args):
-    """(1) and (3): scores [B, N, 4] of all ranks, NaN where invalid -> each record's advantage."""
+    """(1) and (3): scores [B, N, 4] of all ranks, NaN if invalid -> each record's advantage; with
+    --credit segment the trace of a valid one has its own, without D_v, which never saw it."""
     valid = ~scores[..., 0].isnan()
     d_v, d_r = scores[..., 0].nan_to_num(), scores[..., 1].nan_to_num()
-    advantages = alignment_advantages(d_v, d_r, valid, args.alpha, args.normalize, args.std_floor,
-                                      args.invalid_penalty).flatten().tolist()
+    settings = valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
+    advantages = alignment_advantages(d_v, d_r, *settings).flatten().tolist()
+    of_traces = alignment_advantages(torch.zeros_like(d_v), d_r, *settings).flatten().tolist()
     for r in records:
         r.advantage = advantages[r.index]
+        if args.credit == "segment" and r.segments is not None:
+            r.trace_advantage = of_traces[r.index]
 
 
 def parse_args():
@@ -142,6 +149,8 @@ def parse_args():
     parser.add_argument("--steps", type=integer(0), default=500, help="steps of the game")
     parser.add_argument("--warmup-steps", type=integer(0), default=0,
                         help="discriminator-only steps on fresh rollouts first")
+    parser.add_argument("--warmup-disc-lr", type=real(0, 1), default=1e-5,
+                        help="learning rate of the discriminator in them")
     parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None,
@@ -159,6 +168,8 @@ def parse_args():
                        help="weight of perception; 1 - alpha is that of reasoning")
     group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert",
                        help="before (1) or after")
+    group.add_argument("--credit", choices=("response", "segment"), default="response",
+                       help="segment: only the caption's tokens are rewarded for perception")
     group.add_argument("--std-floor", type=real(0), default=0.1,
                        help="smallest group std, in score units")
     group.add_argument("--invalid-penalty", type=real(0), default=1.5,
@@ -218,7 +229,8 @@ def main():
         experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
         if experts:  # some rollout was valid
             play = disc, disc_optimizer, disc_skips
-            disc_norm = update_discriminator(*play, records, tokenizer, args, world)
+            disc_lr = args.warmup_disc_lr if step < args.warmup_steps else args.disc_lr
+            disc_norm = update_discriminator(*play, disc_lr, records, tokenizer, args, world)
         scored_at, update, norm = time.time(), {}, None
         # update policy
         if step >= args.warmup_steps:
@@ -251,13 +263,13 @@ def load_players(args, attn, world):
     return policy.to(world.device), sampler, disc.to(world.device)
 
 
-def update_discriminator(disc, optimizer, skips, records, tokenizer, args, world):
+def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, world):
     """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
     rollouts -> gradient norm of the last."""
-    norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+    norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
     for _ in range(args.disc_updates - 1):
         score_records(disc, records, tokenizer, args, world)
-        norm = skips.step(disc, optimizer, args.disc_lr, args.clip, world, 0.0)
+        norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
     return norm
 
 

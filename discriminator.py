@@ -19,9 +19,11 @@ top-2 router over four experts; (2) two heads instead of one; (3) all segments a
 the same token (EOS), are cut by one function and use the policy's M-RoPE positions and image scale,
 so that no artefact tells teacher from student; (4) heads start at zero: before it has learned
 anything the discriminator rewards nothing; (5) a pair of the warm-up is one of whole responses,
-where the paper counts captions and traces apart; (6) --mismatch W adds W times (2) with another
-picture's teacher response as y- (the mean over prompts, so W does not depend on the number of
-rollouts), 0 is the paper; (7) --readout mean: a head reads the mean over all tokens of a segment.
+where the paper counts captions and traces apart; (6) --mismatch W adds W times (2) over the pairs
+of neighbours in a chain from the teacher's response over mixtures to another picture's (a mean over
+prompts, so that W does not depend on the number of rollouts), 0 is the paper: what is wrong in
+little and in the same style shall score a little less; (7) --readout mean: a head reads the mean
+over all tokens of a segment.
 
 Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`; with --mismatch also
 on teacher responses alone: a grounding phase. Diagnosis: D_v and D_r of every response of a data
@@ -39,6 +41,8 @@ import copy
 import json
 import math
 import os
+import random
+import re
 import time
 import zlib
 from dataclasses import dataclass, field, replace
@@ -59,7 +63,7 @@ from rows import IDLE, Prompt, hidden_states, pack_rows, set_attention, split_ro
 try:
     from data import Feed, data_flags, encode_prompt, encode_response, load_examples, look
     from data import measure_prompt, system_prompt
-    from rollout import parse_response, split_segments
+    from rollout import parse_response, parse_spans, split_segments
     from runtime import InputError, Parser, Skips, begin, check_checkpoint
     from runtime import choose_attention, common_flags, copy_processor, cosine, end_step
     from runtime import full_weights, integer, load_tokenizer, log, make_optimizer, most, real, run
@@ -73,6 +77,9 @@ except ModuleNotFoundError as error:
 VARIANTS = ("moe", "dense", "text-only", "learned")
 READOUTS = ("last", "mean")
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
+MIXTURES = (0.15, 0.3, 0.6)  # --mismatch: shares of the words that are another teacher's
+LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
+SPACES = re.compile(r"(\s+)")
 GROUND_EVERY = 10  # warm-up steps between two measurements of ground_v that need a forward
 
 
@@ -190,26 +197,34 @@ def visible_prompt(prompt, tokenizer, variant):
 # --------------------------------------------------------------------------------------- the loss
 @dataclass
 class Pairs:
-    """A shared-prompt row: a prompt, a teacher's response and others that make a pair with it each:
-    those of any number of students, and at most one that a teacher wrote for another picture. A
-    response is its (caption ids, trace ids)."""
+    """A shared-prompt row: a prompt, a teacher's response, those of any number of students, each a
+    pair with the teacher's, and a chain of teachers' that fit it less and less, each a pair with
+    the one before it: mixtures of the teacher's and another one's, at the end that for another
+    picture. A response is its (caption ids, trace ids)."""
 
     prompt: Prompt  # as the discriminator sees it
     teacher: tuple[list[int], list[int]]
     students: list[tuple[list[int], list[int]]]
     mismatched: list[tuple[list[int], list[int]]] = field(default_factory=list)
     picture: torch.Tensor | None = None  # the prompt's pixels, seen or not, to tell pictures apart
+    text: str = ""  # the teacher's response
+
+    def branches(self):
+        """Token numbers of what may be split into several packs: each student, the chain."""
+        chain = [response_tokens(*self.mismatched)] if self.mismatched else []
+        return [*map(response_tokens, self.students), *chain]
 
     def part(self, chosen):
-        """The same row with these of its [*students, *mismatched]."""
+        """The same row with these of its [*students, chain]."""
         n = len(self.students)
-        students, other = [self.students[i] for i in chosen if i < n], n in chosen
-        return replace(self, students=students, mismatched=self.mismatched if other else [])
+        students = [self.students[i] for i in chosen if i < n]
+        return replace(self, students=students, mismatched=self.mismatched if n in chosen else [])
 
 
-def make_pairs(prompt, teacher, students, tokenizer, variant):
+def make_pairs(prompt, text, teacher, students, tokenizer, variant):
+    """A row of Pairs; text: the teacher's response, of which `teacher` are the ids."""
     seen = visible_prompt(prompt, tokenizer, variant)
-    return Pairs(seen, teacher, students, picture=prompt.pixel_values)
+    return Pairs(seen, teacher, students, picture=prompt.pixel_values, text=text)
 
 
 IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, a loss of 0
@@ -219,9 +234,10 @@ def response_tokens(*responses):
     return sum(len(segment) for response in responses for segment in response)
 
 
-def add_mismatched(rows, world):
-    """Give each row with a picture the teacher's response to the next one, in the order of the
-    global batch and in a cycle, that has another picture; none where all pictures are the same.
+def add_mismatched(rows, world, tokenizer, mixtures=()):
+    """Give each row with a picture a mixture for each rate of `mixtures`, and the teacher's
+    response to the next one, in the order of the global batch and in a cycle, that has another
+    picture; nothing where all pictures are the same.
 
     rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
     span ranks is a row on each of them; the first has its mismatched response, so that it counts
@@ -231,16 +247,47 @@ def add_mismatched(rows, world):
     mine, batch = {}, {}
     for place, row in rows.items():
         if row.picture is not None:
-            mine[place] = (world.rank, zlib.crc32(row.picture.numpy()), row.teacher)
+            mine[place] = (world.rank, zlib.crc32(row.picture.numpy()), row.text)
     for part in world.gather(mine):
         batch = part | batch  # the first rank's stays
     places = sorted(batch)
     for i, place in enumerate(places):
-        rank, picture, _ = batch[place]
+        rank, picture, text = batch[place]
         others = (batch[other] for other in places[i + 1 :] + places[:i])
-        other = next((teacher for _, pixels, teacher in others if pixels != picture), None)
+        other = next((text for _, pixels, text in others if pixels != picture), None)
         if rank == world.rank and other is not None:
-            rows[place].mismatched = [other]
+            seed = zlib.crc32((text + other).encode())  # what is wrong at one rate is at the next
+            chain = [mix(text, other, rate, random.Random(seed)) for rate in mixtures]
+            for response in (*chain, other):
+                ids = encode_response(response, tokenizer)
+                rows[place].mismatched.append(split_segments(ids, tokenizer))
+
+
+def mix(mine, other, rate, rng):
+    """Response text `mine` in which, at that rate, a word is the one that another teacher's
+    response has in its place: the third word of a block's second line for the third word there.
+    Of lines, or sentences, with other numbers of words the whole is exchanged. So it is wrong in
+    little, in the teacher's own style, and no truth is needed. rng: random.Random, of which as many
+    numbers are drawn at every rate."""
+    tags, other_tags, parts, at = parse_spans(mine), parse_spans(other), [], 0
+    for i in (0, 2, 4):  # the opening tag of each block; the closing one follows
+        block = mine[tags[i][1] : tags[i + 1][0]]
+        other_block = other[other_tags[i][1] : other_tags[i + 1][0]]
+        parts += [mine[at : tags[i][1]], mix_lines(block, other_block, rate, rng)]
+        at = tags[i + 1][0]
+    return "".join(parts) + mine[at:]
+
+
+def mix_lines(mine, other, rate, rng):
+    mixed = LINES.findall(mine)
+    for i, (line, new_line) in enumerate(zip(mixed, LINES.findall(other))):
+        words, new_words = SPACES.split(line), SPACES.split(new_line)
+        if len(words) == len(new_words):
+            chosen = [b if rng.random() < rate else a for a, b in zip(words, new_words)]
+            mixed[i] = "".join(chosen)
+        elif rng.random() < rate:
+            mixed[i] = new_line
+    return "".join(mixed)
 
 
 def bradley_terry(teacher, student, valid, count=None):
@@ -265,31 +312,37 @@ def row_scores(disc, rows):
 
 def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
     """(2) for both experts over the pairs of a list of Pairs, in one forward, plus score_l2 / 2
-    times the squared scores: the mean over pairs with students, plus `mismatch` times that over
-    pairs with mismatched responses. counts: of both kinds, pairs of the whole global batch.
+    times the squared scores: the mean over pairs with students, plus `mismatch` times that over the
+    pairs of the chains. counts: of both kinds, pairs of the whole global batch.
 
-    -> loss, scores [pairs, 4] with the columns SCORES of both kinds, row after row. Without a pair
-    the loss is a 0 that still reaches every score: a rank without pairs takes part in the
-    collectives."""
+    -> loss, scores [pairs, 4] with the columns SCORES of the students, row after row, and [m, 4] of
+    the ends of the chains. Without a pair the loss is a 0 that still reaches every score: a rank
+    without pairs takes part in the collectives."""
     d = row_scores(disc, rows)
-    places, at = (([], []), ([], [])), 0  # of each kind: where in d the responses of a pair are
+    pairs, ends, at = ([], []), [], 0  # (better, worse) of each kind: where they are in d
     for row in rows:
-        first = at
-        at += 1
-        for (other, teacher), responses in zip(places, (row.students, row.mismatched)):
-            other.extend(range(at, at + len(responses)))
-            teacher.extend([first] * len(responses))
-            at += len(responses)
-    loss, scores = d.sum() * 0, []
-    for (other, teacher), count, weight in zip(places, counts, (1.0, mismatch)):
-        s, t = d[:, other], d[:, teacher]  # [2, pairs]
-        valid = torch.ones_like(s[0], dtype=torch.bool)
-        preference = sum(bradley_terry(t[k], s[k], valid, count) for k in (0, 1))
-        size = score_l2 * 0.5 * (s.square() + t.square()).sum() / max(1, count)
+        places = range(at, at + 1 + len(row.students) + len(row.mismatched))
+        teacher, students = places[0], places[1 : 1 + len(row.students)]
+        chain = [teacher, *places[1 + len(row.students) :]]
+        pairs[0].extend((teacher, student) for student in students)
+        pairs[1].extend(zip(chain, chain[1:]))
+        ends.extend([(teacher, chain[-1])] if row.mismatched else [])
+        at += len(places)
+    loss = d.sum() * 0
+    for kind, count, weight in zip(pairs, counts, (1.0, mismatch)):
+        worse, better = scores_of(d, kind).split(2, 1)
+        valid = torch.ones(len(kind), dtype=torch.bool, device=d.device)
+        preference = sum(bradley_terry(better[:, k], worse[:, k], valid, count) for k in (0, 1))
+        size = score_l2 * 0.5 * (worse.square() + better.square()).sum() / max(1, count)
         loss = loss + weight * (preference + size)
-        scores.append(torch.cat([s, t]).T)
-    share = sum(map(len, scores)) / max(1, sum(counts))
-    return loss + disc.balance() * share, *scores
+    share = sum(map(len, pairs)) / max(1, sum(counts))
+    return loss + disc.balance() * share, scores_of(d, pairs[0]), scores_of(d, ends)
+
+
+def scores_of(d, pairs):
+    """Scores d [2, responses], n places (better, worse) in it -> [n, 4] with the columns SCORES."""
+    better, worse = torch.tensor(pairs, dtype=torch.long, device=d.device).view(-1, 2).T
+    return torch.cat([d[:, worse], d[:, better]]).T
 
 
 def ranked_rightly(scores):
@@ -323,8 +376,8 @@ def score_and_backward(disc, rows, args, world):
     forward the gradient of `pair_loss`, left in the parameters' .grad for the discriminator's step.
     No parameter changes here.
 
-    -> scores of the pairs with students [pairs, 4] and with mismatched responses [m, 4], float32 on
-    the CPU, columns SCORES, row after row. With --mismatch 0 the latter have a forward of their own
+    -> scores of the pairs with students [pairs, 4] and of the ends of chains [m, 4], float32 on the
+    CPU, columns SCORES, row after row. With --mismatch 0 the latter have a forward of their own
     without gradient: in the others' pack they would change how the others' sums are rounded."""
     kinds = [len(row.students) for row in rows], [len(row.mismatched) for row in rows]
     counts = world.sum(*map(sum, kinds))
@@ -345,7 +398,7 @@ def score_packs(disc, rows, counts, args, world):
     for row in rows:
         # every pack of a row repeats its prompt and its teacher
         fixed = len(row.prompt.input_ids) + response_tokens(row.teacher)
-        lengths.append((fixed, [response_tokens(r) for r in row.students + row.mismatched]))
+        lengths.append((fixed, row.branches()))
     packs, found = list(split_rows(lengths, args.max_tokens)), [(none, none)]
     for p in range(most(len(packs), world)):
         part = [rows[r].part(chosen) for r, chosen in packs[p]] if p < len(packs) else [IDLE_ROW]
@@ -548,7 +601,7 @@ def encode_pair(example, tokenizer, image_processor, system, args):
         return None
     ids = encode_texts(example, tokenizer)
     teacher, *students = [split_segments(response, tokenizer) for response in ids]
-    return make_pairs(prompt, teacher, students, tokenizer, args.disc_variant)
+    return make_pairs(prompt, example.response, teacher, students, tokenizer, args.disc_variant)
 
 
 def warm_up(args, world):
@@ -577,7 +630,7 @@ def warm_up(args, world):
         drawn = feed.draw(args.batch, step)
         rows = {item.place: item.encoded for item in drawn if item.encoded is not None}
         if args.mismatch > 0 or (step + 1) % GROUND_EVERY == 0:
-            add_mismatched(rows, world)
+            add_mismatched(rows, world, tokenizer, MIXTURES if args.mismatch > 0 else ())
         # update discriminator
         scores = score_and_backward(disc, list(rows.values()), args, world)  # leaves the gradient
         experts = expert_metrics(*(torch.cat(kind) for kind in zip(*world.gather(scores))))
@@ -626,9 +679,10 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args, wo
         elif response is None:
             line["reason"] = "the response has not the three blocks"
         else:  # one response, in the teacher's place
-            rows[i] = make_pairs(prompt, response, [], tokenizer, disc.variant)
+            text = example.response
+            rows[i] = make_pairs(prompt, text, response, [], tokenizer, disc.variant)
     if args.probe:  # among these: a rank has them all
-        add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1))
+        add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1), tokenizer)
     lengths, usable = [], list(rows)
     for row in rows.values():  # the two responses as one branch, which is not split
         lengths.append((len(row.prompt.input_ids), [response_tokens(row.teacher, *row.mismatched)]))

@@ -79,9 +79,10 @@ def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, t
     """Clipped surrogate of one micro-batch, float32 -> (loss, {"clipped", "kl"}: shares of the
     global token mean).
 
-    logp, old_logp, ref_logp [n, L]; advantages [n]; mask [n, L] bool. `tokens` and `sequences` are
-    the counts of the whole global batch, over all ranks and micro-batches (default: of this call);
-    the parts' losses then add up to the whole's. Two prompts A and B with three rollouts:
+    logp, old_logp, ref_logp [n, L]; advantages [n] or [n, L]; mask [n, L] bool. `tokens` and
+    `sequences` are the counts of the whole global batch, over all ranks and micro-batches (default:
+    of this call); the parts' losses then add up to the whole's. Two prompts A and B with three
+    rollouts:
 
         mask  A1  1 1 1 1 .     token mean:     every 1 weighs 1 / 8       (tokens = 8)
               A2  1 . . . .     sequence mean:  a 1 of A1 weighs 1 / 4 / 3, that of A2 1 / 3,
@@ -96,7 +97,7 @@ def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, t
     log_ratio = torch.where(mask, logp - old_logp, 0.0)  # [n, L]
     if a["ratio"] == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
-    ratio, advantages = log_ratio.exp(), advantages[:, None]
+    ratio, advantages = log_ratio.exp(), advantages.view(len(mask), -1)
     clipped = ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"])
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
     metrics = {"clipped": ((losses > -ratio * advantages) & mask).sum().item() / tokens}
@@ -125,8 +126,17 @@ class Record:
     scores: dict = field(default_factory=dict)  # what was said of it, as rollouts.jsonl has it
     reward: float = 0.0
     advantage: float = 0.0
+    trace_advantage: float | None = None  # of the tokens of the trace, where it is another one
     old_logp: torch.Tensor | None = None  # [L], only with several updates per rollout batch
     ref_logp: torch.Tensor | None = None  # [L], only with --kl
+
+    def token_advantages(self):
+        """[L] float32."""
+        advantages = torch.full((len(self.rollout.ids),), self.advantage)
+        if self.trace_advantage is not None:
+            trace = len(self.segments[0]) - 1  # the caption's EOS is not in the rollout
+            advantages[trace:] = self.trace_advantage
+        return advantages
 
 
 def sampled_here(count, args, world):
@@ -244,7 +254,8 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
     count in the means but are not computed. Every rank runs the same number of forwards.
     """
     tokens, sequences = world.sum(sum(len(r.rollout.ids) for r in records), len(records))
-    packs = list(packed([r for r in records if r.advantage != 0 or kl > 0], args.max_tokens))
+    learned = [r for r in records if r.advantage or r.trace_advantage or kl > 0]
+    packs = list(packed(learned, args.max_tokens))
     names = ("loss", "entropy", "drift", "clipped", "kl", "trained")
     sums = dict.fromkeys(names, 0.0)
     for i in range(most(len(packs), world)):
@@ -255,7 +266,7 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
             continue
         old = logp.detach() if part[0].old_logp is None else pad(r.old_logp for r in part)
         ref = pad(r.ref_logp for r in part) if kl > 0 else None
-        advantages = torch.tensor([r.advantage for r in part]).to(logp)
+        advantages = pad(r.token_advantages() for r in part).to(logp)
         loss, metrics = policy_loss(logp, old, advantages, mask, algo, ref, kl, tokens, sequences)
         (loss * world.size).backward()  # FSDP averages over ranks, the loss is of the global mean
         sampled = pad(torch.tensor(r.rollout.logprobs) for r in part).to(logp)

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import random
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from data import Example, encode_response
 import align
 import rl
 import rollout
-from discriminator import VARIANTS, load_discriminator, visible_prompt
+from discriminator import MIXTURES, VARIANTS, load_discriminator, mix, visible_prompt
 
 # --------------------------------------------------------------------------------------- advantages
 
@@ -154,6 +156,32 @@ def test_scores_and_gradient_equal_one_pair_at_a_time(tiny, variant):
         assert_same_grads(got, reference)
 
 
+@pytest.mark.parametrize("normalize", ["per-expert", "combined"])
+def test_segment_credit(tiny, normalize):
+    """Tokens of the caption get both signals, those of the trace that of the reasoning expert
+    alone, those of an invalid rollout the penalty."""
+    records, rng = make_game(tiny), np.random.default_rng(0)
+    valid = np.array([kind == "good" for kind in RESPONSES]).reshape(3, 3)
+    d_v, d_r = rng.normal(0, 2, (2, 3, 3))
+    settings = {"alpha": 0.3, "normalize": normalize, "floor": 0.1, "penalty": 1.5, "clip": 10.0}
+    whole = expected_advantages(d_v, d_r, valid, **settings).flatten()
+    trace = expected_advantages(np.zeros((3, 3)), d_r, valid, **settings).flatten()
+    scores = torch.full((3, 3, 4), math.nan)
+    scores[torch.tensor(valid)] = torch.tensor(np.stack([d_v, d_r, d_v, d_r], -1)[valid]).float()
+    args = argparse.Namespace(alpha=0.3, normalize=normalize, std_floor=0.1, invalid_penalty=1.5)
+    for credit in ("response", "segment"):
+        args.credit = credit
+        align.give_advantages(records, scores, args)
+        for i, record in enumerate(records):
+            text = tiny.tokenizer.decode(record.rollout.ids)
+            of_token = record.token_advantages().tolist()
+            split = credit == "segment" and RESPONSES[i] == "good"
+            for k in range(len(of_token)):  # a token of the caption does not begin after it
+                before = tiny.tokenizer.decode(record.rollout.ids[:k])
+                expected = trace[i] if split and "</caption>" in before else whole[i]
+                assert of_token[k] == pytest.approx(expected, abs=1e-5), (text, k)
+
+
 def pair_in_float64(disc, prompt, teacher, other):
     """Scores [4] with the columns SCORES and the loss of one pair, each response by itself."""
     s, t = (torch.cat(disc.scores([prompt], [(0, caption)], [(0, trace)]))
@@ -164,7 +192,8 @@ def pair_in_float64(disc, prompt, teacher, other):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mismatched_teachers_equal_one_pair_at_a_time(tiny, variant):
-    """Groups 0 and 2 have pictures and get each other's teacher, group 1 has none."""
+    """Groups 0 and 2 have pictures and have chains to each other's teacher over mixtures, group 1
+    has none; each is a pair with the one before it."""
     disc, records = with_heads(tiny, variant), make_game(tiny)
     prompts = [visible_prompt(r.prompt, tiny.tokenizer, variant) for r in records]
     loss, expected = 0.0, []
@@ -172,14 +201,20 @@ def test_mismatched_teachers_equal_one_pair_at_a_time(tiny, variant):
         if r.segments is not None:
             loss = loss + pair_in_float64(disc, prompt, r.teacher, r.segments)[1] / 5
     for i, j in ((0, 6), (6, 0)):
-        pair = pair_in_float64(disc, prompts[i], records[i].teacher, records[j].teacher)
-        expected.append(pair[0])
-        loss = loss + 0.7 * pair[1] / 2
+        mine, other = (records[k].example.response for k in (i, j))
+        seed, chain = zlib.crc32((mine + other).encode()), [records[i].teacher]
+        for rate in MIXTURES:
+            ids = encode_response(mix(mine, other, rate, random.Random(seed)), tiny.tokenizer)
+            chain.append(rollout.split_segments(ids, tiny.tokenizer))
+        chain.append(records[j].teacher)
+        for better, worse in zip(chain, chain[1:]):
+            loss = loss + 0.3 * pair_in_float64(disc, prompts[i], better, worse)[1] / 8
+        expected.append(pair_in_float64(disc, prompts[i], chain[0], chain[-1])[0])
     disc.zero_grad()
     loss.backward()
     reference = grads(disc)
     for max_tokens in (10**6, 150, 1):
-        scores, mismatched, got = learn(tiny, disc, records, max_tokens, mismatch=0.7)
+        scores, mismatched, got = learn(tiny, disc, records, max_tokens, mismatch=0.3)
         assert (mismatched - torch.stack(expected)).abs().max() <= 1e-5 and len(scores) == 9
         assert_same_grads(got, reference)
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from conftest import (
     ids_of,
     launch,
     read_jsonl,
+    short,
     stage,
     stock_inputs,
     untimed,
@@ -44,11 +46,13 @@ from discriminator import (
     bradley_terry,
     expert_metrics,
     load_discriminator,
+    mix,
     save_discriminator,
     score_and_backward,
     visible_prompt,
     wilson,
 )
+from rollout import parse_response, split_segments
 from rows import Prompt, set_attention
 
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
@@ -251,6 +255,33 @@ def test_bradley_terry_equals_float64():
     assert sum(parts).item() == pytest.approx(expected, rel=1e-5)  # they add up
 
 
+def text_of(caption, think, answer):
+    caption = f"<caption>\n{caption}\n</caption>"
+    return f"{caption}\n<think>\n{think}\n</think>\n<answer>{answer}</answer>"
+
+
+def test_mixtures_exchange_words_in_their_places():
+    """Word by word where two lines have as many words, else line by line; of free text sentences.
+    What the other has no place for stays."""
+    mine = text_of("1 red cross\n2 lime circle\n3 blue square", "It is 3.5 m. So be it", "no")
+    other = text_of("1 blue cross\n2 one lime cross", "That was. But", "yes")
+    expected = [("1 blue cross", "1 red cross"), ("2 one lime cross", "2 lime circle")]
+    expected += [("3 blue square",), ("That was. ", "It is 3.5 m. "), ("But", "So be it")]
+    expected += [("yes", "no")]
+    assert mix(mine, other, 0.0, random.Random(0)) == mine
+    whole = mix(mine, other, 1.0, random.Random(0))
+    caption = "1 blue cross\n2 one lime cross\n3 blue square"
+    assert whole == text_of(caption, "That was. But", "yes")
+    exchanged = np.zeros(len(expected))
+    for seed in range(300):
+        text = mix(mine, other, 0.3, random.Random(seed))
+        assert parse_response(text)
+        for i, (new, *old) in enumerate(expected):
+            assert sum(part in text for part in (new, *old)) == 1, text
+            exchanged[i] += new in text
+    assert exchanged[2] == 300 and (abs(exchanged[[0, 1, 3, 4, 5]] / 300 - 0.3) < 0.12).all()
+
+
 def test_without_a_valid_pair_the_loss_is_zero():
     t = torch.tensor([3.0, 1e9], requires_grad=True)
     s = torch.tensor([-3.0, -torch.inf], requires_grad=True)
@@ -259,9 +290,14 @@ def test_without_a_valid_pair_the_loss_is_zero():
     assert loss.item() == 0 and not t.grad.any() and not s.grad.any()
 
 
-def test_whose_response_is_mismatched():
+def test_whose_response_is_mismatched(tiny):
     """The next one's that has another picture, in a cycle; place 3 has none. A prompt that is a row
     on two ranks counts on the first. All ranks together are one, in whatever order they are."""
+    rng = np.random.default_rng(0)
+    texts = {place: short(rng, f"answer {place}") for place in (0, 1, 2, 3, 4, 7)}
+    ids = {}
+    for place, text in texts.items():
+        ids[place] = split_segments(encode_response(text, tiny.tokenizer), tiny.tokenizer)
     pictures = {0: 1.0, 1: 1.0, 2: 2.0, 3: None, 4: 3.0, 7: 1.0}
 
     def rows(*places):
@@ -269,7 +305,7 @@ def test_whose_response_is_mismatched():
         for place in places:
             color = pictures[place]
             picture = None if color is None else torch.full((2, 3), color)
-            made[place] = Pairs(None, f"teacher {place}", [], picture=picture)
+            made[place] = Pairs(None, None, [], picture=picture, text=texts[place])
         return made
 
     expected = {0: 2, 1: 2, 2: 4, 3: None, 4: 7, 7: 2}
@@ -277,15 +313,19 @@ def test_whose_response_is_mismatched():
         found, offered = [], []
         for rank, places in enumerate(split):  # what each rank hands in
             keep = lambda mine: offered.append(mine) or [mine]  # noqa: E731
-            add_mismatched(rows(*places), SimpleNamespace(rank=rank, gather=keep))
+            add_mismatched(rows(*places), SimpleNamespace(rank=rank, gather=keep), tiny.tokenizer)
         for rank, places in enumerate(split):
             part = rows(*places)
-            add_mismatched(part, SimpleNamespace(rank=rank, gather=lambda mine: offered))
-            found += [(place, *row.mismatched) for place, row in part.items()]
-        pairs = [(place, f"teacher {other}") for place, other in expected.items() if other]
-        assert sorted(pair for pair in found if len(pair) == 2) == pairs
+            world = SimpleNamespace(rank=rank, gather=lambda mine: offered)
+            add_mismatched(part, world, tiny.tokenizer, (0.5, 1.0))
+            for place, row in part.items():
+                if row.mismatched:
+                    found.append((place, row.mismatched[-1]))
+                    assert row.mismatched[1] == row.mismatched[2] and len(row.mismatched) == 3
+        pairs = [(place, ids[other]) for place, other in expected.items() if other]
+        assert sorted(found) == pairs
     same = rows(0, 1, 7)
-    add_mismatched(same, ONE)
+    add_mismatched(same, ONE, tiny.tokenizer)
     assert not any(row.mismatched for row in same.values())
 
 
@@ -581,7 +621,7 @@ def probe(tiny, folder, variant, readout):
     data = write_pictures(folder, "data", 48)
     train = ["--pairs", data, "--ckpt", tiny.base, "--out", folder / variant, "--lr", 1e-2]
     train += ["--disc-variant", variant, "--readout", readout, "--mismatch", 1, "--batch", 12]
-    assert stage("discriminator", *train, "--steps", 30) == 0
+    assert stage("discriminator", *train, "--steps", 60) == 0
     out = folder / f"probe {variant}"
     flags = ["--probe", data, "--ckpt", folder / variant, "--out", out, "--max-tokens", 150]
     assert stage("discriminator", *flags) == 0
@@ -603,8 +643,9 @@ def test_grounding_on_teachers_alone(tiny, tmp_path, capsys, variant, readout):
     assert variant == "text-only" or log[-1]["ground_v"] == 1
     assert "ground_v" in capsys.readouterr().out
     lines = read_jsonl(tmp_path / f"probe {variant}" / "scores.jsonl")
-    right = [line["perception"] > line["other_perception"] for line in lines]
-    assert sum(right) / 48 == pytest.approx(share)
+    gaps = np.array([line["perception"] - line["other_perception"] for line in lines])
+    ties = (abs(gaps) < 1e-5).mean()
+    assert (gaps >= 1e-5).mean() + ties / 2 == pytest.approx(share)
 
 
 @pytest.mark.slow
