@@ -1,4 +1,7 @@
-"""The table and the figure at the end of `python -m toy`, from the files that the stages wrote."""
+"""Tables and figures of the toy, from the files that the stages wrote.
+
+An arm is a checkpoint on the way; it may have been made from several seeds, each in its own folder.
+"""
 
 import json
 import os
@@ -6,17 +9,27 @@ import textwrap
 
 import numpy as np
 
-from eval import bootstrap, interval, markdown, percent
+from eval import bootstrap, holm, interval, markdown, p_value, percent, permuted
 from rollout import parse_response
 from toy import world
 
 ARMS = {
     "sft": "SFT",
     "sft_rl": "SFT -> RL",
+    "more": "SFT -> SFT on the curated rows",
+    "more_rl": "SFT -> SFT on the curated rows -> RL",
     "align": "SFT -> align",
     "align_rl": "SFT -> align -> RL",
 }
 METRICS = ("accuracy", "perception", "reasoning", "format")
+# which data of what comes after SFT have a kind of question
+TOUCHED = {"color number": "game", "shape number": "game, RL", "shape parity": "RL"}
+TOUCHED = {kind: TOUCHED.get(kind, "neither") for kind in world.KINDS}
+LOOKS = {  # what of write_look's an expert is to tell from the right one
+    "perception": ["1 wrong cells", "2 wrong cells", "4 wrong cells", "colors exchanged",
+                   "shapes exchanged"],
+    "reasoning": ["trace of another caption", "trace with slips"],
+}
 
 
 def read_jsonl(*path):
@@ -27,50 +40,160 @@ def read_jsonl(*path):
 def exact_scores(problem, generation):
     """The toy's own scores of a response: a line of what eval.py writes or of a rollouts.jsonl."""
     blocks = parse_response(generation["response"]) if generation["finished"] else None
-    return world.score(problem, blocks and (blocks.caption, blocks.think, blocks.answer))
+    found = world.score(problem, blocks and (blocks.caption, blocks.think, blocks.answer))
+    seen = world.perceive(problem, blocks.caption if blocks else "")
+    return {**found, "colors": seen["colors"], "shapes": seen["shapes"]}
 
 
-def table(out):
-    """{"greedy" | "T = 1": {arm: {metric: {"mean", "low", "high"}}}} over the test items.
-
-    What eval.py has measured, and the toy's own scores with eval.py's intervals (all samples of an
-    item are drawn together).
-    """
+# --------------------------------------------------------------------------------------- the table
+def measure(out, run, arm):
+    """{metric: [items]} over the test items of one seed, the mean over the samples of each."""
     problems = [example["world"] for example in read_jsonl(out, "data", "test.jsonl")]
-    items, ones = np.arange(len(problems)), np.ones(len(problems))
-    result = {}
-    for mode, run in (("greedy", "eval_greedy"), ("T = 1", "eval_sampled")):
-        with open(os.path.join(out, run, "results.json")) as file:
-            measured = json.load(file)["results"]
-        for arm in ARMS:
-            generations = read_jsonl(out, run, arm, "test.jsonl")
-            scores = [exact_scores(problems[g["item"]], g) for g in generations]
-            cells = {key: measured[arm]["test"][key] for key in ("accuracy", "format", "tokens")}
-            for key in ("perception", "reasoning"):
-                samples = np.array([s[key] for s in scores]).reshape(len(problems), -1)
-                means = samples.mean(1, keepdims=True)  # [items, 1]
-                cells[key] = interval(*bootstrap(means, items, ones, "test"))
-            result.setdefault(mode, {})[arm] = cells
-    return result
+    lines = read_jsonl(out, f"{run}_{arm}", arm, "test.jsonl")
+    scores = [exact_scores(problems[line["item"]], line) for line in lines]
+    found = {key: [s[key] for s in scores] for key in METRICS}
+    found["accuracy"] = [line["accuracy"] for line in lines]  # as eval.py judged it
+    return {key: np.reshape(values, (len(problems), -1)).mean(1) for key, values in found.items()}
 
 
-def print_table(result, out):
-    """The final table, on the screen and as OUT/table.md."""
+def measure_kinds(out, values):
+    """values [items] of one seed -> {what touched the kind of question: mean}."""
+    kinds = [TOUCHED[example["world"]["kind"]] for example in read_jsonl(out, "data", "test.jsonl")]
+    groups = dict.fromkeys(TOUCHED.values())
+    return {group: values[[kind == group for kind in kinds]].mean() for group in groups}
+
+
+def arm_table(outs, arms, bases):
+    """Markdown: a line for each of `arms`, {arm: its name in words}, over the seeds in `outs`.
+
+    Intervals at 95 % over items and seeds. p: paired permutation test over the items of all seeds
+    of the accuracy at T = 1, against the arms `bases`, corrected by Holm over the table.
+    """
+    found, ps, lines = {}, {}, []
+    for arm in arms:
+        runs = {run: [measure(out, run, arm) for out in outs] for run in ("greedy", "sampled")}
+        found[arm] = runs
+    for base in bases:
+        for arm in arms:
+            differences = []
+            for one, other in zip(found[arm]["sampled"], found[base]["sampled"]):
+                differences.append(one["accuracy"] - other["accuracy"])
+            differences = np.concatenate(differences)
+            if arm != base:
+                ps[arm, base] = p_value(differences.sum(), permuted(differences))
+    ps = dict(zip(ps, holm(list(ps.values()))))
+    for arm, name in arms.items():
+        greedy, sampled = found[arm]["greedy"], found[arm]["sampled"]
+        cells = [summary(greedy, "accuracy", arm)]
+        cells += [summary(sampled, key, arm) for key in METRICS]
+        kinds = [measure_kinds(out, seed["accuracy"]) for out, seed in zip(outs, sampled)]
+        for group in kinds[0]:
+            cells.append(f"{100 * np.mean([seed[group] for seed in kinds]):.1f}")
+        cells += [f"{ps[arm, base]:.3f}" if (arm, base) in ps else "" for base in bases]
+        lines.append([name, *cells])
+    header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values())]
+    return markdown([*header, *(f"p to {arms[base]}" for base in bases)], lines)
+
+
+def summary(seeds, key, arm):
+    values = np.stack([seed[key] for seed in seeds], 1)  # [items, seeds]
+    items, ones = np.arange(len(values)), np.ones(len(values))
+    return percent(interval(*bootstrap(values, items, ones, "test", arm)))
+
+
+# -------------------------------------------------------------------------------------- the experts
+def looks(out, scores):
+    """{variant: share of the test items of which an expert scores the right response higher}."""
+    by_item = {}
+    for line in read_jsonl(out, scores, "scores.jsonl"):
+        item, _, variant = line["id"].rpartition("/")
+        by_item.setdefault(item, {})[variant] = line
+    shares = {}
+    for expert, variants in LOOKS.items():
+        for variant in variants:
+            pairs = [(one["right"][expert], one[variant][expert]) for one in by_item.values()]
+            shares[variant] = np.mean([0.5 * (a >= b) + 0.5 * (a > b) for a, b in pairs])
+    return shares
+
+
+def truth(out, data):
+    """{id: what is true of it} of a data set."""
+    return {line["id"]: line["world"] for line in read_jsonl(out, "data", data + ".jsonl")}
+
+
+def signals(out, arm, data="align"):
+    """What the scores of the game's rollouts follow: {"D_v, colors": correlation within a group}.
+
+    Of the second half of the logged steps, with exact perception (colours and shapes apart) or
+    reasoning, and with the length of the response in characters.
+    """
+    problems = truth(out, data)
+    rollouts = read_jsonl(out, arm, "rollouts.jsonl")
+    middle, groups = np.median([r["step"] for r in rollouts]), {}
+    for r in rollouts:
+        if r["step"] > middle and "d_v" in r:
+            exact = exact_scores(problems[r["id"]], r)
+            line = [r["d_v"], r["d_r"], exact["colors"], exact["shapes"], exact["reasoning"]]
+            groups.setdefault((r["step"], r["id"]), []).append([*line, len(r["response"])])
+    centred = np.concatenate([np.subtract(g, np.mean(g, 0)) for g in groups.values()])
+    products = centred.T @ centred / len(centred)
+    deviations = np.sqrt(np.diag(products))
+    r = products / np.maximum(np.outer(deviations, deviations), 1e-12)
+    names = ("colors", "shapes", "reasoning", "length")
+    wanted = [("D_v", 0, (2, 3, 5)), ("D_r", 1, (4, 5))]
+    return {f"{d}, {names[j - 2]}": r[i, j] for d, i, columns in wanted for j in columns}
+
+
+def expert_table(out, experts):
+    """experts: {in words: stage that made them}, for which look_ and probe_ ran -> Markdown.
+
+    Shares of held-out pairs ranked rightly; for a game also what its rewards followed.
+    """
+    heads = [variant for variants in LOOKS.values() for variant in variants]
+    follows = ["D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length"]
     lines = []
-    for mode, arms in result.items():
-        for arm, cells in arms.items():
-            shares = [percent(cells[key]) for key in METRICS]
-            lines.append([mode, ARMS[arm], *shares, f"{cells['tokens']['mean']:.1f}"])
-    text = markdown(["decoding", "arm", *METRICS, "tokens"], lines)
-    print(text, end="")
-    with open(os.path.join(out, "table.md"), "w") as file:
-        file.write(text)
+    for words, stage in experts.items():
+        with open(os.path.join(out, f"probe_{stage}", "results.json")) as file:
+            probe = json.load(file)
+        shares = looks(out, f"look_{stage}")
+        cells = [probe[key]["share"] for key in ("ground_v", "ground_r")]
+        cells += [shares[head] for head in heads]
+        if os.path.exists(os.path.join(out, stage, "rollouts.jsonl")):
+            found = signals(out, stage)
+            cells += [found[key] for key in follows]
+        cells += [None] * (len(heads) + len(follows) + 2 - len(cells))
+        lines.append([words, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
+    return markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
+
+
+# ------------------------------------------------------------------------------------- the figures
+def write_curve(out, sizes, path):
+    """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axis, key in zip(axes, ("accuracy", "perception")):
+        for arm, words in (("align", "game"), ("more", "SFT")):
+            values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in sizes]
+            axis.plot(sizes, values, "o-", label=f"{words} on n curated rows")
+        axis.axhline(measure(out, "sampled", "sft")[key].mean(), color="0.5", ls=":", label="SFT")
+        axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def rollout_curves(out, arm, data):
     """Exact scores of the rollouts that a stage logged -> steps, {metric: mean of each step}."""
-    problems = {example["id"]: example["world"] for example in read_jsonl(out, "data", data)}
-    by_step = {}
+    problems, by_step = truth(out, data), {}
     for rollout in read_jsonl(out, arm, "rollouts.jsonl"):
         scores = exact_scores(problems[rollout["id"]], rollout)
         by_step.setdefault(rollout["step"], []).append([scores[key] for key in METRICS])
@@ -80,99 +203,68 @@ def rollout_curves(out, arm, data):
 
 
 def smooth(values, width=9):
-    """Centred running mean; shorter at the ends."""
-    half = width // 2
-    return [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    """Centred running mean; shorter at the ends; nan where nothing was measured."""
+    values, half = np.array(values, float), width // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [np.nanmean(part) if not np.isnan(part).all() else np.nan for part in parts]
 
 
-def write_report(out, sizes):
+def write_report(out, align_steps):
     """OUT/report.png: the experts over the game, scores of rollouts, pictures before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure = plt.figure(figsize=(17, 19))
-    heights = [1, 1.4, 1.4, 1.4]
-    grid = figure.add_gridspec(4, 4, height_ratios=heights, hspace=0.3, wspace=0.25)
-    draw_experts(out, figure.add_subplot(grid[0, 0]), "gap", sizes["warmup"])
-    draw_experts(out, figure.add_subplot(grid[0, 1]), "acc", sizes["warmup"])
-    draw_alignment(out, figure.add_subplot(grid[0, 2]), sizes["warmup"])
-    draw_rl(out, figure.add_subplot(grid[0, 3]), sizes["warmup"] + sizes["align"])
+    grid = figure.add_gridspec(4, 4, height_ratios=[1, 1.4, 1.4, 1.4], hspace=0.3, wspace=0.25)
+    draw_experts(out, figure.add_subplot(grid[0, 0]), "acc", "teacher above student")
+    draw_experts(out, figure.add_subplot(grid[0, 1]), "ground", "own above another's response")
+    draw_curves(out, figure.add_subplot(grid[0, 2]), {"align": ("align", 0, "-")}, "alignment")
+    both = {"sft_rl": ("rl", 0, ":"), "align_rl": ("rl", align_steps, "-")}
+    draw_curves(out, figure.add_subplot(grid[0, 3]), both, "RLVR")
     draw_pictures(out, figure, grid)
     figure.savefig(os.path.join(out, "report.png"), dpi=90, bbox_inches="tight")
     plt.close(figure)
 
 
-def draw_experts(out, axis, metric, warmup):
-    """What align.py logs of both experts: "gap" (of the scores) or "acc" (of the comparisons)."""
+def draw_experts(out, axis, metric, title):
+    """Shares of comparisons that each expert ranks rightly, as align.py logs them."""
     log = read_jsonl(out, "align", "metrics.jsonl")
-    steps = [metrics["step"] for metrics in log]
     for expert, color in (("perception", "tab:blue"), ("reasoning", "tab:orange")):
-        key = f"{metric}_{'v' if expert == 'perception' else 'r'}"
-        values = [metrics.get(key, np.nan) for metrics in log]
-        axis.plot(steps, smooth(values), label=f"{expert} expert", color=color)
-    if metric == "gap":
-        chance, title = 0.0, "score gap, teacher - student"
-    else:
-        chance, title = 0.5, "accuracy of the discriminator"
-    axis.axhline(chance, color="0.7", lw=0.8, ls=":")
-    axis.axvline(warmup, color="0.5", lw=0.8, ls="--")
-    axis.set(title=title, xlabel="step of align.py (dashed: end of warm-up)")
+        values = [metrics.get(f"{metric}_{expert[0].replace('p', 'v')}", np.nan) for metrics in log]
+        axis.plot(range(1, len(log) + 1), smooth(values), label=f"{expert} expert", color=color)
+    axis.axhline(0.5, color="0.7", lw=0.8, ls=":")
+    axis.set(title=title, xlabel="step of align.py", ylim=(0, 1.02))
     axis.legend()
 
 
-def draw_alignment(out, axis, warmup):
-    steps, means = rollout_curves(out, "align", "align.jsonl")
-    for key in METRICS[:3]:
-        axis.plot(steps, smooth(means[key], 5), label=key)
-    axis.axvline(warmup, color="0.5", lw=0.8, ls="--")
-    title = "rollouts during alignment, exact scores"
-    axis.set(title=title, xlabel="step of align.py", ylim=(0, 1))
-    axis.legend()
-
-
-def draw_rl(out, axis, align_steps):
-    """Both arms with RL, over the rollout batches since SFT."""
-    for arm, style, begin in (("sft_rl", ":", 0), ("align_rl", "-", align_steps)):
-        steps, means = rollout_curves(out, arm, "rl.jsonl")
+def draw_curves(out, axis, arms, stage):
+    """arms: {arm: (data set, rollout batches between SFT and its first step, line style)}."""
+    for arm, (data, begin, style) in arms.items():
+        steps, means = rollout_curves(out, arm, data)
         for key, color in zip(METRICS, ("tab:blue", "tab:orange", "tab:green")):
             label = f"{key}, {ARMS[arm]}"
             axis.plot(np.add(steps, begin), smooth(means[key], 5), style, color=color, label=label)
-    title = "rollouts during RLVR, exact scores"
+    title = f"rollouts during {stage}, exact scores"
     axis.set(title=title, xlabel="rollout batches since SFT", ylim=(0, 1))
     axis.legend(fontsize=7)
 
 
 def draw_pictures(out, figure, grid):
-    """Three test pictures with the question, and what is said of each before and after alignment.
-
-    Above each response the scores of both experts and the exact ones.
-    """
-    test = read_jsonl(out, "data", "test.jsonl")
-    scores = {line["id"]: line for line in read_jsonl(out, "scores", "scores.jsonl")}
-    generations = {}
+    """Three test pictures with the question, and what is said of each before and after the game."""
+    test, said = read_jsonl(out, "data", "test.jsonl"), {}
     for arm in ("sft", "align"):
-        for generation in read_jsonl(out, "eval_greedy", arm, "test.jsonl"):
-            generations[f"{arm}/{generation['item']}"] = generation
-    scored = [i for i in range(len(test)) if f"sft/{i}" in scores and f"align/{i}" in scores]
-    for line, item in enumerate(scored[:3], 1):
-        problem = test[item]["world"]
-        places = grid[line, :].subgridspec(1, 3, width_ratios=[1, 1.5, 1.5])
+        said[arm] = read_jsonl(out, f"greedy_{arm}", arm, "test.jsonl")
+    for row, example in enumerate(test[:3], 1):
+        problem = example["world"]
+        places = grid[row, :].subgridspec(1, 3, width_ratios=[1, 1.5, 1.5])
         axis = figure.add_subplot(places[0])
         axis.imshow(world.draw(problem["cells"], problem["seed"]))
         axis.set_axis_off()
         question = textwrap.fill(problem["question"], 34)
-        axis.set_title(f"{question}\ntrue answer: {test[item]['answer']}", fontsize=10)
-        for place, arm, when in ((places[1], "sft", "before"), (places[2], "align", "after")):
+        axis.set_title(f"{question}\ntrue answer: {problem['answer']}", fontsize=10)
+        for place, (arm, lines) in zip((places[1], places[2]), said.items()):
             axis = figure.add_subplot(place)
             axis.set_axis_off()
-            key = f"{arm}/{item}"
-            expert, exact = scores[key], exact_scores(problem, generations[key])
-            axis.set_title(
-                f"{when} alignment: D_v {expert['perception']:.2f}, D_r {expert['reasoning']:.2f}\n"
-                f"perception {exact['perception']:.2f}, reasoning {exact['reasoning']:.2f}",
-                fontsize=10,
-            )
-            text, font = generations[key]["response"], {"family": "monospace", "fontsize": 8}
-            axis.text(0, 1, text, va="top", transform=axis.transAxes, **font)
+            exact = exact_scores(problem, lines[row - 1])
+            shares = [f"{key} {exact[key]:.2f}" for key in METRICS[:3]]
+            axis.set_title("\n".join([ARMS[arm], ", ".join(shares)]), fontsize=10)
+            font = {"family": "monospace", "fontsize": 8}
+            axis.text(0, 1, lines[row - 1]["response"], va="top", transform=axis.transAxes, **font)

@@ -1,14 +1,14 @@
 """A picture world whose truth is known: a 3 x 3 grid of coloured shapes, questions, two teachers.
 
-One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question adds two counts over one
-row or column and half of the questions ask only whether the sum is even or odd: it touches a part
-of what the picture shows and can be guessed. The prompts of RLVR are few and about shapes only, as
-sets of verifiable problems cover a slice of what a model must see: there the answer is a poor
-teacher of perception. The curated teacher describes every cell and derives every step. The public
-teacher is cheap in the way that large scraped demonstration sets are: it sees coarsely (orange is
-called red, a diamond a square, ...), leaves objects out, skips steps, and is sometimes wrong, each
-in most of its responses or in some. The symmetric public teacher is as often wrong, but not in a
-style of its own: `respond_symmetric`.
+One cell is 32 x 32 px = one merged visual token of Qwen3-VL. A question is about two words in one
+row or column: how many cells they describe, whether that is even or odd, or which is the more
+frequent. The curated teacher describes every cell and derives every step. The public teacher is
+wrong in most of its responses, but not in a style of its own: it takes colours and shapes for their
+neighbours in both directions, misplaces, invents, slips in a step; its words, pairs of words and
+lengths are the curated teacher's. To tell the two apart one must look at the picture.
+
+Alignment has curated responses to questions of two kinds, RLVR the answers to two, one of them the
+same: a kind may be trained by both, by one, or by nobody after SFT.
 """
 
 import re
@@ -27,8 +27,6 @@ COLORS = {
 }
 SHAPES = ["circle", "square", "diamond", "triangle", "cross"]
 WORDS = list(COLORS), SHAPES  # what can be said of a cell: its colour, its shape
-# how the public teacher sees
-COARSE = {"orange": "red", "purple": "blue", "lime": "green", "diamond": "square"}
 # what a question asks of its two terms and of one row or column
 FORMS = {
     "number": "How many {} plus {} in {} {}?",
@@ -42,12 +40,9 @@ ALIGN_KINDS = ["color number", "shape number"]
 RL_KINDS = ["shape number", "shape parity"]
 JITTER = 15  # standard deviation of a cell's colour, per channel of 255
 SYSTEM = "Describe the picture, think, answer."
-# The public teacher's habits and how many of its responses have each. They are independent:
-# otherwise a policy that is rewarded for one good habit switches to the writer who has them all,
-# and any reward would repair everything.
-HABITS = {"colors": 0.75, "shapes": 0.7, "omit": 0.3, "skip": 0.6, "wrong": 0.2}
-# The symmetric public teacher's habits, what it takes for what, in both directions, and how many of
-# its traces have slips.
+# The public teacher's faults and how many of its responses have each, independently: otherwise a
+# policy that is rewarded for one good habit switches to the writer who has them all, and any reward
+# would repair everything. What it takes for what, in both directions; how many traces have slips.
 FAULTS = {"colors": 0.75, "shapes": 0.7, "misplace": 0.3, "invent": 0.3}
 SLIPS = 0.6
 TAKEN_FOR = {"red": "orange", "blue": "purple", "green": "lime", "square": "diamond"}
@@ -88,42 +83,24 @@ def make_cells(rng):
     return [(str(rng.choice(WORDS[0])), str(rng.choice(WORDS[1]))) for _ in range(ROWS * COLUMNS)]
 
 
-def make_problem(rng, attributes=(0, 1), kinds=None):
+def make_problem(rng, kinds=tuple(KINDS)):
     """A picture, a question about it and the true answer, as a dict that JSON can hold.
 
-    rng: numpy Generator; attributes: what each of the two terms may be about, 0 colour, 1 shape.
-    kinds: some of KINDS, of which one is drawn; both terms are then about its attribute ->
-    {"cells", "line", "number", "terms", "form", "question", "seed" (of `draw`), "answer"}, and with
-    `kinds` also "kind"
+    rng: numpy Generator; kinds: of KINDS, of which one is drawn -> {"cells", "line",
+    "number", "terms", "form", "kind", "question", "seed" (of `draw`), "answer"}
     """
     cells = make_cells(rng)
     line = str(rng.choice(["row", "column"]))
     number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
-    if kinds is None:
-        terms = terms_in_sight([cells[i] for i in line_cells(line, number)], attributes, rng)
-        form = "parity" if rng.random() < 0.5 else "number"
-    else:
-        # terms that depend on the picture would be a tell: who misperceives it finds fewer of them
-        attribute, form = str(rng.choice(kinds)).split()
-        terms = rng.choice(WORDS[attribute == "shape"], 2, replace=False).tolist()
+    attribute, form = kind = str(rng.choice(kinds)).split()
+    # terms that depend on the picture would be a tell: who misperceives it finds fewer of them
+    terms = rng.choice(WORDS[attribute == "shape"], 2, replace=False).tolist()
     problem = {"cells": cells, "line": line, "number": number, "terms": terms, "form": form}
-    if kinds is not None:
-        problem["kind"] = f"{attribute} {form}"
+    problem["kind"] = " ".join(kind)
     problem["question"] = FORMS[form].format(*terms, line, number)
     problem["seed"] = int(rng.integers(2**31))
     problem["answer"] = solve(problem, numbered(cells))[1]
     return problem
-
-
-def terms_in_sight(cells, attributes, rng):
-    """Two different words; two times out of three a word that describes one of the cells."""
-    terms = []
-    for attribute in rng.choice(attributes, 2):
-        every = [word for word in WORDS[attribute] if word not in terms]
-        there = [cell[attribute] for cell in cells]
-        there = [word for word in there if word not in terms] or every
-        terms.append(str(rng.choice(there if rng.random() < 0.67 else every)))
-    return terms
 
 
 def numbered(cells):
@@ -168,21 +145,17 @@ def solve(problem, seen):
 
 
 def respond(problem, rng=None):
-    """A teacher's response text: the curated one, or with `rng` the public one with its faults."""
-    seen = numbered(problem["cells"])
-    has = {habit: rng is not None and rng.random() < rate for habit, rate in HABITS.items()}
-    if has["colors"]:
-        seen = {i: (COARSE.get(color, color), shape) for i, (color, shape) in seen.items()}
-    if has["shapes"]:
-        seen = {i: (color, COARSE.get(shape, shape)) for i, (color, shape) in seen.items()}
-    if has["omit"]:
-        seen = {i: cell for i, cell in seen.items() if rng.random() > 0.25}
+    """Response text of the curated teacher or, with `rng`, of the public one.
+
+    A public response is as long as a curated one and has each word, and each pair of neighbouring
+    words, as often in the mean: every fault is what would be right for some other picture. To find
+    it one must look, or check a step against caption and earlier steps.
+    """
+    seen = numbered(problem["cells"] if rng is None else misperceive(problem["cells"], rng))
     steps, answer = solve(problem, seen)
-    if has["wrong"]:
-        parity = problem["form"] == "parity"
-        answer = str(rng.choice(["even", "odd"]) if parity else rng.integers(0, 5))
-    if has["skip"]:
-        steps = [steps[2]]  # the sum without the counts it comes from
+    if rng is not None and rng.random() < SLIPS:
+        elsewhere = solve(problem, numbered(make_cells(rng)))
+        steps, answer = slip((steps, answer), elsewhere, rng)
     return response(seen, steps, answer)
 
 
@@ -195,23 +168,8 @@ def describe(seen):
     return "\n".join(f"{i} {color} {shape}" for i, (color, shape) in seen.items())
 
 
-def respond_symmetric(problem, rng):
-    """Response text of a public teacher whose faults do not show in its words.
-
-    For problems of given `kinds`. A response is as long as a curated one and has each word, and
-    each pair of neighbouring words, as often in the mean: every fault is what would be right for
-    some other picture. To find it one must look, or check a step against caption and earlier steps.
-    """
-    seen = numbered(misperceive(problem["cells"], rng))
-    steps, answer = solve(problem, seen)
-    if rng.random() < SLIPS:
-        elsewhere = solve(problem, numbered(make_cells(rng)))
-        steps, answer = slip((steps, answer), elsewhere, rng)
-    return response(seen, steps, answer)
-
-
 def misperceive(cells, rng):
-    """What the symmetric public teacher takes the cells for.
+    """What the public teacher takes the cells for.
 
     Cells that are independent and uniform, as `make_cells` draws them, stay so.
     """
@@ -223,11 +181,18 @@ def misperceive(cells, rng):
     for cell, invented in zip(seen, make_cells(rng)):
         if has["invent"] and rng.random() < 0.25:
             cell[:] = invented
-        if has["colors"]:
-            cell[0] = TAKEN_FOR[cell[0]]
-        if has["shapes"]:
-            cell[1] = TAKEN_FOR.get(cell[1], cell[1])
+    for attribute, habit in enumerate(("colors", "shapes")):
+        if has[habit]:
+            seen = exchange(seen, attribute)
     return seen
+
+
+def exchange(cells, attribute):
+    """The cells with every colour (attribute 0) or shape (1) taken for its neighbour."""
+    cells = [list(cell) for cell in cells]
+    for cell in cells:
+        cell[attribute] = TAKEN_FOR.get(cell[attribute], cell[attribute])
+    return cells
 
 
 def slip(mine, other, rng, rate=0.2):
