@@ -155,8 +155,7 @@ def parse_args():
     group = parser.add_argument_group("discriminator")
     group.add_argument("--disc", default=None,
                        help="its checkpoint, or that of its backbone (default: --ckpt)")
-    group.add_argument("--disc-variant", choices=VARIANTS, default="moe",
-                       help="moe or an ablation")
+    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
     group.add_argument("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
     group.add_argument("--disc-updates", type=integer(1), default=1,
                        help="discriminator steps per policy step, on the same rollouts")
@@ -229,8 +228,7 @@ def main():
         experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
         if experts:  # some rollout was valid
             play = disc, disc_optimizer, disc_skips
-            disc_lr = args.warmup_disc_lr if step < args.warmup_steps else args.disc_lr
-            disc_norm = update_discriminator(*play, disc_lr, records, tokenizer, args, world)
+            disc_norm = update_discriminator(*play, step, records, tokenizer, args, world)
         scored_at, update, norm = time.time(), {}, None
         # update policy
         if step >= args.warmup_steps:
@@ -263,9 +261,10 @@ def load_players(args, attn, world):
     return policy.to(world.device), sampler, disc.to(world.device)
 
 
-def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, world):
+def update_discriminator(disc, optimizer, skips, step, records, tokenizer, args, world):
     """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
     rollouts -> gradient norm of the last."""
+    lr = args.warmup_disc_lr if step < args.warmup_steps else args.disc_lr
     norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
     for _ in range(args.disc_updates - 1):
         score_records(disc, records, tokenizer, args, world)

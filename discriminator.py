@@ -313,7 +313,7 @@ def row_scores(disc, rows):
 def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
     """(2) for both experts over the pairs of a list of Pairs, in one forward, plus score_l2 / 2
     times the squared scores: the mean over pairs with students, plus `mismatch` times that over the
-    pairs of the chains. counts: of both kinds, pairs of the whole global batch.
+    pairs of the chains, for D_v alone. counts: of both kinds, pairs of the whole global batch.
 
     -> loss, scores [pairs, 4] with the columns SCORES of the students, row after row, and [m, 4] of
     the ends of the chains. Without a pair the loss is a 0 that still reaches every score: a rank
@@ -329,10 +329,11 @@ def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
         ends.extend([(teacher, chain[-1])] if row.mismatched else [])
         at += len(places)
     loss = d.sum() * 0
-    for kind, count, weight in zip(pairs, counts, (1.0, mismatch)):
+    kinds = zip(pairs, counts, (1.0, mismatch), ((0, 1), (0,)))  # the chain is of captions alone
+    for kind, count, weight, experts in kinds:
         worse, better = scores_of(d, kind).split(2, 1)
         valid = torch.ones(len(kind), dtype=torch.bool, device=d.device)
-        preference = sum(bradley_terry(better[:, k], worse[:, k], valid, count) for k in (0, 1))
+        preference = sum(bradley_terry(better[:, k], worse[:, k], valid, count) for k in experts)
         size = score_l2 * 0.5 * (worse.square() + better.square()).sum() / max(1, count)
         loss = loss + weight * (preference + size)
     share = sum(map(len, pairs)) / max(1, sum(counts))

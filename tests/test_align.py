@@ -182,18 +182,19 @@ def test_segment_credit(tiny, normalize):
                 assert of_token[k] == pytest.approx(expected, abs=1e-5), (text, k)
 
 
-def pair_in_float64(disc, prompt, teacher, other):
+def pair_in_float64(disc, prompt, teacher, other, experts=(0, 1)):
     """Scores [4] with the columns SCORES and the loss of one pair, each response by itself."""
     s, t = (torch.cat(disc.scores([prompt], [(0, caption)], [(0, trace)]))
             for caption, trace in (other, teacher))
     preference = -torch.log(torch.sigmoid((t - s).double()))
-    return torch.cat([s, t]).detach(), (preference + 0.01 / 2 * (s**2 + t**2)).sum()
+    size = (0.01 / 2 * (s**2 + t**2)).sum()
+    return torch.cat([s, t]).detach(), sum(preference[k] for k in experts) + size
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mismatched_teachers_equal_one_pair_at_a_time(tiny, variant):
     """Groups 0 and 2 have pictures and have chains to each other's teacher over mixtures, group 1
-    has none; each is a pair with the one before it."""
+    has none; each is a pair with the one before it, for the perception expert."""
     disc, records = with_heads(tiny, variant), make_game(tiny)
     prompts = [visible_prompt(r.prompt, tiny.tokenizer, variant) for r in records]
     loss, expected = 0.0, []
@@ -208,7 +209,7 @@ def test_mismatched_teachers_equal_one_pair_at_a_time(tiny, variant):
             chain.append(rollout.split_segments(ids, tiny.tokenizer))
         chain.append(records[j].teacher)
         for better, worse in zip(chain, chain[1:]):
-            loss = loss + 0.3 * pair_in_float64(disc, prompts[i], better, worse)[1] / 8
+            loss = loss + 0.3 * pair_in_float64(disc, prompts[i], better, worse, (0,))[1] / 8
         expected.append(pair_in_float64(disc, prompts[i], chain[0], chain[-1])[0])
     disc.zero_grad()
     loss.backward()

@@ -8,9 +8,13 @@ import os
 import textwrap
 
 import numpy as np
+import torch
 
+from data import encode_prompt, encode_response, load_examples
 from eval import bootstrap, holm, interval, markdown, p_value, percent, permuted
-from rollout import parse_response
+from rollout import parse_response, split_segments
+from rows import pack_logprobs, pack_rows, set_attention
+from runtime import load_policy, load_tokenizer
 from toy import world
 
 ARMS = {
@@ -164,6 +168,46 @@ def expert_table(out, experts):
         cells += [None] * (len(heads) + len(follows) + 2 - len(cells))
         lines.append([words, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
     return markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
+
+
+def likelihoods(out, data):
+    """Mean log-probs under the SFT policy of each demonstration's caption and trace, [n, 2]."""
+    ckpt = os.path.join(out, "sft")
+    tokenizer, image_processor = load_tokenizer(ckpt)
+    policy, found = set_attention(load_policy(ckpt), "sdpa").eval(), []
+    examples = load_examples([os.path.join(out, "data", data + ".jsonl")])
+    for i in range(len(examples)):
+        example = examples[i]
+        prompt = encode_prompt(example, tokenizer, image_processor, None, None)
+        ids = encode_response(example.response, tokenizer)
+        caption = len(split_segments(ids, tokenizer)[0]) - 1  # its EOS is the discriminator's
+        with torch.no_grad():
+            logp, _ = pack_logprobs(policy, pack_rows([prompt], [(0, ids)], policy.device))
+        found.append([logp[:caption].mean().item(), logp[caption:].mean().item()])
+    return np.array(found)
+
+
+def area(scores, wrong):
+    """Area under the ROC curve: chance that a wrong one scores lower than a right one."""
+    right, wrong = np.asarray(scores)[~wrong], np.asarray(scores)[wrong]
+    below = np.sign(right[:, None] - wrong).mean()
+    return (1 + below) / 2
+
+
+def diagnosis_table(out, data, scores):
+    """How well the faulty ones of the demonstrations DATA are found, by the experts' scores of the
+    run SCORES, by likelihood and by length -> Markdown."""
+    demos = read_jsonl(out, "data", data + ".jsonl")
+    scored = read_jsonl(out, scores, "scores.jsonl")
+    exact = [exact_scores(d["world"], {**d, "finished": True}) for d in demos]
+    logp, length = likelihoods(out, data), [-len(d["response"]) for d in demos]
+    lines = []
+    for k, (expert, fault) in enumerate((("perception", "caption"), ("reasoning", "trace"))):
+        wrong = np.array([e[expert] < 1 for e in exact])
+        found = [[line[expert] for line in scored], logp[:, k], length]
+        cells = [f"{area(values, wrong):.2f}" for values in found]
+        lines.append([f"wrong {fault}", f"{100 * wrong.mean():.0f} %", *cells])
+    return markdown(["fault", "share", "its expert", "likelihood under SFT", "shortness"], lines)
 
 
 # ------------------------------------------------------------------------------------- the figures

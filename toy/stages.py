@@ -31,7 +31,7 @@ ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 10
 
 SAMPLING = "--prompts 8 --rollouts 8 --max-new-tokens 128 --max-tokens 4096 --save-every 100"
 GROUND = "discriminator.py --ckpt sft --batch 16 --lr 1e-3 --steps {ground}"
-ALIGN = f"align.py --ckpt sft {SAMPLING} --log-rollouts 5 --steps {{align}} --lr 1.5e-4"
+ALIGN = f"align.py --ckpt sft {SAMPLING} --log-rollouts 5 --steps {{align}} --lr 1e-4"
 ALIGN += " --disc-lr 3e-4 --warmup-disc-lr 3e-4 --warmup-steps {warmup}"
 MORE = "sft.py --ckpt sft --batch 16 --steps {more}"
 RL = f"rl.py {SAMPLING} --log-rollouts 5 --algo grpo --lr 2e-5"
