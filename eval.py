@@ -292,7 +292,7 @@ def load_bench(spec):
     # a copy of the Hub's folder has its files further down, in configurations and splits
     tops = glob("*.jsonl*", root_dir=path) + glob("*.parquet", root_dir=path)
     if path and (tops or os.path.isfile(path)):
-        return benchmark, Examples(open_source(path, None), [], False, benchmark.read)
+        return benchmark, Examples(open_source(path, None), read=benchmark.read)
     from datasets import load_dataset  # imported here: local files do not need it
 
     files = []
@@ -300,7 +300,7 @@ def load_bench(spec):
         for config in benchmark.configs:
             rows = undecoded(load_dataset(source, config, split=benchmark.split))
             files.append(File(rows, f"{source} {config or ''}".strip(), path))
-    return benchmark, Examples(files, [], False, benchmark.read)
+    return benchmark, Examples(files, read=benchmark.read)
 
 
 def look(benchmark, examples, world):
@@ -393,7 +393,7 @@ def load_sets(args, world):
             if not split and not os.path.exists(data) and not glob(data):  # from the Hub
                 split = "train" if args.keep_pass_rate else "test"
             rows = load_examples(data, split)
-            found[names[data]] = Benchmark(), Examples(rows.files, rows.sources, False, own)
+            found[names[data]] = Benchmark(), Examples(rows.files, read=own)
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
     if len(found) < len(args.bench) + len(args.data) or "mean" in found:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ from data import (
     encode_prompt,
     encode_response,
 )
-from data import load_examples, load_image, look, mrope_positions, prompt_tokens, to_example
+from data import load_examples, load_image, look, measure_prompt, mrope_positions, to_example
 import rollout
 from runtime import InputError
 
@@ -445,11 +446,8 @@ def test_sources(tmp_path):
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "clone" / "data")
     assert asked(tmp_path / "clone") == every[:20]
     examples = load_examples([f"{tmp_path}/a.jsonl:0.9", f"{tmp_path}/b.json:0.1"])
-    assert (
-        examples.weighted
-        and examples.sources == [(0, 20, 0.9), (20, 30, 0.1)]
-        and len(examples) == 50
-    )
+    assert examples.sources == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
+    assert load_examples([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.json"]).sources == ()
     assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (
         f"{tmp_path}/b.json",
         2,
@@ -1024,12 +1022,13 @@ REFUSED = {
 def reason_of(row, folder, tiny):
     """Why a stage would leave the row out."""
 
-    def measure(example):
-        prompt_tokens(example, tiny.tokenizer, tiny.image_processor, "", decode=True)
-        check_text(example.response or "", "response")
+    args = SimpleNamespace(bad_rows="stop", max_prompt=10**6)
 
-    file = File([row], "f", folder)
-    return attempt(measure, Examples([file], [], False), 0)[1]
+    def measure(example):
+        check_text(example.response or "", "response")
+        return measure_prompt(example, tiny.tokenizer, tiny.image_processor, "", args)
+
+    return attempt(measure, Examples([File([row], "f", folder)]), 0)[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1105,7 +1104,7 @@ def test_folders_of_save_to_disk(tiny, tmp_path):
     assert load_examples(one).fingerprint == load_examples(one).fingerprint
     for source, split, words in [
         (one, "test", "is one data set"),
-        (two, "dev", "choose one with --split: train, test"),
+        (two, "dev", "two: holds train, test; choose one with --split"),
         (str(tmp_path / "empty"), None, "empty: not a readable folder of save_to_disk"),
     ]:
         with pytest.raises(InputError, match=words):

@@ -52,13 +52,13 @@ def bench(tmp_path, name, rows):
 def own(tmp_path, rows):
     """--data as eval.py reads it."""
     files = load_examples(write_jsonl(tmp_path / "own.jsonl", rows)).files
-    return E.look(E.Benchmark(), Examples(files, [], False, E.own), ONE)
+    return E.look(E.Benchmark(), Examples(files, read=E.own), ONE)
 
 
 def stored(name, rows, folder):
     """Rows that hold pictures as bytes, as parquet does."""
     benchmark = E.BENCHMARKS[name]
-    return benchmark, Examples([File(rows, "file", str(folder))], [], False, benchmark.read)
+    return benchmark, Examples([File(rows, "file", str(folder))], read=benchmark.read)
 
 
 # ----------------------------------------------------------------------- rows as they are published
@@ -693,7 +693,7 @@ def kept(tmp_path):
 
     def plan(data=data, weights=weights, **changed):
         test_set = E.look(
-            E.Benchmark(), Examples(load_examples(str(data)).files, [], False, E.own), ONE
+            E.Benchmark(), Examples(load_examples(str(data)).files, read=E.own), ONE
         )
         changed = SimpleNamespace(**{**vars(args), **changed})
         return E.plan({str(weights): "ckpt"}, {"own": test_set}, changed)[0], test_set
