@@ -9,6 +9,7 @@
 import base64
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
-from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ class Example:
 
 class Examples(Sequence):
     """Rows of one or several files, turned into `Example` when indexed: a broken row is an
-    InputError there, and images are opened only when used.
+    InputError there, which names it, and images are opened only when used.
 
     files: list of File. sources: [(first row, rows, share of the draws)] of weighted sources;
     without, all rows are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
@@ -131,7 +131,9 @@ class Examples(Sequence):
 
     def __getitem__(self, i):
         file, place = self.find(i)
-        return self.read(file.rows[place], "{}:{}".format(*self.where(i)), file.folder)
+        where = "{}:{}".format(*self.where(i))
+        with about(where):
+            return self.read(file.rows[place], where, file.folder)
 
     @cached_property
     def fingerprint(self):
@@ -279,8 +281,8 @@ class JsonLines(Sequence):
     """The JSON objects of a file, one a line, parsed when indexed. In memory: where each line ends,
     and its number."""
 
-    def __init__(self, file, path):
-        self.file, self.path = file, path
+    def __init__(self, file):
+        self.file = file
         file.seek(0)
         # a blank line counts as a line, but holds no object: its length is kept with a minus
         lengths = (len(line) if line.strip() else -len(line) for line in file)
@@ -297,14 +299,13 @@ class JsonLines(Sequence):
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        where = f"{self.path}:{self.line(i)}"
         start = int(self.ends[i - 1]) if i else 0  # blank lines before the object do no harm
         # pread: threads do not share a position
         text = os.pread(self.file.fileno(), int(self.ends[i]) - start, start)
-        with about(f"{where}: not JSON"):
+        with about("not JSON"):
             row = json.loads(text)
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+            raise InputError(f"a JSON object is needed, not {type(row).__name__}")
         return row
 
 
@@ -327,7 +328,7 @@ def read_file(path):
             shutil.copyfileobj(packed, file)
             file.seek(0)
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        return JsonLines(array_lines(file) if first.lstrip().startswith(b"[") else file, path)
+        return JsonLines(array_lines(file) if first.lstrip().startswith(b"[") else file)
 
 
 def array_lines(file, chunk=1 << 20):
@@ -384,8 +385,8 @@ def first_of(row, columns):
 
 
 def to_example(row, where, base=""):
-    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves
-    relative paths.
+    """One row of any recognised schema -> Example. where: its id if it has none; base: folder of
+    relative paths. Raises InputError, to which `Examples` adds the row.
 
     Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT:
     `messages` or `conversations`, `system`. TRL and OpenAI: content as a list of parts. The
@@ -395,20 +396,19 @@ def to_example(row, where, base=""):
     """
     for column in UNREAD:
         if row.get(column):
-            raise InputError(f"{where}: the row has a column {column}; only pictures are read")
-    messages, pictures = read_chat(row, where)
+            raise InputError(f"the row has a column {column}; only pictures are read")
+    messages, pictures = read_chat(row)
     last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     if not any(message["role"] == "user" for message in messages):
-        raise InputError(f"{where}: the chat has no turn of the user")
-    answer, rejected = read_answer(row, last, where), None
+        raise InputError("the chat has no turn of the user")
+    answer, rejected = read_answer(row, last), None
     response = first_of(row, RESPONSES) if last is None else last
     if row.get("teacher_response") or row.get("teacher_caption"):
-        response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
+        response = row.get("teacher_response") or join_blocks(row, "teacher", answer)
     if row.get("student_caption"):
-        rejected = join_blocks(row, "student", answer, where)
+        rejected = join_blocks(row, "student", answer)
     if not isinstance(response, str | None):
-        what = type(response).__name__
-        raise InputError(f"{where}: the response must be a text, not {what}")
+        raise InputError(f"the response must be a text, not {type(response).__name__}")
     # those of the columns fill the places that the chat leaves open
     column = as_list(row.get("images") or row.get("image"))
     column = iter([image for image in column if image is not None and image != ""])
@@ -418,49 +418,49 @@ def to_example(row, where, base=""):
     if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
         options = []
     name = str(row.get("id") or where).encode("utf-8", "backslashreplace").decode()
-    return Example(name, messages, [resolve(image, base, where) for image in images],
+    return Example(name, messages, [resolve(image, base) for image in images],
                    without_eos(response), answer, without_eos(rejected), options)
 
 
-def read_chat(row, where):
+def read_chat(row):
     """The chat of a row -> [{"role", "content"}], its system message first if it has one, and the
     pictures that stand in it, None for a placeholder."""
     turns = first_of(row, CHATS)
     if turns is None:
         found = quote(", ".join(map(str, row)) or "none")
-        raise InputError(f"{where}: none of the columns {', '.join(CHATS)} is there and not empty; "
-                         f"found {found}")
+        columns = ", ".join(CHATS)
+        raise InputError(f"none of the columns {columns} is there and not empty; found {found}")
     # a text that begins as a list of objects, one of which has a role: a chat written as a text
     if isinstance(turns, str) and re.match(r"""\s*\[\s*\{.*["'](role|from)["']\s*:""", turns, re.S):
-        with about(f"{where}: the chat is a text that is not JSON"):
+        with about("the chat is a text that is not JSON"):
             turns = json.loads(turns)
     if isinstance(turns, str):
         more = row.get("input") if "instruction" in row else None
         turns = [{"role": "user", "content": f"{turns}\n{more}" if more else turns}]
     if not isinstance(turns, list):
         what = type(turns).__name__
-        raise InputError(f"{where}: the chat must be a text or a list of turns, not {what}")
+        raise InputError(f"the chat must be a text or a list of turns, not {what}")
     pictures = []
-    messages = [to_message(turn, pictures, where) for turn in turns]
+    messages = [to_message(turn, pictures) for turn in turns]
     if row.get("system") and messages[0]["role"] != "system":
         turn = {"role": "system", "content": row["system"]}
-        messages.insert(0, to_message(turn, pictures, where))
+        messages.insert(0, to_message(turn, pictures))
     return messages, pictures
 
 
-def to_message(turn, pictures, where):
+def to_message(turn, pictures):
     """A chat turn of either dialect -> {"role", "content"}; pictures that stand in it, and None for
     each placeholder of the prompt, are appended to `pictures`."""
     turn = turn if isinstance(turn, dict) else {"content": turn}
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
     if not isinstance(role, str) or not isinstance(content, str | list):
-        raise InputError(f"{where}: a chat turn needs the texts role and content "
-                         f"(or from and value), got {quote(turn)}")
+        raise InputError("a chat turn needs the texts role and content (or from and value), "
+                         f"got {quote(turn)}")
     if role not in ROLES:
-        raise InputError(f"{where}: the role {quote(role)} is none of {', '.join(ROLES)}")
+        raise InputError(f"the role {quote(role)} is none of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
-        raise InputError(f"{where}: a chat turn has tool_calls; only texts and pictures are read")
+        raise InputError("a chat turn has tool_calls; only texts and pictures are read")
     role, text = ROLES[role], ""
     for part in as_list(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
@@ -473,7 +473,7 @@ def to_message(turn, pictures, where):
             text += "<image>"
             pictures.append(first_of(part, PARTS))
         else:
-            raise InputError(f"{where}: a part of a chat turn is neither a text nor a picture, "
+            raise InputError("a part of a chat turn is neither a text nor a picture, "
                              f"got {quote(part)}")
     return {"role": role, "content": without_eos(text) if role == "assistant" else text}
 
@@ -483,7 +483,7 @@ def without_eos(response):
     return response and re.sub(r"\s*(<\|(im_end|endoftext)\|>\s*)+$", "", response)
 
 
-def read_answer(row, last, where):
+def read_answer(row, last):
     """The gold answer of a row, a text or a list of accepted texts; None where it has none. last:
     what the assistant's last turn says, whose <answer> block is the answer of LLaVA's rows."""
     model = row.get("reward_model")
@@ -494,22 +494,22 @@ def read_answer(row, last, where):
     if more := model.get("equivalent_answers"):
         answer = [answer, *as_list(more)]
     if not isinstance(answer, list):
-        return to_answer(answer, where)
-    texts = [to_answer(one, where) for one in answer]
+        return to_answer(answer)
+    texts = [to_answer(one) for one in answer]
     return [text for text in texts if text] or None
 
 
-def to_answer(answer, where):
+def to_answer(answer):
     """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty
     cell) is no answer."""
     if isinstance(answer, (int, float)):
         return str(answer) if math.isfinite(answer) else None
     if isinstance(answer, str):
-        check_text(answer, where)
+        check_text(answer, "answer")
         return unwrap(answer)
     if answer is not None:
-        raise InputError(f"{where}: the answer must be a text, a number or a list of those, "
-                         f"not {type(answer).__name__}")
+        what = type(answer).__name__
+        raise InputError(f"the answer must be a text, a number or a list of those, not {what}")
     return None
 
 
@@ -526,13 +526,13 @@ def unwrap(answer):
     return answer.strip()
 
 
-def join_blocks(row, who, answer, where):
+def join_blocks(row, who, answer):
     """The canonical response from a published row's two parts, which come with or without their
     tags. A trace without an <answer> block gets the row's answer, or an empty one in warm-up pairs,
     which carry none."""
     caption, cot = row[f"{who}_caption"], row.get(f"{who}_cot") or ""
     if not isinstance(caption, str) or not isinstance(cot, str):
-        raise InputError(f"{where}: {who}_caption and {who}_cot must be texts")
+        raise InputError(f"{who}_caption and {who}_cot must be texts")
     if "<caption>" not in caption:
         caption = f"<caption>\n{caption.strip()}\n</caption>"
     if "<think>" not in cot:
@@ -543,7 +543,7 @@ def join_blocks(row, who, answer, where):
     return f"{caption.strip()}\n{cot.strip()}"
 
 
-def resolve(image, base, where):
+def resolve(image, base):
     """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an
     error at once."""
     if isinstance(image, dict):
@@ -552,19 +552,19 @@ def resolve(image, base, where):
         path = os.path.join(base, image)
         if os.path.isfile(path):
             if os.path.getsize(path) < 1000 and Path(path).read_bytes().startswith(POINTER):
-                raise InputError(f"{where}: image {quote(path, 200)} is a Git-LFS pointer, "
+                raise InputError(f"image {quote(path, 200)} is a Git-LFS pointer, "
                                  "not the picture; run git lfs pull")
             return path
         start, _, data = image.partition(";base64,")
         data = data if start.startswith("data:") else image
         if len(data) < 64 or not re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", data):
-            raise InputError(f"{where}: image {quote(image, 200)} does not exist; "
+            raise InputError(f"image {quote(image, 200)} does not exist; "
                              "paths are relative to the data file")
-        with about(f"{where}: image {quote(image)} is no base64"):
+        with about(f"image {quote(image)} is no base64"):
             return base64.b64decode(data, altchars=b"-_" if set("-_") & set(data) else None)
     if not isinstance(image, bytes | Image.Image):
         what = type(image).__name__
-        raise InputError(f"{where}: an image must be bytes, a path or a picture, not {what}")
+        raise InputError(f"an image must be bytes, a path or a picture, not {what}")
     return image
 
 
@@ -823,7 +823,7 @@ def mixed_order(sources, start, seed):
     firsts, sizes, weights = zip(*sources)
     borders = np.cumsum(weights)[:-1] / sum(weights)
     orders, position = [order(n, 0, seed) for n in sizes], 0
-    for block in count():
+    for block in itertools.count():
         draws = np.random.default_rng([seed, block, 1]).random(1024)
         for source in np.searchsorted(borders, draws, side="right"):
             i = firsts[source] + next(orders[source])
@@ -858,8 +858,8 @@ class Feed:
         self.lost = set(progress.get("lost", []))  # indices of those that could not be decoded
         self.dropped, self.unusable = (int((found.prompt == kind).sum()) for kind in (LONG, BAD))
         self.usable = found.usable
-        self.stream, self.upcoming = self.indices(self.position), []
-        self.pool, self.ahead = ThreadPoolExecutor(4), {}
+        self.stream, self.pool = self.indices(self.position), ThreadPoolExecutor(4)
+        self.coming = None  # the next batch, see `start`
         self.path = os.path.join(args.out, "skipped.jsonl")
         if world.rank == 0 and not progress["step"]:
             os.makedirs(args.out, exist_ok=True)
@@ -901,21 +901,26 @@ class Feed:
             stream = order(len(self.usable), position, seed)
         return (int(self.usable[i]) for i in stream)
 
+    def start(self, count):
+        """Start to encode the next `count` examples -> (their indices, {place: what will be})."""
+        indices, submit = list(itertools.islice(self.stream, count)), self.pool.submit
+        jobs = {}
+        for place in self.need(indices):
+            jobs[place] = submit(attempt, self.encode, self.examples, indices[place])
+        return indices, jobs
+
     def draw(self, count, step):
-        """-> the next `count` examples, list of Drawn, less those that could not be decoded."""
+        """-> the next `count` examples, list of Drawn, less those that could not be decoded. count:
+        the same in every step."""
         while True:
-            self.upcoming += islice(self.stream, max(0, 2 * count - len(self.upcoming)))
-            indices, self.upcoming = self.upcoming[:count], self.upcoming[count:]
+            indices, jobs = self.coming or self.start(count)
+            self.coming = self.start(count)  # is encoded while this one trains
             self.position += count
             encoded, failed = {}, {}
-            for place in self.need(indices):
-                i = indices[place]
-                job = self.ahead.pop(i, None) or self.submit(i)
+            for place, job in jobs.items():
                 encoded[place], reason = job.result()
                 if reason:
-                    failed[i] = reason
-            soon = [self.upcoming[place] for place in self.need(self.upcoming)]
-            self.ahead = {i: self.submit(i) for i in soon}
+                    failed[indices[place]] = reason
             for part in self.world.gather(failed):
                 failed |= part
             self.lose(failed, step)
@@ -927,9 +932,6 @@ class Feed:
     def batch(self, count, step):
         """This rank's share of the next `count` examples, encoded; it may be empty."""
         return [item.encoded for item in self.draw(count, step) if item.encoded is not None]
-
-    def submit(self, i):
-        return self.pool.submit(attempt, self.encode, self.examples, i)
 
     def lose(self, failed, step):
         """Count and write down what could not be decoded; InputError when that ends the run."""

@@ -63,9 +63,9 @@ def published(read):
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
             what = f"column {error} is missing" if isinstance(error, KeyError) else error
             what = f"not a row of this benchmark ({what}); found {', '.join(map(str, row))}"
-            raise InputError(f"{where}: {what}") from error
+            raise InputError(what) from error
         if example is not None:
-            example.images = [resolve(image, folder, where) for image in example.images]
+            example.images = [resolve(image, folder) for image in example.images]
         return example
 
     return reader
