@@ -238,7 +238,8 @@ def files_of(source, split, default):
 def choose_split(source, found, default):
     """The split that nobody asked for, said in one line; InputError where it is not there."""
     if default not in found:
-        raise InputError(f"{source}: holds {', '.join(found)}; choose one with --split")
+        raise InputError(f"{source}: holds {', '.join(found)}; choose one with --split, or name "
+                         "its files")
     if len(found) > 1 and os.environ.get("RANK", "0") == "0":
         print(f"{source}: holds {', '.join(found)}; {default} is taken", flush=True)
     return default

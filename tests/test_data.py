@@ -1084,7 +1084,7 @@ def test_every_turn_of_the_assistant_ends_in_one_eos(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------- folders and their splits
-def test_folders_of_save_to_disk(tiny, tmp_path):
+def test_folders_of_save_to_disk(tiny, tmp_path, capfd):
     """One data set, or several of which --split takes one; the same rows have the same identity."""
     from datasets import Dataset, DatasetDict
 
@@ -1096,12 +1096,17 @@ def test_folders_of_save_to_disk(tiny, tmp_path):
     def asked(*source):
         return [e.prompt[0]["content"] for e in load_examples(*source)]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert asked(one) == asked(two) == asked(two, "train") == [row["prompt"] for row in rows]
-    assert asked(two, "test") == [row["prompt"] for row in rows[:3]]
+    DatasetDict({"dev": parts["test"]}).save_to_disk(tmp_path / "alone")
+    assert asked(one) == asked(two, "train") == [row["prompt"] for row in rows]
+    assert asked(two, "test") == asked(str(tmp_path / "alone"), "dev") == asked(one)[:3]
+    assert capfd.readouterr().out == ""
+    assert asked(two) == asked(one)  # which nobody has asked for
+    assert capfd.readouterr().out == f"{two}: holds train, test; train is taken\n"
     assert load_examples(one).fingerprint == load_examples(one).fingerprint
     for source, split, words in [
         (one, "test", "is one data set"),
         (two, "dev", "two: holds train, test; choose one with --split"),
+        (str(tmp_path / "alone"), None, "alone: holds dev; choose one with --split"),
         (str(tmp_path / "empty"), None, "empty: not a readable folder of save_to_disk"),
     ]:
         with pytest.raises(InputError, match=words):
