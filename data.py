@@ -120,8 +120,7 @@ class Examples(Sequence):
         """-> (File, place in it)."""
         i = range(len(self))[i]
         f = int(np.searchsorted(self.ends, i, side="right"))
-        file = self.files[f]
-        return file, i - int(self.ends[f]) + len(file.rows)
+        return self.files[f], i - int(self.ends[f]) + len(self.files[f].rows)
 
     def where(self, i):
         """(path, line or row from 1) of example i."""
@@ -720,6 +719,7 @@ class Found:
     prompt: np.ndarray
     response: np.ndarray
     reasons: dict[int, str]
+    limit: float  # more unusable ones end the run
 
     @property
     def usable(self):
@@ -769,12 +769,12 @@ def look(sources, measure, args, world):
         examples = load_examples(sources, args.split)
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
+    limit = 0 if args.bad_rows == "stop" else args.max_bad * len(examples)
     kept = os.path.join(args.out, "rows.npz")
     if args.resume and os.path.exists(kept):
         with np.load(kept) as arrays:
             if arrays["fingerprint"] == examples.fingerprint:
-                return Found(examples, arrays["prompt"], arrays["response"], {})
-    limit = bad_limit(args, len(examples))
+                return Found(examples, arrays["prompt"], arrays["response"], {}, limit)
     tokens, reasons, looked, bad = np.zeros((2, len(examples)), np.int32), {}, 0, []
     for block in attempt_all(measure, examples, world):
         for i, lengths, reason in block:
@@ -786,7 +786,7 @@ def look(sources, measure, args, world):
         looked += len(block)
         if len(bad) > limit:  # a wrong file of a million rows: no need to see them all
             break
-    found = Found(examples, *tokens, reasons)
+    found = Found(examples, *tokens, reasons, limit)
     if len(bad) <= limit and len(found.usable):
         return found
     first = (bad or [0])[0]
@@ -800,11 +800,6 @@ def look(sources, measure, args, world):
         f"{args.max_bad:g}; with a higher one they are skipped and listed in "
         f"{args.out}/skipped.jsonl)"
     )
-
-
-def bad_limit(args, rows):
-    """So many rows may be unusable."""
-    return 0 if args.bad_rows == "stop" else args.max_bad * rows
 
 
 # ---------------------------------------------------------------------------------------- feed
@@ -942,8 +937,7 @@ class Feed:
         self.lost |= set(failed)
         if self.world.rank == 0:
             append_rows(self.path, new)
-        limit = bad_limit(self.args, len(self.examples))
-        if self.bad > limit or len(self.lost) == len(self.usable):
+        if self.bad > self.found.limit or len(self.lost) == len(self.usable):
             raise InputErrorOfAll("{file}:{row}: {reason} ".format(**new[-1]) +
                                   f"({self.bad} of {len(self.examples)} rows cannot be used)")
 
