@@ -454,13 +454,13 @@ def to_message(turn, pictures):
     turn = turn if isinstance(turn, dict) else {"content": turn}
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
+    if turn.get("tool_calls"):
+        raise InputError("a chat turn has tool_calls; only texts and pictures are read")
+    if isinstance(role, str) and role not in ROLES:
+        raise InputError(f"the role {quote(role)} is none of {', '.join(ROLES)}")
     if not isinstance(role, str) or not isinstance(content, str | list):
         raise InputError("a chat turn needs the texts role and content (or from and value), "
                          f"got {quote(turn)}")
-    if role not in ROLES:
-        raise InputError(f"the role {quote(role)} is none of {', '.join(ROLES)}")
-    if turn.get("tool_calls"):
-        raise InputError("a chat turn has tool_calls; only texts and pictures are read")
     role, text = ROLES[role], ""
     for part in as_list(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part

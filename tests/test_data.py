@@ -990,6 +990,8 @@ REFUSED = {
     "a video in the chat": ({"prompt": ask({"type": "video", "video": "a"})}, "neither a text nor"),
     "a list of texts": ({"prompt": ["How ", "many?"]}, "role and content"),
     "tools": ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [1]}]}, "tool_calls"),
+    "tools alone": ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tool_calls"),
+    "a turn of a tool": ({"messages": [TURNS[0], {"role": "tool", "content": None}]}, "the role tool"),
     "another role": ({"messages": [{"role": "developer", "content": "x"}]}, "the role developer"),
     "broken chat": ({"prompt": '[{"role": "user", "content": "x"'}, "a text that is not JSON"),
     "chat of Python": ({"prompt": str(TURNS)}, "a text that is not JSON"),
