@@ -209,8 +209,8 @@ def open_source(source, split, default=None):
 
 
 def files_of(source, split, default):
-    """Paths of a file, a glob or a folder (or, as in a clone of a Hub data set, one level down). A
-    folder's files belong to the splits in their names, as `train-0001.parquet` or
+    """Paths of a file, a glob, or the data files of a folder (in a clone of a Hub data set they lie
+    one level down). A file belongs to the split in its name, as `train-0001.parquet` or
     `test/0001.jsonl` do; of several splits one is chosen: nobody trains on a test set unasked."""
     if not os.path.isdir(source):
         paths = [source] if os.path.exists(source) else sorted(glob(source))

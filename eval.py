@@ -278,24 +278,24 @@ class TestSet:
 
 
 def load_bench(spec):
-    """`name` (from the Hub) or `name=PATH` (a source as --data takes it, or a copy of the Hub's
-    folder) -> (Benchmark, Examples)."""
+    """`name` (from the Hub) or `name=PATH` (a file, glob or folder of files, a copy of the Hub's)
+    -> (Benchmark, Examples). Of several splits of a folder the benchmark's own is taken."""
     name, _, path = spec.partition("=")
     if name not in BENCHMARKS:
         raise InputError(f"--bench {name}: unknown; there are {', '.join(BENCHMARKS)}")
     benchmark, files = BENCHMARKS[name], []
+    source = path or benchmark.hub
     # a copy of the Hub's folder has its files further down, in configurations and splits
     tops = glob("*.jsonl*", root_dir=path) + glob("*.parquet", root_dir=path)
-    with about(f"--bench {spec}: cannot be read ({name}=PATH reads a copy)"):
+    with about(f"--bench {spec}: cannot be read ({name}=PATH takes a copy; --split is for --data)"):
         if path and (tops or not os.path.isdir(path)):
             files = open_source(path, None, benchmark.split)
-            return benchmark, Examples(files, read=benchmark.read)
-        from datasets import load_dataset  # imported here: local files do not need it
+        else:
+            from datasets import load_dataset  # imported here: local files do not need it
 
-        for config in benchmark.configs:
-            rows = load_dataset(path or benchmark.hub, config, split=benchmark.split)
-            file = f"{path or benchmark.hub} {config or ''}".strip()
-            files.append(File(undecoded(rows), file, path))
+            for config in benchmark.configs:
+                rows = undecoded(load_dataset(source, config, split=benchmark.split))
+                files.append(File(rows, f"{source} {config or ''}".strip(), path))
     return benchmark, Examples(files, read=benchmark.read)
 
 
@@ -931,7 +931,7 @@ def parse_args():
     flag("--ckpt", nargs="+", required=True, help="the first is the baseline; seeds as name=A,B,C")
     flag("--bench", nargs="+", default=[], metavar="NAME[=PATH]", help=", ".join(BENCHMARKS))
     flag("--data", nargs="+", default=[], help="own test sets: files, folders or Hub ids")
-    flag("--split", help="of a Hub data set in --data (default: test; train for the filter)")
+    flag("--split", help="of --data, if it has several (default: test; train for the filter)")
     flag("--out", default="eval_out", help="folder to write; the file of --keep-pass-rate")
     flag("--resume", action="store_true", help="keep the generations that are complete in OUT")
     flag("--keep-pass-rate", nargs=2, type=real(0, 1), metavar=("LOW", "HIGH"),
