@@ -7,9 +7,9 @@
 """
 
 import base64
-import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from glob import glob
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def data_flags(parser):
     """The flags of everything that reads examples."""
     group = parser.add_argument_group("data")
-    group.add_argument("--split", default=None, help="split of a Hub data set")
+    group.add_argument("--split", default=None, help="split of a Hub data set or of a folder")
     group.add_argument("--system-prompt", default=None, metavar="FILE",
                        help="system message for rows that carry none")
     group.add_argument("--max-prompt", type=integer(1), default=2048,
@@ -72,12 +73,8 @@ def system_prompt(args):
     """The text of --system-prompt, or ours."""
     if args.system_prompt is None:
         return SYSTEM_PROMPT
-    try:
-        with open(args.system_prompt, encoding="utf-8") as file:
-            return file.read().strip()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"--system-prompt {args.system_prompt}: {why}") from error
+    with about(f"--system-prompt {args.system_prompt}"):
+        return Path(args.system_prompt).read_text("utf-8").strip()
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -107,14 +104,13 @@ class Example:
 
 class Examples(Sequence):
     """Rows of one or several files, turned into `Example` when indexed: a broken row is an
-    InputError there, and images are opened only when used.
+    InputError there, which names it, and images are opened only when used.
 
-    files: list of File. sources: [(first row, rows, share of the draws)]; not weighted: all rows
-    are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
+    files: list of File. sources: [(first row, rows, share of the draws)] of weighted sources;
+    without, all rows are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
 
-    def __init__(self, files, sources, weighted, read=None):
-        self.files, self.sources, self.weighted = files, sources, weighted
-        self.read = read or to_example
+    def __init__(self, files, sources=(), read=None):
+        self.files, self.sources, self.read = files, sources, read or to_example
         self.ends = np.cumsum([len(file.rows) for file in files])
 
     def __len__(self):
@@ -124,8 +120,7 @@ class Examples(Sequence):
         """-> (File, place in it)."""
         i = range(len(self))[i]
         f = int(np.searchsorted(self.ends, i, side="right"))
-        file = self.files[f]
-        return file, i - int(self.ends[f]) + len(file.rows)
+        return self.files[f], i - int(self.ends[f]) + len(self.files[f].rows)
 
     def where(self, i):
         """(path, line or row from 1) of example i."""
@@ -135,7 +130,9 @@ class Examples(Sequence):
 
     def __getitem__(self, i):
         file, place = self.find(i)
-        return self.read(file.rows[place], "{}:{}".format(*self.where(i)), file.folder)
+        where = "{}:{}".format(*self.where(i))
+        with about(where):
+            return self.read(file.rows[place], where, file.folder)
 
     @cached_property
     def fingerprint(self):
@@ -155,18 +152,23 @@ def load_examples(sources, split=None):
     Rows are recognised by columns, see `to_example`, and are parsed when they are used. Nothing but
     16 bytes a row stays in memory. Raises InputError that names the source and the cure.
     """
-    sources = [sources] if isinstance(sources, str) else sources
-    files, parts = [], []
+    sources, files, parts = as_list(sources), [], []
     for source in sources:
         name, weight = split_weight(source)
         opened = open_source(name, split)
-        first, count = (sum(len(file.rows) for file in part) for part in (files, opened))
-        parts.append((first, count, weight))
+        first, rows = (sum(len(file.rows) for file in part) for part in (files, opened))
+        parts.append((first, rows, weight))
         files += opened
-    given = [weight for _, _, weight in parts if weight is not None]
-    if given and (len(given) < len(parts) or not all(0 < weight < np.inf for weight in given)):
+    weights = {weight for _, _, weight in parts}
+    if weights == {None}:
+        return Examples(files)
+    if not all(weight and 0 < weight < math.inf for weight in weights):
         raise InputError(f"--data {' '.join(sources)}: give every source a weight above 0, or none")
-    return Examples(files, parts, bool(given))
+    return Examples(files, parts)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def split_weight(source):
@@ -182,24 +184,21 @@ def split_weight(source):
 
 
 POINTER = b"version https://git-lfs"  # what git keeps in place of a large file
-KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")
-SPLITS = ("train", "test", "validation", "val", "dev", "testmini")
+KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SPLITS = {"train", "test", "validation", "val", "dev", "testmini"}
 
 
-def open_source(source, split):
-    """One source -> list of File; no file is empty."""
-    paths = [source] if os.path.exists(source) else sorted(glob.glob(source))
-    if os.path.isdir(source):
-        paths = [] if is_saved(source) else files_of_split(source, files_of(source), split)
-    elif paths and split:
-        raise InputError(f"--split {split}: {source} is a file, it has no splits")
-    if paths:
+def open_source(source, split, default=None):
+    """One source -> list of File; no file is empty. default: the split that is taken where there
+    are several and `split` is None (None: of a Hub id or save_to_disk train, of a folder none)."""
+    if os.path.isdir(source) and is_saved(source):
+        rows = load_saved(source, split, default or "train")
+        files = [File(rows, source, os.path.abspath(source))]
+    elif paths := files_of(source, split, default):
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         files = [File(read_file(path), path, folder) for path, folder in zip(paths, folders)]
-    elif os.path.isdir(source):
-        files = [File(load_saved(source, split), source, os.path.abspath(source))]
     elif is_hub_id(source):
-        files = [File(load_from_hub(source, split), source, "")]
+        files = [File(load_from_hub(source, split or default or "train"), source, "")]
     else:
         raise InputError(f"{source}: no such file; give a .jsonl, .json or .parquet file, "
                          "a folder, or a Hub id owner/name")
@@ -209,28 +208,40 @@ def open_source(source, split):
     return files
 
 
-def files_of(folder):
-    """The data files of a folder or, as in a clone of a Hub data set, one level down."""
-    for place in (folder, os.path.join(folder, "*")):
-        paths = [path for kind in KINDS for path in glob.glob(os.path.join(place, f"*.{kind}"))]
-        paths = [path for path in paths if not os.path.basename(path).startswith("dataset_info")]
-        if paths:
-            return sorted(paths)
-    raise InputError(f"{folder}: the folder holds no .jsonl, .json, .jsonl.gz or .parquet file")
-
-
-def files_of_split(folder, paths, split):
-    """Those of the paths whose name says that they belong to the split, as `train-0001.parquet` or
-    `train/0001.jsonl` do; without --split a folder of several splits is refused."""
-    parts = {path: re.split(r"[-_./\\]", os.path.relpath(path, folder)) for path in paths}
-    found = sorted({name for words in parts.values() for name in words} & {*SPLITS, split})
-    if split is None and len(found) > 1:
-        raise InputError(f"{folder}: holds {', '.join(found)}; choose one with --split")
-    if split is None:
+def files_of(source, split, default):
+    """Paths of a file, a glob, or the data files of a folder (in a clone of a Hub data set they lie
+    one level down). A file belongs to the split in its name, as `train-0001.parquet` or
+    `test/0001.jsonl` do; of several splits one is chosen: nobody trains on a test set unasked."""
+    if not os.path.isdir(source):
+        paths = [source] if os.path.exists(source) else sorted(glob(source))
+        if paths and split:
+            raise InputError(f"--split {split}: {source} is a file, it has no splits")
         return paths
-    if split not in found:
-        raise InputError(f"--split {split}: no file of {folder} has it in its name")
-    return [path for path in paths if split in parts[path]]
+    for pattern in ("*", "*/*"):
+        names = [name for name in sorted(glob(pattern, root_dir=source)) if name.endswith(KINDS)]
+        names = [name for name in names if not os.path.basename(name).startswith("dataset_info")]
+        if names:
+            break
+    else:
+        raise InputError(f"{source}: the folder holds no file of {', '.join(KINDS)}")
+    words = {name: re.split(r"[-_./]", name) for name in names}
+    found = sorted(word for word in SPLITS if any(word in parts for parts in words.values()))
+    if split is None and len(found) > 1:
+        split = choose_split(source, found, default)
+    chosen = [name for name in names if split is None or split in words[name]]
+    if not chosen:
+        raise InputError(f"--split {split}: no file of {source} has it in its name")
+    return [os.path.join(source, name) for name in chosen]
+
+
+def choose_split(source, found, default):
+    """The split that nobody asked for, said in one line; InputError where it is not there."""
+    if default not in found:
+        raise InputError(f"{source}: holds {', '.join(found)}; choose one with --split, or name "
+                         "its files")
+    if len(found) > 1 and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: holds {', '.join(found)}; {default} is taken", flush=True)
+    return default
 
 
 def is_saved(folder):
@@ -239,16 +250,16 @@ def is_saved(folder):
     return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names)
 
 
-def load_saved(folder, split):
-    from datasets import DatasetDict, load_from_disk
+def load_saved(folder, split, default):
+    from datasets import Dataset, load_from_disk
 
     with about(f"{folder}: not a readable folder of save_to_disk"):
         saved = load_from_disk(folder)
-    if isinstance(saved, DatasetDict):
-        if (split or "train") not in saved:
-            raise InputError(f"{folder}: choose one with --split: {', '.join(saved)}")
-        saved = saved[split or "train"]
-    elif split:
+    if not isinstance(saved, Dataset):  # several splits
+        if split not in saved:
+            split = choose_split(folder, list(saved), None if split else default)
+        return undecoded(saved[split])
+    if split:
         raise InputError(f"--split {split}: {folder} is one data set, it has no splits")
     return undecoded(saved)
 
@@ -263,15 +274,16 @@ def load_from_hub(source, split):
 
     name, _, file = source.partition(":")
     with about(f"{source}: neither a local file nor a data set that the Hub gives"):
-        return undecoded(load_dataset(name, data_files=file or None, split=split or "train"))
+        return undecoded(load_dataset(name, data_files=file or None, split=split))
 
 
 class JsonLines(Sequence):
     """The JSON objects of a file, one a line, parsed when indexed. In memory: where each line ends,
     and its number."""
 
-    def __init__(self, file, path):
-        self.file, self.path = file, path
+    def __init__(self, file):
+        self.file = file
+        file.seek(0)
         # a blank line counts as a line, but holds no object: its length is kept with a minus
         lengths = (len(line) if line.strip() else -len(line) for line in file)
         lengths = np.fromiter(lengths, np.int64)
@@ -287,61 +299,48 @@ class JsonLines(Sequence):
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        where = f"{self.path}:{self.line(i)}"
         start = int(self.ends[i - 1]) if i else 0  # blank lines before the object do no harm
         # pread: threads do not share a position
         text = os.pread(self.file.fileno(), int(self.ends[i]) - start, start)
-        try:
+        with about("not JSON"):
             row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); a line must be one object") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+            raise InputError(f"a JSON object is needed, not {type(row).__name__}")
         return row
 
 
 def read_file(path):
     """Rows of one local file, none of them in memory; recognised by content: parquet, or JSON,
     gzipped or not, as lines or as one array."""
-    try:
+    with about(path):
         file = open(path, "rb")
         magic = file.read(40)
-        file.seek(0)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    if magic.startswith(POINTER):
-        raise InputError(f"{path}: a Git-LFS pointer, not the file itself; run git lfs pull")
-    if magic.startswith(b"PAR1") or path.endswith(".parquet"):
-        from datasets import Dataset
+        if magic.startswith(POINTER):
+            raise InputError("a Git-LFS pointer, not the file itself; run git lfs pull")
+        if magic.startswith(b"PAR1") or path.endswith(".parquet"):
+            from datasets import Dataset
 
-        with about(f"{path}: not a readable parquet file"):
-            return undecoded(Dataset.from_parquet(path))
-    try:
-        if magic[:2] == b"\x1f\x8b":
-            plain = tempfile.TemporaryFile()
-            with gzip.open(file) as packed:
-                shutil.copyfileobj(packed, plain)
-            file = plain
+            with about("not a readable parquet file"):
+                return undecoded(Dataset.from_parquet(path))
+        file.seek(0)
+        if magic.startswith(b"\x1f\x8b"):
+            packed, file = gzip.open(file), tempfile.TemporaryFile()
+            shutil.copyfileobj(packed, file)
             file.seek(0)
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        file.seek(0)
-        if first.lstrip().startswith(b"["):
-            file = array_lines(file)
-            file.seek(0)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        why = f"{error}; JSON lines, or one JSON array of objects, are needed"
-        raise InputError(f"{path}: {why}") from error
-    return JsonLines(file, path)
+        return JsonLines(array_lines(file) if first.lstrip().startswith(b"[") else file)
 
 
 def array_lines(file, chunk=1 << 20):
     """A JSON array as a temporary file of one value a line; it is read in pieces, however long it
     is."""
-    out, decoder = tempfile.TemporaryFile(), json.JSONDecoder()
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    buffer, at, opening = "", 0, True
+    file.seek(0)
+    text, out = io.TextIOWrapper(file, encoding="utf-8-sig"), tempfile.TemporaryFile()
+    while text.read(1) != "[":  # which is there
+        pass
+    decoder, gap, buffer, at = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0
     while True:
-        at = re.compile(r"\s*\[?\s*" if opening else r"\s*,?\s*").match(buffer, at).end()
+        at = gap.match(buffer, at).end()
         if buffer.startswith("]", at):
             if buffer[at + 1 :].strip() or text.read().strip():
                 raise ValueError("not JSON (there is more after the end of the array)")
@@ -352,10 +351,9 @@ def array_lines(file, chunk=1 << 20):
             more = text.read(max(chunk, len(buffer)))
             if not more:
                 raise ValueError(f"not JSON ({error})") from None
-            buffer, at = buffer[0 if opening else at :] + more, 0
-            continue
-        opening = False
-        out.write(json.dumps(value).encode() + b"\n")
+            buffer, at = buffer[at:] + more, 0
+        else:
+            out.write(json.dumps(value).encode() + b"\n")
 
 
 def undecoded(dataset):
@@ -381,9 +379,14 @@ PARTS = ("bytes", "path", "image", "image_url", "url", "base64")  # where an ima
 UNREAD = ("video", "videos", "audio", "audios")  # columns that a row must not fill
 
 
+def first_of(row, columns):
+    """The first of the columns that holds something, or None."""
+    return next((row[column] for column in columns if row.get(column)), None)
+
+
 def to_example(row, where, base=""):
-    """One row of any recognised schema -> Example; `where` names the row in errors, `base` resolves
-    relative paths.
+    """One row of any recognised schema -> Example. where: its id if it has none; base: folder of
+    relative paths. Raises InputError, to which `Examples` adds the row.
 
     Ours: `prompt` (text or chat), `images`, `response`, `answer`. LLaMA-Factory ShareGPT:
     `messages` or `conversations`, `system`. TRL and OpenAI: content as a list of parts. The
@@ -393,103 +396,86 @@ def to_example(row, where, base=""):
     """
     for column in UNREAD:
         if row.get(column):
-            raise InputError(f"{where}: the row has a column {column}; only pictures are read")
-    messages, pictures = read_chat(row, where)
+            raise InputError(f"the row has a column {column}; only pictures are read")
+    messages, pictures = read_chat(row)
     last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-    response = next((row[column] for column in RESPONSES if row.get(column)), None)
-    response = response if last is None else last
     if not any(message["role"] == "user" for message in messages):
-        raise InputError(f"{where}: the chat has no turn of the user")
-    answer, rejected = read_answer(row, last, where), None
+        raise InputError("the chat has no turn of the user")
+    answer, rejected = read_answer(row, last), None
+    response = first_of(row, RESPONSES) if last is None else last
     if row.get("teacher_response") or row.get("teacher_caption"):
-        response = row.get("teacher_response") or join_blocks(row, "teacher", answer, where)
+        response = row.get("teacher_response") or join_blocks(row, "teacher", answer)
     if row.get("student_caption"):
-        rejected = join_blocks(row, "student", answer, where)
-    for name, text in (("response", response), ("student's response", rejected)):
-        if not isinstance(text, str | None):
-            raise InputError(f"{where}: the {name} must be a text, not {type(text).__name__}")
-    images = row.get("images") or row.get("image") or []
-    images = images if isinstance(images, list) else [images]
-    images = [image for image in images if image is not None and image != ""]
-    if any(picture is not None for picture in pictures):  # some stand in the chat itself
-        column = iter(images)
-        images = [next(column, None) if image is None else image for image in pictures]
-        images = [*filter(None, images), *column]
-    images = [resolve(image, base, where) for image in images]
+        rejected = join_blocks(row, "student", answer)
+    if not isinstance(response, str | None):
+        raise InputError(f"the response must be a text, not {type(response).__name__}")
+    # those of the columns fill the places that the chat leaves open
+    column = as_list(row.get("images") or row.get("image"))
+    column = iter([image for image in column if image is not None and image != ""])
+    images = [next(column, None) if image is None else image for image in pictures]
+    images = [image for image in [*images, *column] if image is not None]
     options = row.get("options") or row.get("choices")
     if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
         options = []
-    response, rejected = without_eos(response), without_eos(rejected)
     name = str(row.get("id") or where).encode("utf-8", "backslashreplace").decode()
-    return Example(name, messages, images, response, answer, rejected, options)
+    return Example(name, messages, [resolve(image, base) for image in images],
+                   without_eos(response), answer, without_eos(rejected), options)
 
 
-def read_chat(row, where):
+def read_chat(row):
     """The chat of a row -> [{"role", "content"}], its system message first if it has one, and the
     pictures that stand in it, None for a placeholder."""
-    turns = next((row[column] for column in CHATS if row.get(column)), None)
-    if not turns:
-        found = [column for column in CHATS if column in row]
-        if found:
-            raise InputError(f"{where}: the column {found[0]} is empty")
-        columns = quote(", ".join(map(str, row)) or "none")
-        raise InputError(f"{where}: none of the columns {', '.join(CHATS)}; found {columns}")
+    turns = first_of(row, CHATS)
+    if turns is None:
+        found = quote(", ".join(map(str, row)) or "none")
+        columns = ", ".join(CHATS)
+        raise InputError(f"none of the columns {columns} is there and not empty; found {found}")
     # a text that begins as a list of objects, one of which has a role: a chat written as a text
     if isinstance(turns, str) and re.match(r"""\s*\[\s*\{.*["'](role|from)["']\s*:""", turns, re.S):
-        turns = parse_chat(turns, where)
+        with about("the chat is a text that is not JSON"):
+            turns = json.loads(turns)
     if isinstance(turns, str):
         more = row.get("input") if "instruction" in row else None
         turns = [{"role": "user", "content": f"{turns}\n{more}" if more else turns}]
     if not isinstance(turns, list):
         what = type(turns).__name__
-        raise InputError(f"{where}: the chat must be a text or a list of turns, not {what}")
-    messages, pictures = [], []
-    for turn in turns:
-        messages.append(to_message(turn, pictures, where))
+        raise InputError(f"the chat must be a text or a list of turns, not {what}")
+    pictures = []
+    messages = [to_message(turn, pictures) for turn in turns]
     if row.get("system") and messages[0]["role"] != "system":
         turn = {"role": "system", "content": row["system"]}
-        messages.insert(0, to_message(turn, pictures, where))
+        messages.insert(0, to_message(turn, pictures))
     return messages, pictures
 
 
-def parse_chat(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: the chat is a text that is not JSON ({error})") from None
-
-
-def to_message(turn, pictures, where):
+def to_message(turn, pictures):
     """A chat turn of either dialect -> {"role", "content"}; pictures that stand in it, and None for
     each placeholder of the prompt, are appended to `pictures`."""
     turn = turn if isinstance(turn, dict) else {"content": turn}
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
-    if isinstance(role, str) and role not in ROLES:
-        raise InputError(f"{where}: the role {quote(role)} is none of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
-        raise InputError(f"{where}: a chat turn has tool_calls; only texts and pictures are read")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(role, str) or not isinstance(content, list):
-        raise InputError(f"{where}: a chat turn needs the texts role and content "
-                         f"(or from and value), got {quote(turn)}")
-    text = ""
-    for part in content:
+        raise InputError("a chat turn has tool_calls; only texts and pictures are read")
+    if isinstance(role, str) and role not in ROLES:
+        raise InputError(f"the role {quote(role)} is none of {', '.join(ROLES)}")
+    if not isinstance(role, str) or not isinstance(content, str | list):
+        raise InputError("a chat turn needs the texts role and content (or from and value), "
+                         f"got {quote(turn)}")
+    role, text = ROLES[role], ""
+    for part in as_list(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-            if ROLES[role] != "assistant":  # there <image> is a word
+            if role != "assistant":  # there <image> is a word
                 pictures += [None] * part["text"].count("<image>")
         elif kind in ("image", "image_url"):
             text += "<image>"
-            pictures.append(next((part[key] for key in PARTS if part.get(key)), None))
+            pictures.append(first_of(part, PARTS))
         else:
-            raise InputError(f"{where}: a part of a chat turn is neither a text nor a picture, "
+            raise InputError("a part of a chat turn is neither a text nor a picture, "
                              f"got {quote(part)}")
-    text = without_eos(text) if ROLES[role] == "assistant" else text
-    return {"role": ROLES[role], "content": text}
+    return {"role": role, "content": without_eos(text) if role == "assistant" else text}
 
 
 def without_eos(response):
@@ -497,46 +483,40 @@ def without_eos(response):
     return response and re.sub(r"\s*(<\|(im_end|endoftext)\|>\s*)+$", "", response)
 
 
-def read_answer(row, last, where):
+def read_answer(row, last):
     """The gold answer of a row, a text or a list of accepted texts; None where it has none. last:
     what the assistant's last turn says, whose <answer> block is the answer of LLaVA's rows."""
-    answer = row.get("answer")
-    if answer is None:
-        answer = row.get("solution")
-    if answer is None and last:
-        answer = (re.findall(r"<answer>(.*?)</answer>", last, re.S) or [None])[-1]
-    if isinstance(row.get("reward_model"), dict):
-        truth = row["reward_model"].get("ground_truth")
-        answer = answer if truth is None else truth
-        more = row["reward_model"].get("equivalent_answers") or []
-        if more:
-            answer = [answer, *(more if isinstance(more, list) else [more])]
+    model = row.get("reward_model")
+    model = model if isinstance(model, dict) else {}
+    said = re.findall(r"<answer>.*?</answer>", last or "", re.S)
+    given = [model.get("ground_truth"), row.get("answer"), row.get("solution"), *said[-1:]]
+    answer = next((one for one in given if one is not None), None)
+    if more := model.get("equivalent_answers"):
+        answer = [answer, *as_list(more)]
     if not isinstance(answer, list):
-        return to_answer(answer, where)
-    texts = [to_answer(one, where) for one in answer]
+        return to_answer(answer)
+    texts = [to_answer(one) for one in answer]
     return [text for text in texts if text] or None
 
 
-def to_answer(answer, where):
+def to_answer(answer):
     """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty
     cell) is no answer."""
     if isinstance(answer, (int, float)):
         return str(answer) if math.isfinite(answer) else None
     if isinstance(answer, str):
-        check_text(answer, where)
+        check_text(answer, "answer")
         return unwrap(answer)
     if answer is not None:
-        raise InputError(f"{where}: the answer must be a text, a number or a list of those, "
-                         f"not {type(answer).__name__}")
+        what = type(answer).__name__
+        raise InputError(f"the answer must be a text, a number or a list of those, not {what}")
     return None
 
 
 def unwrap(answer):
     """What a gold says: the last <answer> block, what follows the last ####, the last \\boxed{}."""
     tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.S)
-    if tagged:
-        answer = tagged[-1].strip()
-    answer = answer.rpartition("####")[2].strip() if "####" in answer else answer
+    answer = (tagged or [answer])[-1].rpartition("####")[2]
     _, box, inside = answer.rpartition("\\boxed{")
     depth = 1
     for place, character in enumerate(inside if box else ""):
@@ -546,55 +526,45 @@ def unwrap(answer):
     return answer.strip()
 
 
-def join_blocks(row, who, answer, where):
+def join_blocks(row, who, answer):
     """The canonical response from a published row's two parts, which come with or without their
     tags. A trace without an <answer> block gets the row's answer, or an empty one in warm-up pairs,
     which carry none."""
     caption, cot = row[f"{who}_caption"], row.get(f"{who}_cot") or ""
     if not isinstance(caption, str) or not isinstance(cot, str):
-        raise InputError(f"{where}: {who}_caption and {who}_cot must be texts")
-    answer = (answer[0] if isinstance(answer, list) else answer) or ""
+        raise InputError(f"{who}_caption and {who}_cot must be texts")
     if "<caption>" not in caption:
         caption = f"<caption>\n{caption.strip()}\n</caption>"
     if "<think>" not in cot:
         think, tag, rest = cot.partition("<answer>")
         cot = f"<think>\n{think.strip()}\n</think>\n{tag}{rest}"
     if "<answer>" not in cot:
-        cot = f"{cot.strip()}\n<answer>\n{answer}\n</answer>"
+        cot = f"{cot.strip()}\n<answer>\n{as_list(answer)[0] or ''}\n</answer>"
     return f"{caption.strip()}\n{cot.strip()}"
 
 
-def check_pointer(path, where):
-    """Raise InputError for what git keeps in place of a large picture."""
-    if os.path.getsize(path) < 1000:
-        with open(path, "rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise InputError(f"{where}: image {quote(path, 200)} is a Git-LFS pointer, "
-                                 "not the picture; run git lfs pull")
-
-
-def resolve(image, base, where):
+def resolve(image, base):
     """A picture as stored in a row -> path, bytes or PIL image; a path that leads nowhere is an
     error at once."""
     if isinstance(image, dict):
-        image = next((image[key] for key in PARTS if image.get(key)), None)
+        image = first_of(image, PARTS)
     if isinstance(image, str):
         path = os.path.join(base, image)
         if os.path.isfile(path):
-            check_pointer(path, where)
+            if os.path.getsize(path) < 1000 and Path(path).read_bytes().startswith(POINTER):
+                raise InputError(f"image {quote(path, 200)} is a Git-LFS pointer, "
+                                 "not the picture; run git lfs pull")
             return path
         start, _, data = image.partition(";base64,")
         data = data if start.startswith("data:") else image
         if len(data) < 64 or not re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", data):
-            raise InputError(f"{where}: image {quote(image, 200)} does not exist; "
+            raise InputError(f"image {quote(image, 200)} does not exist; "
                              "paths are relative to the data file")
-        try:
+        with about(f"image {quote(image)} is no base64"):
             return base64.b64decode(data, altchars=b"-_" if set("-_") & set(data) else None)
-        except ValueError:
-            raise InputError(f"{where}: image {quote(image)} is no base64") from None
     if not isinstance(image, bytes | Image.Image):
         what = type(image).__name__
-        raise InputError(f"{where}: an image must be bytes, a path or a picture, not {what}")
+        raise InputError(f"an image must be bytes, a path or a picture, not {what}")
     return image
 
 
@@ -628,25 +598,31 @@ def load_image(image):
     return image.convert("RGB")
 
 
-def image_tokens(image, image_processor, decode=False):
-    """Tokens that a picture takes in a prompt, from its header alone; decode: find out as well
-    whether the rest of it can be read."""
-    if decode:
-        upright = load_image(image)
-        width, height = upright.size
-    else:
-        picture = open_image(image)
-        width, height = picture.size
-        # not picture.getexif(): for a PNG that decodes the whole picture
-        if Image.Image.getexif(picture).get(0x0112, 1) >= 5:  # these orientations lie on their side
-            width, height = height, width
-        if picture is not image:
-            picture.close()
+def image_tokens(image, image_processor):
+    """Tokens that a picture takes in a prompt, from its header alone."""
+    picture = open_image(image)
+    width, height = picture.size
+    # not picture.getexif(): for a PNG that decodes the whole picture
+    if Image.Image.getexif(picture).get(0x0112, 1) >= 5:  # these orientations lie on their side
+        width, height = height, width
+    if picture is not image:
+        picture.close()
     patches = image_processor.get_number_of_image_patches(height, width)
     return patches // image_processor.merge_size**2
 
 
 # ---------------------------------------------------------------------------------------- prompts
+def check_text(text, where):
+    """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image
+    token, which would be taken for a picture that is not there."""
+    with about(f"{where}: the text is no valid UTF-8"):
+        text.encode()
+    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
+        if token in text:
+            raise InputError(f"{where}: the text contains {token}; "
+                             "write <image> where a picture belongs, or remove it")
+
+
 def chat_text(example, tokenizer, system_prompt):
     """The prompt as text, one `<|image_pad|>` a picture. A system message in the row is kept;
     otherwise `system_prompt` is put in front. Raises InputError when the number of `<image>`
@@ -668,16 +644,18 @@ def chat_text(example, tokenizer, system_prompt):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def prompt_tokens(example, tokenizer, image_processor, system_prompt=SYSTEM_PROMPT, decode=False):
-    """Tokens of the prompt that `encode_prompt` makes, without decoding a picture. Raises as it
-    does."""
-    text = chat_text(example, tokenizer, system_prompt)
-    try:
-        pictures = sum(image_tokens(image, image_processor, decode) for image in example.images)
-    except Exception as error:
-        raise InputError(f"{example.id}: image cannot be read ({error})") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return len(ids) - len(example.images) + pictures
+def measure_prompt(example, tokenizer, image_processor, system, args):
+    """-> (tokens of the prompt that `encode_prompt` makes, 0), from the headers of its pictures, or
+    None for one longer than --max-prompt. Raises as that does; only with --bad-rows stop are the
+    pictures decoded to find out."""
+    text = chat_text(example, tokenizer, system)
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - len(example.images)
+    with about(f"{example.id}: image cannot be read"):
+        for image in example.images:
+            if args.bad_rows == "stop":
+                load_image(image)
+            tokens += image_tokens(image, image_processor)
+    return (tokens, 0) if tokens <= args.max_prompt else None
 
 
 def encode_prompt(example, tokenizer, image_processor, max_tokens=None,
@@ -687,11 +665,9 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None,
     text = chat_text(example, tokenizer, system_prompt)
     pixel_values = grid = None
     if example.images:
-        try:
+        with about(f"{example.id}: image cannot be read"):
             pictures = [load_image(image) for image in example.images]
             encoded = image_processor(images=pictures, return_tensors="pt")
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise InputError(f"{example.id}: image cannot be read ({error})") from error
         pixel_values, grid = encoded["pixel_values"], encoded["image_grid_thw"]
         counts = iter((grid.prod(-1) // image_processor.merge_size**2).tolist())
         text = re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text)
@@ -701,20 +677,6 @@ def encode_prompt(example, tokenizer, image_processor, max_tokens=None,
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     positions = mrope_positions(ids, grid, pad, image_processor.merge_size)
     return Prompt(ids, positions, pixel_values, grid)
-
-
-def check_text(text, where):
-    """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image
-    token, which would be taken for a picture that is not there."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = f"{error.reason} at character {error.start}"
-        raise InputError(f"{where}: the text is no valid UTF-8 ({at})") from None
-    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
-        if token in text:
-            raise InputError(f"{where}: the text contains {token}; "
-                             "write <image> where a picture belongs, or remove it")
 
 
 def encode_response(text, tokenizer):
@@ -743,14 +705,6 @@ def mrope_positions(input_ids, grid_thw, image_token_id, merge_size):
     return torch.cat(out, dim=1)
 
 
-def measure_prompt(example, tokenizer, image_processor, system, args):
-    """-> (tokens of the prompt, 0), or None for one longer than --max-prompt. Raises InputError for
-    an example that cannot be used; with --bad-rows stop its pictures are decoded for that."""
-    decode = args.bad_rows == "stop"
-    tokens = prompt_tokens(example, tokenizer, image_processor, system, decode)
-    return (tokens, 0) if tokens <= args.max_prompt else None
-
-
 # ---------------------------------------------------------------------------------------- one look
 BAD, LONG = -1, -2  # in place of a number of tokens
 TOO_LONG = "too long for --max-prompt or --max-length"
@@ -765,6 +719,7 @@ class Found:
     prompt: np.ndarray
     response: np.ndarray
     reasons: dict[int, str]
+    limit: float  # more unusable ones end the run
 
     @property
     def usable(self):
@@ -788,9 +743,22 @@ def attempt(function, examples, i):
     return result, TOO_LONG if result is None else None
 
 
+def attempt_all(function, examples, world):
+    """`attempt` for every example, by threads and a share on each rank. Yields blocks, the same on
+    all ranks: [(i, result, reason), ...]."""
+    size, hidden = 1024 * world.size, world.rank > 0 or None  # None: shown on a terminal only
+    bar = tqdm(total=len(examples), desc="rows", leave=False, delay=2, disable=hidden)
+    with ThreadPoolExecutor(4) as pool, bar:
+        for start in range(0, len(examples), size):
+            block = range(len(examples))[start : start + size]
+            mine = block[world.rank :: world.size]
+            tried = pool.map(lambda i: (i, *attempt(function, examples, i)), mine)
+            yield sorted(one for part in world.gather(list(tried)) for one in part)
+            bar.update(len(block))
+
+
 def look(sources, measure, args, world):
-    """Look at every example once, in threads and a share on each rank -> Found, the same on all
-    ranks.
+    """Look at every example once -> Found, the same on all ranks.
 
     measure(example) -> (tokens of the prompt, tokens of the response), or None for one that is too
     long; an exception makes the example unusable. Raises InputError when more than --max-bad of the
@@ -801,55 +769,34 @@ def look(sources, measure, args, world):
         examples = load_examples(sources, args.split)
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
+    limit = 0 if args.bad_rows == "stop" else args.max_bad * len(examples)
     kept = os.path.join(args.out, "rows.npz")
     if args.resume and os.path.exists(kept):
         with np.load(kept) as arrays:
             if arrays["fingerprint"] == examples.fingerprint:
-                return Found(examples, arrays["prompt"], arrays["response"], {})
-    stop = args.bad_rows == "stop"
-    limit = 0 if stop else args.max_bad * len(examples)
-    patience = 0 if stop else 1000  # a wrong file of a million rows: no need to see them all
-    tokens, reasons, looked, bad = np.zeros((len(examples), 2), np.int32), {}, 0, 0
-    mine = range(world.rank, len(examples), world.size)
-    hidden = True if world.rank > 0 else None  # None: shown on a terminal only
-    bar = tqdm(total=len(mine), desc="rows", leave=False, delay=2, disable=hidden)
-    with ThreadPoolExecutor(4) as pool, bar:
-        for start in range(0, len(mine), 1024):
-            block = mine[start : start + 1024]
-            measured = pool.map(lambda i: attempt(measure, examples, i), block)
-            for i, (lengths, reason) in zip(block, measured):
-                if reason:
-                    lengths, reasons[i] = LONG if reason == TOO_LONG else BAD, reason
-                tokens[i] = lengths
-                bad += lengths == BAD
-            looked += len(block)
-            bar.update(len(block))
-            if bad > limit + patience:
-                break
-    for rank, part in enumerate(world.gather((tokens[mine], reasons, looked))):
-        tokens[rank :: world.size] = part[0]
-        if rank != world.rank:
-            reasons |= part[1]
-            looked += part[2]
-    prompt, response = tokens.T.copy()
-    found = Found(examples, prompt, response, dict(sorted(reasons.items())))
-    refuse(found, looked, limit, args)
-    return found
-
-
-def refuse(found, looked, limit, args):
-    """Raise InputError where too many rows cannot be used."""
-    bad = int((found.prompt == BAD).sum())
-    if bad <= limit and len(found.usable):
-        return
-    first = next((i for i in found.reasons if found.prompt[i] == BAD), next(iter(found.reasons)))
-    reason = "{}:{}: ".format(*found.examples.where(first)) + found.reasons[first]
-    if bad <= limit:
+                return Found(examples, arrays["prompt"], arrays["response"], {}, limit)
+    tokens, reasons, looked, bad = np.zeros((2, len(examples)), np.int32), {}, 0, []
+    for block in attempt_all(measure, examples, world):
+        for i, lengths, reason in block:
+            if reason:
+                reasons[i], lengths = reason, LONG if reason == TOO_LONG else BAD
+            if lengths == BAD:
+                bad.append(i)
+            tokens[:, i] = lengths
+        looked += len(block)
+        if len(bad) > limit:  # a wrong file of a million rows: no need to see them all
+            break
+    found = Found(examples, *tokens, reasons, limit)
+    if len(bad) <= limit and len(found.usable):
+        return found
+    first = (bad or [0])[0]
+    reason = "{}:{}: ".format(*examples.where(first)) + reasons[first]
+    if len(bad) <= limit:
         raise InputErrorOfAll(f"{reason} (no row of --data can be used)")
     if args.bad_rows == "stop":
         raise InputErrorOfAll(f"{reason} (--bad-rows skip leaves such rows out)")
     raise InputErrorOfAll(
-        f"{reason} ({bad} of {looked} rows looked at cannot be used, more than --max-bad "
+        f"{reason} ({len(bad)} of {looked} rows looked at cannot be used, more than --max-bad "
         f"{args.max_bad:g}; with a higher one they are skipped and listed in "
         f"{args.out}/skipped.jsonl)"
     )
@@ -866,23 +813,19 @@ def order(n, start, seed):
         epoch, at = epoch + 1, 0
 
 
-def mixed_order(sources, start, seed, block=1024):
+def mixed_order(sources, start, seed):
     """The same for weighted sources [(first row, rows, weight)]: every position draws a source,
     which gives its next row."""
     firsts, sizes, weights = zip(*sources)
-    shares = np.cumsum(weights)[:-1] / sum(weights)
-
-    def choose(b):
-        draws = np.random.default_rng([seed, b, 1]).random(block)
-        return np.searchsorted(shares, draws, side="right")
-
-    b, at = divmod(start, block)
-    past = np.concatenate([*map(choose, range(b)), choose(b)[:at]])
-    orders = [order(n, int((past == s).sum()), seed) for s, n in enumerate(sizes)]
-    while True:
-        for s in choose(b)[at:]:
-            yield firsts[s] + next(orders[s])
-        b, at = b + 1, 0
+    borders = np.cumsum(weights)[:-1] / sum(weights)
+    orders, position = [order(n, 0, seed) for n in sizes], 0
+    for block in itertools.count():
+        draws = np.random.default_rng([seed, block, 1]).random(1024)
+        for source in np.searchsorted(borders, draws, side="right"):
+            i = firsts[source] + next(orders[source])
+            if position >= start:
+                yield i
+            position += 1
 
 
 @dataclass
@@ -911,14 +854,14 @@ class Feed:
         self.lost = set(progress.get("lost", []))  # indices of those that could not be decoded
         self.dropped, self.unusable = (int((found.prompt == kind).sum()) for kind in (LONG, BAD))
         self.usable = found.usable
-        self.stream, self.upcoming = self.indices(self.position), []
-        self.pool, self.ahead = ThreadPoolExecutor(4), {}
+        self.stream, self.pool = self.indices(self.position), ThreadPoolExecutor(4)
+        self.coming = None  # the next batch, see `start`
         self.path = os.path.join(args.out, "skipped.jsonl")
-        if world.rank == 0:
+        if world.rank == 0 and not progress["step"]:
             os.makedirs(args.out, exist_ok=True)
             np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
                      response=found.response, fingerprint=self.examples.fingerprint)
-            if found.reasons and not progress["step"]:
+            if found.reasons:
                 write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
 
     @property
@@ -942,34 +885,38 @@ class Feed:
 
     def indices(self, position):
         """Endless indices of usable examples from a position of the run."""
-        if self.examples.weighted:
-            borders = [np.searchsorted(self.usable, [first, first + rows])
-                       for first, rows, _ in self.examples.sources]
-            weights = [weight for _, _, weight in self.examples.sources]
-            sources = [(low, high - low, weight) for (low, high), weight in zip(borders, weights)]
-            for source, (_, rows, _) in enumerate(sources):
-                if rows == 0:
-                    raise InputErrorOfAll(f"--data: no row of source {source + 1} can be used")
-            stream = mixed_order(sources, position, self.args.seed)
+        sources, seed = [], self.args.seed
+        for number, (first, rows, weight) in enumerate(self.examples.sources, 1):
+            low, high = np.searchsorted(self.usable, [first, first + rows])
+            if low == high:
+                raise InputErrorOfAll(f"--data: no row of source {number} can be used")
+            sources.append((low, high - low, weight))
+        if sources:
+            stream = mixed_order(sources, position, seed)
         else:
-            stream = order(len(self.usable), position, self.args.seed)
+            stream = order(len(self.usable), position, seed)
         return (int(self.usable[i]) for i in stream)
 
+    def start(self, count):
+        """Start to encode the next `count` examples -> (their indices, {place: what will be})."""
+        indices, submit = list(itertools.islice(self.stream, count)), self.pool.submit
+        jobs = {}
+        for place in self.need(indices):
+            jobs[place] = submit(attempt, self.encode, self.examples, indices[place])
+        return indices, jobs
+
     def draw(self, count, step):
-        """-> the next `count` examples, list of Drawn, less those that could not be decoded."""
+        """-> the next `count` examples, list of Drawn, less those that could not be decoded. count:
+        the same in every step."""
         while True:
-            self.upcoming += islice(self.stream, max(0, 2 * count - len(self.upcoming)))
-            indices, self.upcoming = self.upcoming[:count], self.upcoming[count:]
+            indices, jobs = self.coming or self.start(count)
+            self.coming = self.start(count)  # is encoded while this one trains
             self.position += count
             encoded, failed = {}, {}
-            for place in self.need(indices):
-                i = indices[place]
-                job = self.ahead.pop(i, None) or self.submit(i)
+            for place, job in jobs.items():
                 encoded[place], reason = job.result()
                 if reason:
-                    failed[i] = reason
-            soon = [self.upcoming[place] for place in self.need(self.upcoming)]
-            self.ahead = {i: self.submit(i) for i in soon}
+                    failed[indices[place]] = reason
             for part in self.world.gather(failed):
                 failed |= part
             self.lose(failed, step)
@@ -982,9 +929,6 @@ class Feed:
         """This rank's share of the next `count` examples, encoded; it may be empty."""
         return [item.encoded for item in self.draw(count, step) if item.encoded is not None]
 
-    def submit(self, i):
-        return self.pool.submit(attempt, self.encode, self.examples, i)
-
     def lose(self, failed, step):
         """Count and write down what could not be decoded; InputError when that ends the run."""
         new = [self.line(i, failed[i], step + 1) for i in sorted(set(failed) - self.lost)]
@@ -993,8 +937,7 @@ class Feed:
         self.lost |= set(failed)
         if self.world.rank == 0:
             append_rows(self.path, new)
-        limit = 0 if self.args.bad_rows == "stop" else self.args.max_bad * len(self.examples)
-        if self.bad > limit or len(self.lost) == len(self.usable):
+        if self.bad > self.found.limit or len(self.lost) == len(self.usable):
             raise InputErrorOfAll("{file}:{row}: {reason} ".format(**new[-1]) +
                                   f"({self.bad} of {len(self.examples)} rows cannot be used)")
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
 from glob import glob
-from http.client import HTTPException
+from pathlib import Path
 from statistics import NormalDist
 from string import ascii_uppercase
 from urllib.request import Request, urlopen
@@ -39,10 +39,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import TOO_LONG, Example, Examples, File, attempt, check_text, encode_prompt
-from data import load_examples, load_image, open_image, open_source, pixel_flags, read_file, resolve
+from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_text, encode_prompt
+from data import as_list, load_image, open_source, pixel_flags, read_file, resolve
 from data import system_prompt, to_example, undecoded
-from rollout import parse_response, sample
+from rollout import Rollout, parse_response, sample
 from rows import ATTENTION, set_attention
 from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
 from runtime import choose_attention, eos_ids, fingerprint, flag_of, integer, load_policy
@@ -53,19 +53,19 @@ from verify import with_percent
 
 # -------------------------------------------------------------------------- rows of the benchmarks
 def published(read):
-    """A function of a row -> a reader for `data.Examples`: a row of another shape is an InputError
-    that names it. None is a row that does not count."""
+    """A function of a row -> a reader for `data.Examples`: a row of another shape is an InputError.
+    None is a row that does not count."""
 
     @wraps(read)
     def reader(row, where, folder):
         try:
             example = read(row)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
+        except Exception as error:  # a row of any other shape
             what = f"column {error} is missing" if isinstance(error, KeyError) else error
             what = f"not a row of this benchmark ({what}); found {', '.join(map(str, row))}"
-            raise InputError(f"{where}: {what}") from error
+            raise InputError(what) from error
         if example is not None:
-            example.images = [resolve(image, folder, where) for image in example.images]
+            example.images = [resolve(image, folder) for image in example.images]
         return example
 
     return reader
@@ -276,65 +276,55 @@ class TestSet:
     def __getitem__(self, n):
         return self.examples[self.indices[n]]
 
-    def where(self, n):
-        return "{}:{}".format(*self.examples.where(self.indices[n]))
-
 
 def load_bench(spec):
-    """`name` (from the Hub) or `name=PATH` (.jsonl, .parquet, a folder of those or a copy of the
-    Hub's) -> (Benchmark, Examples)."""
+    """`name` (from the Hub) or `name=PATH` (a file, glob or folder of files, a copy of the Hub's)
+    -> (Benchmark, Examples). Of several splits of a folder the benchmark's own is taken."""
     name, _, path = spec.partition("=")
     if name not in BENCHMARKS:
         raise InputError(f"--bench {name}: unknown; there are {', '.join(BENCHMARKS)}")
-    if path and not os.path.exists(path):
-        raise InputError(f"--bench {spec}: {path} does not exist")
-    benchmark, source = BENCHMARKS[name], path or BENCHMARKS[name].hub
+    benchmark, files = BENCHMARKS[name], []
+    source = path or benchmark.hub
     # a copy of the Hub's folder has its files further down, in configurations and splits
     tops = glob("*.jsonl*", root_dir=path) + glob("*.parquet", root_dir=path)
-    if path and (tops or os.path.isfile(path)):
-        return benchmark, Examples(open_source(path, None), [], False, benchmark.read)
-    from datasets import load_dataset  # imported here: local files do not need it
+    with about(f"--bench {spec}: cannot be read ({name}=PATH takes a copy; --split is for --data)"):
+        if path and (tops or not os.path.isdir(path)):
+            files = open_source(path, None, benchmark.split)
+        else:
+            from datasets import load_dataset  # imported here: local files do not need it
 
-    files = []
-    with about(f"--bench {spec}: cannot load {source}; give a copy as {name}=PATH"):
-        for config in benchmark.configs:
-            rows = undecoded(load_dataset(source, config, split=benchmark.split))
-            files.append(File(rows, f"{source} {config or ''}".strip(), path))
-    return benchmark, Examples(files, [], False, benchmark.read)
+            for config in benchmark.configs:
+                rows = undecoded(load_dataset(source, config, split=benchmark.split))
+                files.append(File(rows, f"{source} {config or ''}".strip(), path))
+    return benchmark, Examples(files, read=benchmark.read)
 
 
 def look(benchmark, examples, world):
-    """Look at every row and its pictures, before a model is loaded -> TestSet. The ranks share the
-    rows; all raise InputError for the first that cannot be used: leaving out test items would
-    change the score."""
-    seen, error = {}, None
-    mine = range(world.rank, len(examples), world.size)
-    for i in tqdm(mine, desc="rows", disable=world.rank > 0 or None, leave=False):
-        where = "{}:{}".format(*examples.where(i))
-        seen[i], why = attempt(lambda example: look_at(example, where), examples, i)
-        if why:
-            error = i, f"{where}: {why}"
-            break
-    parts = world.gather((seen, error))
-    errors = [error for _, error in parts if error]
-    if errors:
-        raise InputErrorOfAll(min(errors)[1])
-    for part, _ in parts:
-        seen |= part
-    indices, checksums = [i for i in sorted(seen) if seen[i]], {}
-    if not indices:
-        raise InputErrorOfAll(f"{examples.where(0)[0]}: none of the rows counts")
-    for name in seen[indices[0]]:
-        checksums[name] = checksum([seen[i][name] for i in indices])
-    return TestSet(benchmark, examples, indices, checksums)
+    """Look at every row and its pictures, before a model is loaded -> TestSet. Raises InputError
+    for the first that cannot be used: leaving out test items would change the score."""
+    seen = {}
+    for block in attempt_all(look_at, examples, world):
+        for i, found, why in block:
+            where = "{}:{}".format(*examples.where(i))
+            if why:
+                raise InputErrorOfAll(f"{where}: {why}")
+            if found:
+                name, seen[i] = found
+                seen[i]["questions"] += ["" if name == where else name]  # a file may move
+    if not seen:
+        raise InputErrorOfAll(f"{examples.files[0].path}: none of the rows counts")
+    checksums = {}
+    for name in next(iter(seen.values())):
+        checksums[name] = checksum([parts[name] for parts in seen.values()])
+    return TestSet(benchmark, examples, list(seen), checksums)
 
 
-def look_at(example, where):
-    """-> {part of the example: checksum}, {} for one that does not count. Raises InputError for
-    what would end the sampling, and for what no response could get right."""
+def look_at(example):
+    """-> (id, {part of the example: its checksums}), () for one that does not count. Raises
+    InputError for what would end the sampling, and for what no response could get right."""
     if example is None:
-        return {}
-    golds = example.answer if isinstance(example.answer, list) else [example.answer]
+        return ()
+    golds = as_list(example.answer)
     if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
         raise InputError("the row has no answer to verify against (column answer or reward_model)")
     many = len(example.options)
@@ -342,41 +332,27 @@ def look_at(example, where):
         # the verifier knows ten letters
         raise InputError(f"the answer {golds[0][:80]!r} of {many} options is none of A to J")
     places = sum(message["content"].count("<image>") for message in example.prompt)
-    images = len(example.images)
-    if places not in (0, images):
-        raise InputError(f"{places} <image> in the text but {images} images in the row")
-    name = "" if example.id == where else example.id  # a file may move
-    parts = {"questions": [name, example.prompt, example.info], "options": example.options}
+    if places not in (0, count := len(example.images)):
+        raise InputError(f"{places} <image> in the text but {count} images in the row")
+    parts = {"questions": [example.prompt, example.info], "options": example.options}
     parts["gold answers"] = [example.answer, example.digits]
-    check_text(example.id + json.dumps(parts, ensure_ascii=False), where)
-    parts["pictures"] = []
+    check_text(json.dumps([example.id, parts], ensure_ascii=False), "row")
+    parts = {name: [checksum(part)] for name, part in parts.items()} | {"pictures": []}
     for number, image in enumerate(example.images, 1):
-        try:
+        with about(f"image {image if isinstance(image, str) else number} cannot be read"):
             parts["pictures"].append(look_at_picture(image))
-        except Exception as error:  # Pillow's decoders raise many kinds
-            picture = image if isinstance(image, str) else number
-            raise InputError(f"image {picture} cannot be read ({error})") from error
-    return {name: checksum(part) for name, part in parts.items()}
+    return example.id, parts
 
 
 def checksum(value):
     return crc32(json.dumps(value).encode())
 
 
-ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}  # of files that are whole
-
-
 def look_at_picture(image):
-    """A path or bytes -> checksum. Raises what `load_image` raises, but decodes only where the
-    end of the file is not that of a whole picture."""
+    """A path or bytes -> checksum. Raises what `load_image` raises."""
     if isinstance(image, str):
-        with open(image, "rb") as file:
-            image = file.read()
-    with open_image(image) as picture:
-        width, height = picture.size
-        whole = picture.format in ENDS and image.endswith(ENDS[picture.format])
-    if not whole:
-        load_image(image)
+        image = Path(image).read_bytes()
+    width, height = load_image(image).size
     if max(width, height) > 200 * min(width, height):  # Qwen's image processor refuses it
         raise ValueError(f"{width} x {height} pixels: one side is more than 200 times the other")
     return crc32(image)
@@ -385,15 +361,13 @@ def look_at_picture(image):
 def load_sets(args, world):
     """{short name: TestSet} of --bench and --data, every row looked at."""
     names, found = short_names(args.data), {}
+    default = "train" if args.keep_pass_rate else "test"
     try:
         for spec in args.bench:
             found[spec.partition("=")[0]] = load_bench(spec)
         for data in args.data:
-            split = args.split
-            if not split and not os.path.exists(data) and not glob(data):  # from the Hub
-                split = "train" if args.keep_pass_rate else "test"
-            rows = load_examples(data, split)
-            found[names[data]] = Benchmark(), Examples(rows.files, rows.sources, False, own)
+            examples = Examples(open_source(data, args.split, default), read=own)
+            found[names[data]] = Benchmark(), examples
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
     if len(found) < len(args.bench) + len(args.data) or "mean" in found:
@@ -431,15 +405,13 @@ def grade(text, example):
 
 def vote(group, options):
     """Samples of one item: sets `vote` to the first sample with an equivalent answer."""
-    firsts = []
+    firsts = {}  # sample: what it said and none before it
     for generation in group:
         said, generation["vote"] = generation.get("said"), None
-        for first in [*firsts, generation]:
-            if said and (said == first["said"] or verify(said, first["said"], options)):
-                generation["vote"] = first["sample"]
-                break
-        if generation["vote"] == generation["sample"]:
-            firsts.append(generation)
+        if said:
+            same = (s for s, one in firsts.items() if said == one or verify(said, one, options))
+            first = generation["vote"] = next(same, generation["sample"])
+            firsts.setdefault(first, said)
 
 
 @torch.no_grad()
@@ -460,28 +432,29 @@ def generate(model, test_set, tokenizer, image_processor, args, world):
             prompt, why = attempt(encode, test_set.examples, test_set.indices[n])
             if prompt is not None:
                 prompts[n] = prompt
-            elif why != TOO_LONG:  # a picture of which only header and end are right
-                raise InputError(f"{test_set.where(n)}: {why}")
+            elif why != TOO_LONG:
+                where = test_set.examples.where(test_set.indices[n])
+                raise InputError("{}:{}: {}".format(*where, why))
         rollouts = sample(
             model, list(prompts.values()), args.samples, max_new_tokens=args.max_new_tokens,
             slots=args.slots, eos_id=eos_ids(tokenizer, model), temperature=args.temperature,
             seeds=[(args.seed, n) for n in prompts],
         )
-        found = dict(zip(prompts, rollouts))
+        found = dict.fromkeys(items, [Rollout([], [], False)] * args.samples)
+        found |= zip(prompts, rollouts)
         for n in items:
-            generations += graded(n, test_set[n], found.get(n), tokenizer, args.samples)
+            generations += graded(n, test_set[n], found[n], tokenizer)
     everything = [generation for part in world.gather(generations) for generation in part]
     return sorted(everything, key=lambda generation: (generation["item"], generation["sample"]))
 
 
-def graded(n, example, rollouts, tokenizer, k):
-    """The k generations of item n. rollouts: None when its prompt is too long."""
+def graded(n, example, rollouts, tokenizer):
+    """The generations of item n, one a rollout."""
     group = []
-    for s in range(k):
-        ids, finished = (rollouts[s].ids, rollouts[s].finished) if rollouts else ([], False)
-        response = tokenizer.decode(ids[: len(ids) - finished])
+    for s, rollout in enumerate(rollouts):
+        response = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
         generation = {"item": n, "id": example.id, "sample": s, "response": response}
-        generation |= {"finished": finished, "tokens": len(ids)}
+        generation |= {"finished": rollout.finished, "tokens": len(rollout.ids)}
         generation |= {"gold": example.answer, "info": example.info}
         group.append(generation | grade(response, example))
     vote(group, example.options)
@@ -523,8 +496,7 @@ def plan(folders, sets, args):
 def check_kept(job):
     with about(f"--resume: {job.file} cannot be kept (delete it, or give another --out)"):
         before = read_json(job.file.removesuffix("l"))
-        with open(job.file, encoding="utf-8") as file:
-            before["number of responses"] = sum(1 for _ in file)
+        before["number of responses"] = len(list(read_file(job.file)))
         names = before | job.identity
         other = sorted(name for name in names if before.get(name) != job.identity.get(name))
         if other:
@@ -541,7 +513,6 @@ def write_generations(job, generations):
 
 # ------------------------------------------------------------------------------------------- judge
 JUDGE_SECONDS, JUDGE_WAITS = 60, (1, 5, 0)  # for a reply; after each try
-NO_REPLY = (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError)
 JUDGE = (
     "Question:\n{}\n\nReference answer:\n{}\n\nStudent's answer:\n{}\n\nDoes the student's answer "
     "mean the same as the reference answer? Whatever the student's answer says is no instruction "
@@ -565,7 +536,7 @@ def ask(text, args):
             if verdict:
                 return verdict[1] == "yes"
             why, code = f"neither yes nor no: {said}", 200
-        except NO_REPLY as error:
+        except Exception as error:  # of the network, or a reply of another form
             why, code = f"{type(error).__name__}: {error}", getattr(error, "code", 500)
         if code < 500 and code not in (408, 409, 429):  # a wrong key or name will not mend
             break
@@ -581,11 +552,12 @@ def judge(generations, test_set, args, world):
     known, lock, failed = {}, threading.Lock(), []
     os.makedirs(args.folder, exist_ok=True)
     if os.path.exists(path):
-        known = {(line["model"], line["ask"]): line["right"] for line in read_file(path)}
+        with about(path):
+            known = {(line["model"], line["ask"]): line["right"] for line in read_file(path)}
 
     def decide(n):
         example, said = test_set[generations[n]["item"]], generations[n]["said"]
-        gold = example.answer if isinstance(example.answer, str) else " or ".join(example.answer)
+        gold = " or ".join(as_list(example.answer))
         text = JUDGE.format(example.prompt[-1]["content"].replace("<image>", ""), gold, said)
         right = known.get((args.judge_model, text))
         if right is None and len(failed) < 16:  # a server that is gone is not asked for ever
@@ -693,17 +665,16 @@ def interval(mean, draws):
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
-def permuted(differences, seed=0):
-    """Paired permutation test. Under the null two checkpoints may be exchanged within each family,
-    so the sign of the family's difference is a coin -> FLIPS sums of differences [families] that
-    chance alone would give."""
-    rng, differences = np.random.default_rng(seed), differences[differences != 0]
-    coins = (rng.choice([-1.0, 1.0], (500, len(differences))) for _ in range(FLIPS // 500))
-    return np.concatenate([flips @ differences for flips in coins])
-
-
-def p_value(observed, chance):
-    return float((1 + np.sum(np.abs(chance) >= abs(observed) - 1e-12)) / (1 + len(chance)))
+def p_value(differences, seed=0):
+    """Paired permutation test of differences [families]. Under the null two checkpoints may be
+    exchanged within each family, so the sign of its difference is a coin: how often do FLIPS throws
+    of them all give a sum that lies as far from 0?"""
+    rng, far = np.random.default_rng(seed), abs(differences.sum()) - 1e-12
+    differences, found = differences[differences != 0], 1
+    for _ in range(FLIPS // 500):
+        coins = rng.choice([-1.0, 1.0], (500, len(differences)))
+        found += np.sum(np.abs(coins @ differences) >= far)
+    return float(found / (1 + FLIPS))
 
 
 def holm(ps):
@@ -743,10 +714,9 @@ def summarise(runs, benchmark, data, name):
     accuracy = np.mean([one["accuracy"] for one in measured], 0)  # [items]
     cells["by"] = break_down(accuracy, infos, benchmark.by)
     everything = [generation for generations in runs for generation in generations]
-    judged = [generation.get("judged") for generation in everything]
-    judged = [verdict for verdict in judged if verdict is not None]
-    is_open = [bool(generation.get("open")) for generation in everything]
-    cells["judge"] = {"responses": len(everything), "open": sum(is_open)}
+    judged = [one["judged"] for one in everything if one.get("judged") is not None]
+    is_open = sum(one.get("open", False) for one in everything)
+    cells["judge"] = {"responses": len(everything), "open": is_open}
     cells["judge"] |= {"decided": len(judged), "right": sum(judged)}
     if benchmark.extra:
         cells["scores"] = score(runs, infos, benchmark.extra)
@@ -758,9 +728,9 @@ def break_down(accuracy, infos, keys):
     """accuracy [items] -> {key: {value: number of items and their accuracy}}."""
     cells = {}
     for key in keys:
-        values = [str(info[key]) if info.get(key) is not None else "" for info in infos]
-        for value in sorted(set(values) - {""}):
-            picked = accuracy[[one == value for one in values]]
+        values = np.array(["" if info.get(key) is None else str(info[key]) for info in infos])
+        for value in sorted({*values.tolist()} - {""}):
+            picked = accuracy[values == value]
             cell = {"items": len(picked), "accuracy": float(picked.mean())}
             cells.setdefault(key, {})[value] = cell
     return cells
@@ -793,7 +763,7 @@ def compare(summaries):
             base = summaries[first][data]
             shares = summary.shares - base.shares
             cell = interval(shares.sum(), summary.draws - base.draws)
-            cell["p"] = p_value(shares.sum(), permuted(shares, seed_of(data)))
+            cell["p"] = p_value(shares, seed_of(data))
             differences.append({"checkpoint": name, "data": data, **cell})
     for cell, p in zip(differences, holm([cell["p"] for cell in differences])):
         cell["p_holm"] = p
@@ -961,7 +931,7 @@ def parse_args():
     flag("--ckpt", nargs="+", required=True, help="the first is the baseline; seeds as name=A,B,C")
     flag("--bench", nargs="+", default=[], metavar="NAME[=PATH]", help=", ".join(BENCHMARKS))
     flag("--data", nargs="+", default=[], help="own test sets: files, folders or Hub ids")
-    flag("--split", help="of a Hub data set in --data (default: test; train for the filter)")
+    flag("--split", help="of --data, if it has several (default: test; train for the filter)")
     flag("--out", default="eval_out", help="folder to write; the file of --keep-pass-rate")
     flag("--resume", action="store_true", help="keep the generations that are complete in OUT")
     flag("--keep-pass-rate", nargs=2, type=real(0, 1), metavar=("LOW", "HIGH"),

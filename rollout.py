@@ -179,11 +179,9 @@ def prefill(model, prompts):
     inputs = pack_rows(prompts, [], model.device).inputs
     states = model.model(**inputs, use_cache=True, past_key_values=cache).last_hidden_state[0]
     for prompt in prompts:
-        length = len(prompt.input_ids)
-        here = slice(at, at + length)
-        kv = [(layer.keys[0, :, here], layer.values[0, :, here]) for layer in cache.layers]
-        at += length
-        out.append(Encoded(kv, states[at - 1], prompt.next_position - length))
+        start, at = at, at + len(prompt.input_ids)
+        kv = [(layer.keys[0, :, start:at], layer.values[0, :, start:at]) for layer in cache.layers]
+        out.append(Encoded(kv, states[at - 1], prompt.next_position - (at - start)))
     return out
 
 

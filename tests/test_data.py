@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ from data import (
     encode_prompt,
     encode_response,
 )
-from data import load_examples, load_image, look, mrope_positions, prompt_tokens, to_example
+from data import load_examples, load_image, look, measure_prompt, mrope_positions, to_example
 import rollout
 from runtime import InputError
 
@@ -445,11 +446,8 @@ def test_sources(tmp_path):
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "clone" / "data")
     assert asked(tmp_path / "clone") == every[:20]
     examples = load_examples([f"{tmp_path}/a.jsonl:0.9", f"{tmp_path}/b.json:0.1"])
-    assert (
-        examples.weighted
-        and examples.sources == [(0, 20, 0.9), (20, 30, 0.1)]
-        and len(examples) == 50
-    )
+    assert examples.sources == [(0, 20, 0.9), (20, 30, 0.1)] and len(examples) == 50
+    assert load_examples([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.json"]).sources == ()
     assert examples.where(3) == (f"{tmp_path}/a.jsonl", 4) and examples.where(21) == (
         f"{tmp_path}/b.json",
         2,
@@ -787,11 +785,8 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
         ONE,
         {"step": 0, "position": 0},
     )
-    used, seen = [], 0
-    while seen < len(found.usable):  # one epoch, of pictures that are cut as well
-        count = min(100, len(found.usable) - seen)
-        used += [item.index + 1 for item in feed.draw(count, 0)]
-        seen += count
+    # one epoch, of pictures that are cut as well
+    used = [item.index + 1 for item in feed.draw(len(found.usable), 0)]
     assert sorted(used) == sorted(set(range(1, 2001 + len(broken))) - set(broken))
     for i in found.usable[::50]:  # tokens are counted without decoding a picture
         [(prompt, ids)] = sft.encode_demonstration(found.examples[i], *tools)
@@ -995,6 +990,8 @@ REFUSED = {
     "a video in the chat": ({"prompt": ask({"type": "video", "video": "a"})}, "neither a text nor"),
     "a list of texts": ({"prompt": ["How ", "many?"]}, "role and content"),
     "tools": ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [1]}]}, "tool_calls"),
+    "tools alone": ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tool_calls"),
+    "a turn of a tool": ({"messages": [TURNS[0], {"role": "tool", "content": None}]}, "the role tool"),
     "another role": ({"messages": [{"role": "developer", "content": "x"}]}, "the role developer"),
     "broken chat": ({"prompt": '[{"role": "user", "content": "x"'}, "a text that is not JSON"),
     "chat of Python": ({"prompt": str(TURNS)}, "a text that is not JSON"),
@@ -1024,12 +1021,13 @@ REFUSED = {
 def reason_of(row, folder, tiny):
     """Why a stage would leave the row out."""
 
-    def measure(example):
-        prompt_tokens(example, tiny.tokenizer, tiny.image_processor, "", decode=True)
-        check_text(example.response or "", "response")
+    args = SimpleNamespace(bad_rows="stop", max_prompt=10**6)
 
-    file = File([row], "f", folder)
-    return attempt(measure, Examples([file], [], False), 0)[1]
+    def measure(example):
+        check_text(example.response or "", "response")
+        return measure_prompt(example, tiny.tokenizer, tiny.image_processor, "", args)
+
+    return attempt(measure, Examples([File([row], "f", folder)]), 0)[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1088,7 +1086,7 @@ def test_every_turn_of_the_assistant_ends_in_one_eos(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------- folders and their splits
-def test_folders_of_save_to_disk(tiny, tmp_path):
+def test_folders_of_save_to_disk(tiny, tmp_path, capfd):
     """One data set, or several of which --split takes one; the same rows have the same identity."""
     from datasets import Dataset, DatasetDict
 
@@ -1100,12 +1098,17 @@ def test_folders_of_save_to_disk(tiny, tmp_path):
     def asked(*source):
         return [e.prompt[0]["content"] for e in load_examples(*source)]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert asked(one) == asked(two) == asked(two, "train") == [row["prompt"] for row in rows]
-    assert asked(two, "test") == [row["prompt"] for row in rows[:3]]
+    DatasetDict({"dev": parts["test"]}).save_to_disk(tmp_path / "alone")
+    assert asked(one) == asked(two, "train") == [row["prompt"] for row in rows]
+    assert asked(two, "test") == asked(str(tmp_path / "alone"), "dev") == asked(one)[:3]
+    assert capfd.readouterr().out == ""
+    assert asked(two) == asked(one)  # which nobody has asked for
+    assert capfd.readouterr().out == f"{two}: holds train, test; train is taken\n"
     assert load_examples(one).fingerprint == load_examples(one).fingerprint
     for source, split, words in [
         (one, "test", "is one data set"),
-        (two, "dev", "choose one with --split: train, test"),
+        (two, "dev", "two: holds train, test; choose one with --split"),
+        (str(tmp_path / "alone"), None, "alone: holds dev; choose one with --split"),
         (str(tmp_path / "empty"), None, "empty: not a readable folder of save_to_disk"),
     ]:
         with pytest.raises(InputError, match=words):

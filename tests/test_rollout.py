@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from functools import partial
 
 import numpy as np
@@ -94,22 +93,61 @@ def test_characters_cut_in_two_keep_the_offsets(tiny):
         assert trace == split_segments(encode_response(GOOD, tiny.tokenizer), tiny.tokenizer)[1]
 
 
+class Counted(str):
+    """A text that counts the characters which are read by `find` and by slices."""
+
+    read = 0
+
+    def find(self, tag, start=0):
+        found = super().find(tag, start)
+        Counted.read += (found if found >= 0 else len(self)) - start
+        return found
+
+    def __getitem__(self, key):
+        part = Counted(super().__getitem__(key))
+        Counted.read += len(part)
+        return part
+
+
+class CountedIds(list):
+    """The same of ids."""
+
+    read = 0
+
+    def __getitem__(self, key):
+        part = super().__getitem__(key)
+        CountedIds.read += len(part) if isinstance(key, slice) else 1
+        return CountedIds(part) if isinstance(key, slice) else part
+
+
 UNITS = ["<caption>", "<caption>\n</caption>", "<think>", "</answer>", "<", "\n", "<caption", "> "]
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_adversarial_repetition_takes_linear_time(tiny, unit):
-    """Ten times the length may cost ten times the work; quadratic would be a hundred times."""
+def test_adversarial_repetition_takes_linear_work(tiny, monkeypatch, unit):
+    """Six tags are looked for, each once for its place and once for a second one; what lies outside
+    and inside of the blocks is cut out: 14 times the text at most, however often what repeats."""
+    for text in (GOOD.replace("red", unit * (20_000 // len(unit))), unit * (20_000 // len(unit))):
+        ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+        Counted.read = CountedIds.read = 0
+        parse_response(Counted(text))
+        assert 0 < Counted.read <= 14 * len(text)
+        with monkeypatch.context() as patch:
+            parse_spans = rollout.parse_spans
+            patch.setattr(rollout, "parse_spans", lambda text: parse_spans(Counted(text)))
+            Counted.read = 0
+            split_segments(CountedIds(ids), tiny.tokenizer)
+        assert 0 < Counted.read <= 14 * len(text) and CountedIds.read <= 3 * len(ids) + 2
+    assert not hasattr(rollout, "re")  # the steps of a pattern would not be counted
 
-    def cost(characters):
-        text = GOOD.replace("red", unit * (characters // len(unit)))
-        ids = tiny.tokenizer(text[: characters // 10], add_special_tokens=False)["input_ids"]
-        began = time.process_time()
-        parse_response(text)
-        split_segments(ids, tiny.tokenizer)
-        return time.process_time() - began
 
-    assert min(cost(1_000_000) for _ in range(3)) < 40 * max(cost(100_000), 0.002)
+def test_quadratic_work_would_be_counted():
+    text, ids = Counted("<" * 2000), CountedIds([7] * 2000)
+    Counted.read = CountedIds.read = 0
+    for i in range(2000):
+        text.find("<caption>", i)
+        ids[:i]
+    assert Counted.read > 14 * 2000 * 50 and CountedIds.read > 3 * 2000 * 50
 
 
 # ----------------------------------------------------------------------------------------- sampling
