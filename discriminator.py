@@ -19,11 +19,11 @@ top-2 router over four experts; (2) two heads instead of one; (3) all segments a
 the same token (EOS), are cut by one function and use the policy's M-RoPE positions and image scale,
 so that no artefact tells teacher from student; (4) heads start at zero: before it has learned
 anything the discriminator rewards nothing; (5) a pair of the warm-up is one of whole responses,
-where the paper counts captions and traces apart; (6) --mismatch W adds W times (2) over the pairs
-of neighbours in a chain from the teacher's response over mixtures to another picture's (a mean over
-prompts, so that W does not depend on the number of rollouts), 0 is the paper: what is wrong in
-little and in the same style shall score a little less; (7) --readout mean: a head reads the mean
-over all tokens of a segment.
+where the paper counts captions and traces apart; (6) --mismatch W adds W times (2) for D_v
+over the pairs of neighbours in a chain from the teacher's caption over mixtures to another
+picture's (a mean over prompts, so that W does not depend on the number of rollouts), 0 is the
+paper: what is wrong in little and in the same style shall score a little less; (7) --readout mean:
+a head reads the mean over all tokens of a segment.
 
 Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`; with --mismatch also
 on teacher responses alone: a grounding phase. Diagnosis: D_v and D_r of every response of a data

@@ -9,7 +9,7 @@ wrote. `python -m toy.paper` makes the paper's tables, with their ablations, ove
 import os
 import time
 
-from toy.report import ARMS, arm_table, expert_table, write_report
+from toy.report import ARMS, arm_table, expert_table, verdict, write_report
 from toy.stages import FULL, QUICK, STAGES, add_commands, add_tests, parse_args, run_stages
 from toy.stages import write_data
 
@@ -29,7 +29,7 @@ def main():
     print()
     if args.quick:
         print("--quick: every stage ran, but too little to show anything about the method")
-    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"])]
+    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"]), verdict([out])]
     tables.append(expert_table(out, {"before the game": "ground", "after it": "align"}))
     with open(os.path.join(out, "table.md"), "w") as file:
         file.write("\n".join(tables))

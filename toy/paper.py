@@ -8,7 +8,7 @@ OUT/curve.png. All settings were chosen on items of seed 10, which no table show
 import os
 import time
 
-from toy.report import ARMS, arm_table, expert_table, write_curve, write_report
+from toy.report import ARMS, arm_table, expert_table, verdict, write_curve, write_report
 from toy.stages import ALIGN, CURVE, FULL, GROUND, LOOK, MORE, QUICK, RL, STAGES
 from toy.stages import add_commands, add_tests, parse_args, run_stages, write_data
 
@@ -85,6 +85,7 @@ def main():
     run_stages(commands, args)
     parts = [f"# Tables\n\nseeds {', '.join(map(str, args.seeds))}\n"]
     parts.append("## Main arms, all seeds\n\n" + arm_table(outs, ARMS, ["sft_rl", "more_rl"]))
+    parts.append(verdict(outs))
     for table, title in TITLES.items():
         bases = ["sft_rl", "more_rl"] if table == 1 else ["sft", "more"]
         arms = arms_of(table)

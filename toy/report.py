@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data import encode_prompt, encode_response, load_examples
-from eval import bootstrap, holm, interval, markdown, p_value, percent, permuted
+from eval import bootstrap, holm, interval, markdown, p_value, percent
 from rollout import parse_response, split_segments
 from rows import pack_logprobs, pack_rows, set_attention
 from runtime import load_policy, load_tokenizer
@@ -84,7 +84,7 @@ def arm_table(outs, arms, bases):
                 differences.append(one["accuracy"] - other["accuracy"])
             differences = np.concatenate(differences)
             if arm != base:
-                ps[arm, base] = p_value(differences.sum(), permuted(differences))
+                ps[arm, base] = p_value(differences)
     ps = dict(zip(ps, holm(list(ps.values()))))
     for arm, name in arms.items():
         greedy, sampled = found[arm]["greedy"], found[arm]["sampled"]
@@ -97,6 +97,19 @@ def arm_table(outs, arms, bases):
         lines.append([name, *cells])
     header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values())]
     return markdown([*header, *(f"p to {arms[base]}" for base in bases)], lines)
+
+
+def verdict(outs):
+    """One sentence: does the game or its control, SFT on the same rows, end higher?"""
+    said = []
+    for control, game in (("more", "align"), ("more_rl", "align_rl")):
+        shares = []
+        for arm in (control, game):
+            found = [measure(out, "sampled", arm)["accuracy"].mean() for out in outs]
+            shares.append(100 * np.mean(found))
+        wins = "the control wins" if shares[0] > shares[1] else "the game wins"
+        said.append(f"{ARMS[control]} {shares[0]:.1f}, {ARMS[game]} {shares[1]:.1f}: {wins}")
+    return "Accuracy at T = 1: " + "; ".join(said) + ".\n"
 
 
 def summary(seeds, key, arm):
