@@ -360,7 +360,14 @@ def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
     for out in seeds:
         write_run(out, problems, arms, rng)
     words = {"sft": "SFT", "align": "SFT -> align"}
-    header, _, *lines = report.arm_table(list(map(str, seeds)), words, ["sft"]).splitlines()
+    commands = {}
+    for i, out in enumerate(seeds):
+        commands[str(out / "align")] = {str(out / name) for name in ("sft", "ground")}, []
+        commands[str(out / "ground")] = {str(out / "sft")}, []
+        (out / "align.seconds").write_text(f"{60 * (i + 1)}")
+        (out / "ground.seconds").write_text("30")
+    table = report.arm_table(list(map(str, seeds)), words, ["sft"], commands)
+    header, _, *lines = table.splitlines()
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
     found = {}
     for line in lines:
@@ -379,6 +386,7 @@ def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
     for group in set(touched):
         of_group = np.mean([np.array(one)[[t == group for t in touched]].mean() for one in right])
         assert cells[group] == f"{100 * of_group:.1f}"
+    assert cells["minutes"] == "2.0" and found["SFT"]["minutes"] == "0.0"  # 1.5 and 2.5
     assert float(cells["p to SFT"]) < 0.01 and found["SFT"]["p to SFT"] == ""
 
 

@@ -29,7 +29,7 @@ def main():
     print()
     if args.quick:
         print("--quick: every stage ran, but too little to show anything about the method")
-    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"]), verdict([out])]
+    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"], commands), verdict([out])]
     tables.append(expert_table(out, {"before the game": "ground", "after it": "align"}))
     with open(os.path.join(out, "table.md"), "w") as file:
         file.write("\n".join(tables))

@@ -84,12 +84,14 @@ def main():
     add_commands(commands, outs[0], args.seeds[0], sizes, stages)
     run_stages(commands, args)
     parts = [f"# Tables\n\nseeds {', '.join(map(str, args.seeds))}\n"]
-    parts.append("## Main arms, all seeds\n\n" + arm_table(outs, ARMS, ["sft_rl", "more_rl"]))
+    main_table = arm_table(outs, ARMS, ["sft_rl", "more_rl"], commands)
+    parts.append("## Main arms, all seeds\n\n" + main_table)
     parts.append(verdict(outs))
     for table, title in TITLES.items():
         bases = ["sft_rl", "more_rl"] if table == 1 else ["sft", "more"]
         arms = arms_of(table)
-        parts.append(f"## {title}, seed {args.seeds[0]}\n\n" + arm_table(outs[:1], arms, bases))
+        lines = arm_table(outs[:1], arms, bases, commands)
+        parts.append(f"## {title}, seed {args.seeds[0]}\n\n" + lines)
     parts.append("## The experts\n\n" + expert_table(outs[0], {v: k for k, v in EXPERTS.items()}))
     with open(os.path.join(args.out, "tables.md"), "w") as file:
         file.write("\n".join(parts))

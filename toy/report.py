@@ -16,6 +16,7 @@ from rollout import parse_response, split_segments
 from rows import pack_logprobs, pack_rows, set_attention
 from runtime import load_policy, load_tokenizer
 from toy import world
+from toy.stages import minutes_of
 
 ARMS = {
     "sft": "SFT",
@@ -67,11 +68,12 @@ def measure_kinds(out, values):
     return {group: values[[kind == group for kind in kinds]].mean() for group in groups}
 
 
-def arm_table(outs, arms, bases):
+def arm_table(outs, arms, bases, commands):
     """Markdown: a line for each of `arms`, {arm: its name in words}, over the seeds in `outs`.
 
     Intervals at 95 % over items and seeds. p: paired permutation test over the items of all seeds
-    of the accuracy at T = 1, against the arms `bases`, corrected by Holm over the table.
+    of the accuracy at T = 1, against the arms `bases`, corrected by Holm over the table. minutes:
+    from the SFT checkpoint on; `commands` as `run_stages` takes them.
     """
     found, ps, lines = {}, {}, []
     for arm in arms:
@@ -93,9 +95,11 @@ def arm_table(outs, arms, bases):
         kinds = [measure_kinds(out, seed["accuracy"]) for out, seed in zip(outs, sampled)]
         for group in kinds[0]:
             cells.append(f"{100 * np.mean([seed[group] for seed in kinds]):.1f}")
+        minutes = [minutes_of(os.path.join(out, arm), commands) for out in outs]
+        cells.append(f"{np.mean(minutes):.1f}")
         cells += [f"{ps[arm, base]:.3f}" if (arm, base) in ps else "" for base in bases]
         lines.append([name, *cells])
-    header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values())]
+    header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values()), "minutes"]
     return markdown([*header, *(f"p to {arms[base]}" for base in bases)], lines)
 
 

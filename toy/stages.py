@@ -179,6 +179,15 @@ def add_commands(commands, out, seed, sizes, stages):
         commands[folder] = command_of(folder, stage, seed, sizes)
 
 
+def minutes_of(folder, commands):
+    """What a stage took with those before it, up to SFT."""
+    if os.path.basename(folder) in ("base", "sft"):
+        return 0.0
+    with open(f"{folder}.seconds") as file:
+        own = float(file.read()) / 60
+    return own + sum(minutes_of(need, commands) for need in commands[folder][0])
+
+
 def finished(folder):
     return any(os.path.exists(os.path.join(folder, f"{name}.json")) for name in ("meta", "results"))
 
