@@ -68,6 +68,8 @@ def about(subject):
     """Reading what the user passed: an error in the block becomes the one line `subject: why`."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):  # that is no fault of what is read
+        raise
     except Exception as error:  # there is no end to what broken files raise
         why = str(error).partition("\n")[0]
         raise InputError(f"{subject}: {why}") from error

@@ -63,6 +63,16 @@ def names(paths):
     return [Path(path).name for path in paths]
 
 
+# ------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA")])
+def test_want_of_memory_is_no_fault_of_what_is_read(error):
+    with pytest.raises(type(error)), runtime.about("--ckpt x"), runtime.about("weights"):
+        raise error
+    with pytest.raises(InputError, match="^--ckpt x: weights: what$"):
+        with runtime.about("--ckpt x"), runtime.about("weights"):
+            raise RuntimeError("what\nelse")
+
+
 # ---------------------------------------------------------------------------------------- processes
 @pytest.mark.parametrize("seed", range(20))
 def test_ranks_share_work_by_length(seed):
