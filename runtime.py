@@ -77,7 +77,8 @@ def about(subject):
 
 # ------------------------------------------------------------------------------------------- flags
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
-PATHS = ("ckpt", "disc", "data", "pairs", "score", "system_prompt")  # flags for what is read
+PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
+SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
         "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
 
@@ -156,6 +157,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: see setup
     identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
+    state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
     due: bool = False  # a state has to be saved
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
@@ -213,7 +215,7 @@ def setup(args, global_sizes=()):
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
-    check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS})
+    check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS + SOURCES})
     if hasattr(args, "save_every"):
         check_run(args)
     device = torch.device("cpu")
@@ -407,18 +409,18 @@ def all_finite(parts, world):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
+def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
     InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
     an adapter, with whole weights in safetensors, or could be a Hub id (owner/name)."""
     local = os.path.isdir(path)
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-        raise InputError(f"--ckpt {path}: no such folder")
+        raise InputError(f"{flag} {path}: no such folder")
     try:
         file = os.path.join(path, "config.json") if local else cached_file(path, "config.json")
     except (OSError, ValueError):
         return  # from_pretrained knows better what is wrong with a Hub id
-    with about(f"--ckpt {path}"):
+    with about(f"{flag} {path}"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
         with about("config.json"):
@@ -450,12 +452,12 @@ def check_weights(path):
             raise ValueError(f"{name}: the weight {empty[0]} is empty")
 
 
-def load_tokenizer(path, args=None):
-    """(tokenizer, Pillow image processor) of a checkpoint. args: the flags of a stage that encodes
-    prompts, for --min-pixels and --max-pixels; it needs a chat template."""
-    check_checkpoint(path)
+def load_tokenizer(path, args=None, flag="--ckpt"):
+    """(tokenizer, Pillow image processor) of a checkpoint, the value of `flag`. args: the flags of
+    a stage that encodes prompts, for --min-pixels and --max-pixels; it needs a chat template."""
+    check_checkpoint(path, flag=flag)
     code = {"trust_remote_code": False}
-    with about(f"--ckpt {path}"):
+    with about(f"{flag} {path}"):
         with about("tokenizer or image processor"):
             tokenizer = AutoTokenizer.from_pretrained(path, **code)
             processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
@@ -687,14 +689,13 @@ def save_state(out, world, parts, progress, keep=1):
     world.wait()
 
 
-def checksum(path, ends=False, block=1 << 20):
-    """[bytes, crc32] of a file; ends: the crc is that of its first and last MiB."""
-    size, crc = os.path.getsize(path), 0
+def checksum(path):
+    """[bytes, crc32] of a file."""
+    crc = 0
     with open(path, "rb") as file:
-        for start in sorted({0, max(0, size - block)}) if ends else range(0, size, block):
-            file.seek(start)
-            crc = zlib.crc32(file.read(block), crc)
-    return [size, crc]
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+        return [file.tell(), crc]
 
 
 def checksums(folder, names, world):
@@ -788,49 +789,59 @@ def run(main):
     sys.exit(status)
 
 
-def identity_of(args, more):
-    """What the numbers of a run depend on: {flag: value}, the content in place of a path. more:
-    what the stage knows better, such as {"data": fingerprint of the rows}."""
-    found = {flag: value for flag, value in vars(args).items() if flag not in FREE}
-    for flag in set(PATHS) & found.keys():
-        paths = found[flag] if isinstance(found[flag], list) else [found[flag]]
-        found[flag] = [fingerprint(p) if p and os.path.exists(p) else p for p in paths]
-    return json.loads(json.dumps(found | (more or {})))
-
-
 def fingerprint(path):
-    """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes and the
-    first and last MiB of each."""
+    """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes, all
+    content."""
     kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
     if os.path.isdir(path):
         names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
         paths = [os.path.join(path, name) for name in names if name != "meta.json"]
-    found = [(os.path.relpath(p, path), checksum(p, ends=True)) for p in paths]
+    found = [(os.path.relpath(p, path), checksum(p)) for p in paths]
     return f"content {zlib.crc32(repr(found).encode()):08x}"
 
 
-def check_identity(saved, mine):
-    """Raise InputErrorOfAll when a state was made by another run, naming what differs."""
-    differ = sorted(name for name in saved | mine if saved.get(name) != mine.get(name))
+def identity_of(args, data):
+    """What the numbers of a run depend on, and --steps: {name of a flag: value}, the content in
+    place of a path, which is read once even if two flags name it. data: {"data": fingerprint}."""
+    found = {name: value for name, value in vars(args).items() if name not in SOURCES}
+    paths = {name: found[name] for name in PATHS if found.get(name)}
+    contents = {path: fingerprint(path) for path in set(paths.values()) if os.path.exists(path)}
+    found |= {name: contents.get(path, path) for name, path in paths.items()}
+    return json.loads(json.dumps(found | data))
+
+
+def identify(args, world, data):
+    """Find out what this run depends on, see `identity_of`, and with --resume the newest whole
+    state, before a model is loaded. Raises InputErrorOfAll, naming what differs, when another run
+    has made that state."""
+    world.identity = mine = world.on_first(identity_of, args, data)
+    if not args.resume:
+        return
+    world.state = whole_state(args.out, world)
+    saved = read_json(os.path.join(world.state, "progress.json"))["identity"]
+    names = sorted((saved | mine).keys() - set(FREE))
+    differ = [name for name in names if saved.get(name) != mine.get(name)]
     if "stage" in differ:  # then everything does
         differ = ["stage"]
-    if not differ:
-        return
-    parts = [f"{flag_of(name)} {saved.get(name)}, not {mine.get(name)}" for name in differ]
-    raise InputErrorOfAll(
-        f"--resume: the state was made with {'; '.join(parts)}; only {' '.join(map(flag_of, FREE))}"
-        ", the number of processes and the place of files may differ"
-    )
+    if differ:
+        parts = [f"{flag_of(name)} {saved.get(name)}, not {mine.get(name)}" for name in differ]
+        raise InputErrorOfAll(
+            f"--resume: the state was made with {'; '.join(parts)}; only "
+            f"{' '.join(map(flag_of, FREE))}, the number of processes and the place of files may "
+            "differ"
+        )
 
 
 def begin(args, world, parts, steps, *skips, identity=None):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
-    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: see
-    `identity_of`. -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
-    world.identity = world.on_first(identity_of, args, identity)
+    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: of the
+    data, for a stage that has not called `identify`.
+    -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
+    if identity:
+        identify(args, world, identity)
     progress = {"step": 0, "position": 0}
-    if args.resume:
-        progress = resume(args.out, world, parts, steps, skips)
+    if world.state:
+        progress = resume(args, world, parts, steps, skips)
     elif not all_finite(parts, world):
         raise InputErrorOfAll(f"--ckpt {args.ckpt}: weights are not finite")
     step = progress["step"]
@@ -849,21 +860,23 @@ def begin(args, world, parts, steps, *skips, identity=None):
     return progress, metrics
 
 
-def resume(out, world, parts, steps, skips):
-    """Load the newest whole state of this very run -> progress. Changes nothing when it refuses."""
-    state = whole_state(out, world)
-    progress = read_json(os.path.join(state, "progress.json"))
-    check_identity(progress.pop("identity"), world.identity)
+def resume(args, world, parts, steps, skips):
+    """Load the state that `identify` has found -> progress. Changes nothing when it refuses."""
+    progress = read_json(os.path.join(world.state, "progress.json"))
     step, processes = progress["step"], progress.pop("processes")
+    before, now = progress.pop("identity").get("steps"), world.identity["steps"]
     if step > steps:
         raise InputErrorOfAll(f"--resume: {step} steps are done already, --steps makes it {steps}")
-    load_state(state, world, parts)
+    load_state(world.state, world, parts)
     for mine, (row, total) in zip(skips, progress.pop("skips")):
         mine.row, mine.total, mine.named = row, total, total
     if world.rank == 0:
         other = f", saved by {processes} processes: same data, same random numbers, other rounding"
         other = f"{other} of sums" if processes != world.size else ""
         print(f"resumed after step {step}{other}", flush=True)
+        if before != now and hasattr(args, "warmup"):  # of `cosine`, which falls to 0 in all steps
+            curve = f"from here on the learning rate follows the cosine of {steps} steps"
+            print(f"--steps was {before}, is {now}: {curve}", flush=True)
     return progress
 
 

@@ -29,8 +29,8 @@ from data import system_prompt
 from rollout import parse_response
 from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine
-from runtime import end_step, integer, load_policy, load_tokenizer, log, make_optimizer, most
-from runtime import real, run, save, setup, shard
+from runtime import end_step, identify, integer, load_policy, load_tokenizer, log, make_optimizer
+from runtime import most, real, run, save, setup, shard
 
 
 def parse_args():
@@ -148,13 +148,15 @@ def main():
     if steps is None:
         steps = max(1, math.ceil(len(found.usable) * args.epochs / args.batch))
 
+    identify(args, world, found.identity)  # a --resume of another run ends here
+
     attn = choose_attention(args.attn, world)
     policy = set_attention(load_policy(args.ckpt), attn).to(world.device).train()
     units = [*policy.model.language_model.layers, policy.model.visual]  # then the rest, as the root
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, steps, skips, identity=found.identity)
+    progress, metrics = begin(args, world, parts, steps, skips)
     feed = Feed(found, lambda example: encode_demonstration(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
     if world.rank == 0:

@@ -792,6 +792,28 @@ def test_a_content_has_the_same_fingerprint_wherever_it_lies(tiny, tmp_path):
     assert runtime.fingerprint(str(one)) == runtime.fingerprint(str(two)) != first
 
 
+def test_a_change_in_the_middle_of_a_large_file_changes_its_fingerprint(tmp_path):
+    content = bytearray(5 << 20)
+    (tmp_path / "a").write_bytes(content)
+    before = runtime.fingerprint(str(tmp_path / "a"))
+    content[len(content) // 2] = 1
+    (tmp_path / "a").write_bytes(content)
+    assert runtime.fingerprint(str(tmp_path / "a")) != before
+
+
+def test_the_content_of_a_run_is_read_once(tiny, policy, tmp_path, monkeypatch):
+    """Whatever its flags name: the checkpoint, here that of the discriminator too, and the data."""
+    read, checksum = [], runtime.checksum
+    monkeypatch.setattr(runtime, "checksum", lambda path: read.append(path) or checksum(path))
+    flags = {"ckpt": policy, "disc": policy, "data": tiny.align, "out": tmp_path / "out"}
+    flags |= {"prompts": 1, "rollouts": 2, "max-new-tokens": 4, "steps": 1}
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    assert stage("align", *flags) == 0
+    inputs = [path for path in read if not path.startswith(str(tmp_path / "out"))]
+    assert len(inputs) == len(set(inputs))
+    assert {tiny.align, f"{policy}/model.safetensors", f"{policy}/config.json"} <= set(inputs)
+
+
 OTHER = {  # what differs from the run that made the state: flags, words of the line
     "seed": ({"seed": 6}, "--seed 5, not 6"),
     "batch": ({"batch": 8}, "--batch 4, not 8"),
@@ -810,7 +832,9 @@ def begun(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*OTHER, "checkpoint", "data", "system prompt"])
-def test_resume_of_another_run_is_refused_and_changes_nothing(tiny, tmp_path, capfd, name):
+def test_resume_of_another_run_is_refused_and_changes_nothing(
+    tiny, tmp_path, capfd, monkeypatch, name
+):
     flags, before = begun(tiny, tmp_path)
     more, words = OTHER.get(name, ({}, ""))
     if name == "checkpoint":
@@ -824,10 +848,9 @@ def test_resume_of_another_run_is_refused_and_changes_nothing(tiny, tmp_path, ca
         (tmp_path / "system.txt").write_text("Think.")
         more, words = {"system_prompt": tmp_path / "system.txt"}, "--system-prompt "
     capfd.readouterr()
-    assert (
-        stage("sft", *flags_of(tiny, tmp_path / "out", **flags | more | {"steps": 4}), "--resume")
-        == 2
-    )
+    monkeypatch.setattr(sft, "load_policy", None)  # it is refused before a model is loaded
+    more = flags | more | {"steps": 4}
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", **more), "--resume") == 2
     line = one_line(capfd)
     assert re.search(f"--resume: the state was made with {words}.* --max-tokens .*may differ", line)
     assert content_of(tmp_path / "out") == before
@@ -855,6 +878,18 @@ def test_what_changes_no_number_may_differ(tiny, tmp_path):
         == 0
     )
     assert len(read_jsonl(tmp_path / "moved" / "metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize("steps, words", [(2, ""), (4, "--steps was 2, is 4: .*cosine of 4 steps")])
+def test_other_steps_say_what_they_do_to_the_learning_rate(tiny, tmp_path, capfd, steps, words):
+    flags, _ = begun(tiny, tmp_path)
+    capfd.readouterr()
+    more = flags | {"steps": steps}
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", **more), "--resume") == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if "cosine" in line]
+    assert len(said) == (steps != 2) and all(re.match(words, line) for line in said)
+    lrs = [row["lr"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert lrs[2:] == [runtime.cosine(step, steps, 1e-3, 0.1) for step in range(2, steps)]
 
 
 def test_a_stage_does_not_resume_another(tiny, policy, tmp_path, capfd):
