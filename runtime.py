@@ -24,6 +24,7 @@ import sys
 import tempfile
 import traceback
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
+
+# dcp.save and dcp.load say so of every single process, also where no_dist tells them that it is one
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -739,6 +739,13 @@ def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
 
 
+def test_saving_and_loading_a_state_is_silent(tiny, tmp_path):
+    flags = flags_of(tiny, tmp_path / "out")
+    assert stage("sft", *flags, "--steps", 1) == 0
+    result = launch("sft.py", *flags, "--steps", 2, "--resume")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 # -------------------------------------------------------------------------------------------- a run
 def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
     flags = flags_of(tiny, tmp_path / "out", steps=2)
