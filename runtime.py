@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 import uuid
 import warnings
@@ -88,28 +87,32 @@ FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rol
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line; the exit status stays 2."""
+    """argparse whose help shows a docstring as it is, and whose complaint is one line; the exit
+    status stays 2."""
+
+    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter):
+        super().__init__(description=description, formatter_class=formatter_class)
 
     def error(self, message):
         raise InputError(message)
 
 
-def number(kind, low=None, high=None, above=None):
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            name = {int: "integer", float: "number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text} is no {name}") from None
+            noun = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} is no {noun}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if low is not None and value < low:
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
-        if above is not None and value <= above:
+        if value <= above:
             raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
-        if high is not None and value > high:
+        if value > high:
             raise argparse.ArgumentTypeError(f"{text}: must be at most {high:g}")
         return value
 
@@ -159,12 +162,17 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: see setup
+    mesh: DeviceMesh | None = None  # see `connect`; one process on a CPU has none, nor FSDP
     identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
     state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
     due: bool = False  # a state has to be saved
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
+
+    @property
+    def dtype(self):
+        """Of computation, and of the weights that are handed on."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
@@ -297,7 +305,6 @@ def claim(out):
     new = not os.path.isdir(out)
     try:
         os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
         lock = CLOSING.enter_context(open(os.path.join(out, "lock"), "a"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -325,13 +332,11 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
     weights are gathered. checkpointing: recompute activations in backward (None: on CUDA)."""
     if checkpointing if checkpointing is not None else world.device.type == "cuda":
         backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # from_pretrained leaves eval mode, in which transformers does not recompute
-    if world.size == 1 and world.device.type == "cpu":
+    if world.mesh is None:
         return model
-    mixed = MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    mixed = MixedPrecisionPolicy(world.dtype, torch.float32)
     for unit in units:
         fully_shard(unit, mesh=world.mesh, mp_policy=mixed)
     for unit in float32:
@@ -346,10 +351,9 @@ def make_sampler(model, world):
     """The model to sample from, made before the policy is sharded: the policy itself where it stays
     whole, else a replica in the compute dtype. Sampling never runs through sharded modules: it
     would gather every layer for every token."""
-    if world.size == 1 and world.device.type == "cpu":
+    if world.mesh is None:
         return model
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return copy.deepcopy(model).to(world.device, dtype).requires_grad_(False)
+    return copy.deepcopy(model).to(world.device, world.dtype).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -381,12 +385,13 @@ def cosine(step, total, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
+@dataclass
 class Skips:
-    """Counts updates skipped for a loss or gradient that is not finite: in a row, in all, and those
-    that `end_step` has named."""
+    """Counts updates skipped for a loss or gradient that is not finite."""
 
-    def __init__(self):
-        self.row = self.total = self.named = 0
+    row: int = 0  # in a row
+    total: int = 0
+    named: int = 0  # those that `end_step` has told of
 
     def step(self, model, optimizer, lr, clip, world, loss):
         """Clip, check on all ranks, step -> the gradient norm before clipping, or None when the
@@ -475,9 +480,9 @@ def load_tokenizer(path, args=None, flag="--ckpt"):
         if args and tokenizer.chat_template is None:
             raise ValueError("no chat template (chat_template.jinja) for the tokenizer")
     # the processor's names; it means pixels of the whole picture
-    for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        if args and getattr(args, flag) is not None:
-            processor.size[edge] = getattr(args, flag)
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if args and getattr(args, name) is not None:
+            processor.size[edge] = getattr(args, name)
     if processor.size["shortest_edge"] > processor.size["longest_edge"]:
         raise InputError(f"--min-pixels is above --max-pixels: {dict(processor.size)}")
     return tokenizer, processor
@@ -495,7 +500,6 @@ def load_policy(path, dtype=torch.float32):
     """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
     are an error."""
     check_checkpoint(path, ("qwen3_vl",))
-    vocabulary = len(load_tokenizer(path)[0])
     with about(f"--ckpt {path}"):
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -505,7 +509,8 @@ def load_policy(path, dtype=torch.float32):
                 names = ", ".join(map(str, sorted(info[kind])[:5]))
                 names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
                 raise ValueError(f"{kind.replace('_', ' ')}: {names}")
-    model.usable_vocabulary = vocabulary  # for rows.py: the embedding may have more rows
+        # for rows.py: the embedding may have more rows than the tokenizer has tokens
+        model.usable_vocabulary = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     return model
 
 
@@ -526,11 +531,10 @@ def save(model, out, world, stage, args, step, metrics):
     says that the stage is finished."""
     weights = full_weights(model)
     if world.rank == 0:
-        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
         if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
             weights.pop("lm_head.weight", None)
-        model.config.dtype = dtype
+        model.config.dtype = world.dtype
         with writing(out):
             model.save_pretrained(out, state_dict=weights)
             copy_processor(args.ckpt, out)

@@ -17,12 +17,9 @@ is frozen).
         --data prism-vlm/gemini_distill --out sft_out/
 """
 
-import argparse
 import math
 import time
 from dataclasses import replace
-
-import numpy as np
 
 from data import Feed, data_flags, encode_prompt, encode_response, look, measure_prompt
 from data import system_prompt
@@ -34,8 +31,7 @@ from runtime import most, real, run, save, setup, shard
 
 
 def parse_args():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(__doc__)
     parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_distill"],
                         help="demonstrations: SOURCE[:WEIGHT] ...")
     parser.add_argument("--batch", type=integer(1), default=128,
@@ -55,12 +51,6 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------- examples
-def need_response(example):
-    if not example.response:
-        raise InputError(f"{example.id}: the row has no response to learn from "
-                         "(columns response, messages or teacher_*)")
-
-
 def turns(example):
     """An example for each turn of the assistant: of a chat with several all are trained, each after
     what was said before it."""
@@ -76,9 +66,11 @@ def turns(example):
 def measure_demonstration(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of the response as it will be trained), summed over the turns of
     the assistant; None when one of them is too long."""
-    total = np.zeros(2, np.int64)
+    prompts = responses = 0
     for turn in turns(example):
-        need_response(turn)
+        if not turn.response:
+            raise InputError(f"{turn.id}: the row has no response to learn from "
+                             "(columns response, messages or teacher_*)")
         prompt = measure_prompt(turn, tokenizer, image_processor, system, args)
         response = len(encode_response(turn.response, tokenizer))
         if prompt is None:
@@ -86,8 +78,8 @@ def measure_demonstration(example, tokenizer, image_processor, system, args):
         room = args.max_length - prompt[0]
         if response > room and not (args.truncate and room > 0):
             return None
-        total += prompt[0], min(response, room)
-    return tuple(total.tolist())
+        prompts, responses = prompts + prompt[0], responses + min(response, room)
+    return prompts, responses
 
 
 def encode_demonstration(example, tokenizer, image_processor, system, args):
