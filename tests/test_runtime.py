@@ -209,6 +209,23 @@ def test_cosine(total, warmup):
     assert max(got) == pytest.approx(2.0) and min(got) > 0
 
 
+def test_the_optimizer_is_adamw():
+    """Decoupled weight decay (Loshchilov & Hutter, 1711.05101, algorithm 2), in float64."""
+    rng, lr, decay = np.random.default_rng(0), 0.01, 0.1
+    weight = rng.standard_normal(50)
+    parameter = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float32))
+    model = torch.nn.ParameterList([parameter])
+    optimizer, m, v = runtime.make_optimizer(model, lr, decay), 0, 0
+    for t in range(1, 6):
+        gradient = rng.standard_normal(50)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        adam = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        weight = weight - lr * decay * weight - lr * adam
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+    assert np.abs(parameter.detach().numpy() - weight).max() < 1e-6
+
+
 def test_steps_that_are_not_finite_are_skipped():
     model = torch.nn.Linear(2, 1)
     optimizer, skips = runtime.make_optimizer(model, 0.1, 0.0), runtime.Skips()
