@@ -245,10 +245,10 @@ def main():
 
 def load_players(args, attn, world):
     """-> policy, the model to sample from, discriminator; none of them sharded yet."""
-    policy = set_attention(load_policy(args.ckpt), attn)
+    policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler = make_sampler(policy, world)
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
-    return policy.to(world.device), sampler, disc.to(world.device)
+    return policy, sampler, disc.to(world.device)
 
 
 def update_discriminator(disc, optimizer, skips, records, tokenizer, args, world):

@@ -472,12 +472,12 @@ def main():
     tools = tokenizer, image_processor, system, args
     found = look(args.data, lambda example: measure_problem(example, *tools), args, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
-    policy = set_attention(load_policy(args.ckpt), attn)
+    policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler, reference = make_sampler(policy, world), None
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
-    shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
+    shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     if args.kl > 0:
-        reference = set_attention(load_policy(args.ckpt), attn).to(world.device)
+        reference = set_attention(load_policy(args.ckpt, world=world), attn)
         units = [*reference.model.language_model.layers, reference.model.visual]
         shard(reference, units, world, target_logprobs)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)

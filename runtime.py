@@ -37,12 +37,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -325,7 +327,7 @@ def most(packs, world):
 def shard(model, units, world, forward, float32=(), checkpointing=None):
     """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the
     rest with the root. bf16 compute, float32 master weights and reduction on CUDA; on several nodes
-    HSDP; one CPU process stays plain.
+    HSDP; one CPU process stays plain. What `load_policy` has left without weights gets them now.
 
     float32: units that also compute in float32. forward: the function of the model that the stage
     calls in place of its forward; it becomes a method of the model, around which the root's
@@ -342,6 +344,8 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
     for unit in float32:
         fully_shard(unit, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh, mp_policy=mixed)
+    if next(model.parameters()).is_meta:
+        read_weights(model, world.device)
     setattr(model, forward.__name__, MethodType(forward, model))
     register_fsdp_forward_method(model, forward.__name__)
     return model
@@ -349,11 +353,13 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
 
 def make_sampler(model, world):
     """The model to sample from, made before the policy is sharded: the policy itself where it stays
-    whole, else a replica in the compute dtype. Sampling never runs through sharded modules: it
-    would gather every layer for every token."""
+    whole, else a replica in the compute dtype, whose weights `refresh` fills. Sampling never runs
+    through sharded modules: it would gather every layer for every token."""
     if world.mesh is None:
         return model
-    return copy.deepcopy(model).to(world.device, world.dtype).requires_grad_(False)
+    sampler = copy.deepcopy(model).to(world.dtype)
+    materialize(sampler, world.device)
+    return sampler.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -445,20 +451,25 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
 
 
 def check_weights(path):
-    """Raise ValueError unless all weights of a folder are there, in safetensors, whole."""
-    names = glob("*.safetensors", root_dir=path)
+    """-> {weight: (its file, its shape)} of a folder. Raises ValueError unless all that it should
+    hold is there, in safetensors, whole."""
+    names = glob("model.safetensors", root_dir=path)
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
         with about("model.safetensors.index.json"):
             names = {str(name) for name in read_json(index)["weight_map"].values()}
     if not names or not all(name.endswith(".safetensors") for name in names):
         raise ValueError("the folder has no weights, or other than *.safetensors")
+    found = {}
     for name in sorted(names):
         with about(f"{name}: an incomplete download or a Git LFS pointer"):
-            with safe_open(os.path.join(path, name), framework="pt") as file:
-                empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
-        if empty:
-            raise ValueError(f"{name}: the weight {empty[0]} is empty")
+            with safe_open(file := os.path.join(path, name), framework="pt") as weights:
+                shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+        for key, shape in shapes.items():
+            if 0 in shape:
+                raise ValueError(f"{name}: the weight {key} is empty")
+            found[key] = (file, shape)
+    return found
 
 
 def load_tokenizer(path, args=None, flag="--ckpt"):
@@ -496,22 +507,72 @@ def eos_ids(tokenizer, model):
     return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
 
 
-def load_policy(path, dtype=torch.float32):
-    """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
-    are an error."""
+def load_policy(path, dtype=torch.float32, world=None):
+    """The policy of a checkpoint, float32 master weights by default. In a `world` that shards it
+    is left on the meta device, without weights: `shard` reads them. Weights that are missing,
+    unknown or of another size are an error."""
     check_checkpoint(path, ("qwen3_vl",))
     with about(f"--ckpt {path}"):
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:  # what is missing would have been drawn at random
-                names = ", ".join(map(str, sorted(info[kind])[:5]))
-                names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
-                raise ValueError(f"{kind.replace('_', ' ')}: {names}")
+        folder = path
+        if not os.path.isdir(path):
+            folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = Qwen3VLForConditionalGeneration(config).to(dtype).eval()
+        if os.path.exists(os.path.join(folder, "generation_config.json")):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         # for rows.py: the embedding may have more rows than the tokenizer has tokens
         model.usable_vocabulary = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        model.files = compare_weights(model, check_weights(folder))
+        if world is None or world.mesh is None:
+            read_weights(model, "cpu")
     return model
+
+
+def compare_weights(model, found):
+    """Raise ValueError unless the weights found, see `check_weights`, are those of the model ->
+    {parameter: its file}."""
+    wanted = dict(model.named_parameters())  # of tied ones the first alone
+    unknown = found.keys() - model.state_dict().keys()
+    other = [name for name in wanted.keys() & found if list(wanted[name].shape) != found[name][1]]
+    for kind, names in (
+        ("missing", wanted.keys() - found), ("unexpected", unknown), ("mismatched", other)
+    ):  # fmt: skip
+        if names:
+            text = ", ".join(sorted(names)[:5])
+            text += " (is tie_word_embeddings right?)" if text == "lm_head.weight" else ""
+            raise ValueError(f"{kind} keys: {text}")
+    return {name: found[name][0] for name in wanted}
+
+
+def materialize(model, device):
+    """Give a Qwen3-VL on the meta device memory on `device`, and what is computed, not stored."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        for name, _ in [*module.named_buffers(recurse=False)]:  # frequencies of rotary embeddings
+            setattr(module, name, getattr(type(module)(module.config), name).to(device))
+
+
+@torch.no_grad()
+def read_weights(model, device):
+    """Read the weights of a model that `load_policy` has left on the meta device, of a sharded one
+    the shards of this rank alone."""
+    materialize(model, device)
+    with ExitStack() as stack:
+        opened = {}
+        for file in set(model.files.values()):
+            opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+        for name, parameter in model.named_parameters():
+            local, first = parameter, 0
+            if isinstance(parameter, DTensor):
+                # FSDP2 shards the first dimension, as torch.chunk does
+                local, mesh = parameter.to_local(), parameter.device_mesh
+                each = math.ceil(len(parameter) / mesh.size(-1))
+                first = mesh.get_coordinate()[-1] * each
+            if len(local):  # the last ranks may hold nothing
+                stored = opened[model.files[name]].get_slice(name)
+                local.copy_(stored[first : first + len(local)])
 
 
 def choose_attention(name, world):

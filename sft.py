@@ -143,7 +143,7 @@ def main():
     identify(args, world, found.identity)  # a --resume of another run ends here
 
     attn = choose_attention(args.attn, world)
-    policy = set_attention(load_policy(args.ckpt), attn).to(world.device).train()
+    policy = set_attention(load_policy(args.ckpt, world=world), attn).train()
     units = [*policy.model.language_model.layers, policy.model.visual]  # then the rest, as the root
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)

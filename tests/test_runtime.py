@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, branch_logprobs, launch, read_jsonl, stage, stock_inputs
+from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
 from conftest import stock_logprobs, untimed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -309,6 +309,107 @@ def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     )
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
         load(str(broken))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model.visual.extra": torch.ones(1)}, "unexpected keys: model.visual.extra"),
+    ({"model.visual.pos_embed.weight": torch.ones(3, 5)}, "mismatched keys: model.visual.pos_emb"),
+])  # fmt: skip
+def test_other_weights_than_those_of_the_model_are_an_error(tiny, tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        runtime.load_policy(variant(tiny, tmp_path, weights=change))
+
+
+def test_a_policy_has_the_weights_that_transformers_reads(tiny):
+    """And the frequencies of its rotary embeddings, which are not stored, its tied head and its
+    settings for generation."""
+    model, stock = runtime.load_policy(tiny.base), tiny.stock
+    for kind in ("named_parameters", "named_buffers"):
+        mine, theirs = dict(getattr(model, kind)()), dict(getattr(stock, kind)())
+        assert mine.keys() == theirs.keys() and len(mine) > 3
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.generation_config.to_dict() == stock.generation_config.to_dict()
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
+    """Its weights are rounded, the frequencies of its rotary embeddings are not: at 1000 tokens
+    that would turn some of them by a radian."""
+    world = argparse.Namespace(mesh="some", dtype=torch.bfloat16, device=torch.device("cpu"))
+    sampler = runtime.make_sampler(runtime.load_policy(tiny.base, world=world), world)
+    with torch.no_grad():
+        for mine, theirs in zip(sampler.parameters(), tiny.stock.parameters(), strict=True):
+            assert mine.dtype == torch.bfloat16 and not mine.requires_grad
+            mine.copy_(theirs)
+    for mine, theirs in zip(sampler.buffers(), tiny.stock.buffers(), strict=True):
+        assert torch.equal(mine, theirs) and mine.dtype == torch.float32
+    half = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.bfloat16)
+    for model in (half, sampler):
+        model.set_attn_implementation("sdpa")
+    inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], half.config)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.no_grad():
+        assert torch.equal(sampler(**inputs).logits, half(**inputs).logits)
+
+
+SHARDS = """
+import os, sys
+import torch
+sys.path.insert(0, {root!r})
+import runtime
+from rows import target_logprobs
+from safetensors import safe_open
+
+read, get = [], runtime.safe_open
+class Noted:
+    def __init__(self, *args, **more):
+        self.file = get(*args, **more).__enter__()
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+    def get_slice(self, name):
+        part = self.file.get_slice(name)
+        class Slice:
+            def get_shape(self):
+                return part.get_shape()
+            def __getitem__(self, rows):
+                found = part[rows]
+                read.append(found.numel())
+                return found
+        return Slice()
+runtime.safe_open = Noted
+world = runtime.World(int(os.environ["RANK"]), 2, torch.device("cpu"))
+world.mesh = runtime.connect(2, 2, world.device)
+policy = runtime.load_policy({base!r}, world=world)
+sampler = runtime.make_sampler(policy, world)
+assert all(p.is_meta for p in policy.parameters()) and not read
+units = [*policy.model.language_model.layers, policy.model.visual]
+runtime.shard(policy, units, world, target_logprobs)
+held = sum(p.to_local().numel() for p in policy.parameters())
+assert sum(read) == held, (sum(read), held)
+runtime.refresh(sampler, policy)
+print("held", held, sum(p.numel() for p in policy.parameters()), flush=True)
+with get({base!r} + "/model.safetensors", framework="pt") as file:
+    for name, mine in sampler.named_parameters():
+        assert torch.equal(mine, file.get_tensor(name)), name
+print("equal", policy.lm_head.weight is policy.get_input_embeddings().weight, flush=True)
+os._exit(0)
+"""
+
+
+def test_every_rank_reads_its_shards_alone(tiny, tmp_path):
+    """Neither holds the whole policy at any time, and together they hold what is stored."""
+    script = tmp_path / "shards.py"
+    script.write_text(SHARDS.format(root=str(ROOT), base=tiny.base))
+    result = launch(script, processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    held = [line.split() for line in result.stdout.splitlines() if line.startswith("held")]
+    assert sum(int(words[1]) for words in held) == int(held[0][2])
+    assert result.stdout.count("equal True") == 2
 
 
 def variant(tiny, tmp_path, name="ck", settings=None, weights=None, **files):
