@@ -535,13 +535,17 @@ def compare_weights(model, found):
     wanted = dict(model.named_parameters())  # of tied ones the first alone
     unknown = found.keys() - model.state_dict().keys()
     other = [name for name in wanted.keys() & found if list(wanted[name].shape) != found[name][1]]
-    for kind, names in (
-        ("missing", wanted.keys() - found), ("unexpected", unknown), ("mismatched", other)
-    ):  # fmt: skip
+    kinds = {"missing": wanted.keys() - found, "unexpected": unknown, "mismatched": other}
+    for kind, names in kinds.items():
         if names:
             text = ", ".join(sorted(names)[:5])
             text += " (is tie_word_embeddings right?)" if text == "lm_head.weight" else ""
             raise ValueError(f"{kind} keys: {text}")
+    for name, source in model.all_tied_weights_keys.items():
+        if name in found:  # stored as well
+            files = [safe_open(found[key][0], framework="pt") for key in (name, source)]
+            if not torch.equal(files[0].get_tensor(name), files[1].get_tensor(source)):
+                raise ValueError(f"{name} is tied to {source} and differs from it in the files")
     return {name: found[name][0] for name in wanted}
 
 

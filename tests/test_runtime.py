@@ -320,6 +320,17 @@ def test_other_weights_than_those_of_the_model_are_an_error(tiny, tmp_path, chan
         runtime.load_policy(variant(tiny, tmp_path, weights=change))
 
 
+def test_a_tied_head_may_be_stored_if_it_is_the_same(tiny, tmp_path):
+    stored = load_file(Path(tiny.base) / "model.safetensors")
+    head = stored["model.language_model.embed_tokens.weight"]
+    model = runtime.load_policy(variant(tiny, tmp_path, weights={"lm_head.weight": head.clone()}))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, head)
+    other = variant(tiny, tmp_path, "other", weights={"lm_head.weight": head + 1})
+    with pytest.raises(InputError, match="lm_head.weight is tied to model.*and differs"):
+        runtime.load_policy(other)
+
+
 def test_a_policy_has_the_weights_that_transformers_reads(tiny):
     """And the frequencies of its rotary embeddings, which are not stored, its tied head and its
     settings for generation."""
