@@ -905,13 +905,10 @@ def identify(args, world, data):
         )
 
 
-def begin(args, world, parts, steps, *skips, identity=None):
+def begin(args, world, parts, steps, *skips):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
-    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: of the
-    data, for a stage that has not called `identify`.
-    -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
-    if identity:
-        identify(args, world, identity)
+    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. -> (progress:
+    counters of the run, the last line of metrics.jsonl or {})."""
     progress = {"step": 0, "position": 0}
     if world.state:
         progress = resume(args, world, parts, steps, skips)
