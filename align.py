@@ -40,8 +40,8 @@ from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
-from runtime import integer, load_policy, load_tokenizer, log, make_optimizer, make_sampler
-from runtime import real, refresh, run, save, setup, shard
+from runtime import identify, integer, load_policy, load_tokenizer, log, make_optimizer
+from runtime import make_sampler, real, refresh, run, save, setup, shard
 
 NOTHING_VALID = (
     "no rollout was valid, finished and with the three blocks: is --ckpt trained on them, is "
@@ -198,6 +198,7 @@ def main():
     compare_tokenizers(tokenizer, args.disc)
     tools = tokenizer, image_processor, system_prompt(args), args
     found = look(args.data, lambda example: measure_taught(example, *tools), args, world)
+    identify(args, world, found.identity)  # a --resume of another run ends here
     policy, sampler, disc = load_players(args, choose_attention(args.attn, world), world)
     shard(policy, [*policy.model.language_model.layers, policy.model.visual], world,
           target_logprobs, checkpointing=args.checkpointing)  # the rest is the root
@@ -207,11 +208,10 @@ def main():
     disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     skips, disc_skips, warn, steps = Skips(), Skips(), Warn(world), args.warmup_steps + args.steps
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips, identity=found.identity)
+    progress, metrics = begin(args, world, parts, steps, skips, disc_skips)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(steps, args.prompts)
-
     for step in range(progress["step"], steps):
         began = time.time()
         # rollout
@@ -255,10 +255,10 @@ def main():
 
 def load_players(args, attn, world):
     """-> policy, the model to sample from, discriminator; none of them sharded yet."""
-    policy = set_attention(load_policy(args.ckpt), attn)
+    policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler = make_sampler(policy, world)
     disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
-    return policy.to(world.device), sampler, disc.to(world.device)
+    return policy, sampler, disc.to(world.device)
 
 
 def update_discriminator(disc, optimizer, skips, step, records, tokenizer, args, world):

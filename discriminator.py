@@ -66,8 +66,8 @@ try:
     from rollout import parse_response, parse_spans, split_segments
     from runtime import InputError, Parser, Skips, begin, check_checkpoint
     from runtime import choose_attention, common_flags, copy_processor, cosine, end_step
-    from runtime import full_weights, integer, load_tokenizer, log, make_optimizer, most, real, run
-    from runtime import setup, shard, write_json, write_meta, write_rows, writing
+    from runtime import full_weights, identify, integer, load_tokenizer, log, make_optimizer, most
+    from runtime import real, run, setup, shard, write_json, write_meta, write_rows, writing
 except ModuleNotFoundError as error:
     # The model and its loss stand on rows.py and can be copied with that alone; what follows them
     # (a step's gradient, checkpoints, the script) needs the rest.
@@ -516,9 +516,11 @@ def load_released_head(head, path):
 def compare_tokenizers(tokenizer, path):
     """InputError unless `path`, the flag --disc, has the policy's vocabulary: the rollouts' ids go
     into the discriminator as they are."""
-    if path is not None and load_tokenizer(path)[0].get_vocab() != tokenizer.get_vocab():
-        hint = "its tokenizer differs from that of --ckpt; both must have the same vocabulary"
-        raise InputError(f"--disc {path}: {hint}")
+    if path is not None:
+        other, _ = load_tokenizer(path, flag="--disc")
+        if other.get_vocab() != tokenizer.get_vocab():
+            hint = "its tokenizer differs from that of --ckpt; both must have the same vocabulary"
+            raise InputError(f"--disc {path}: {hint}")
 
 
 def save_discriminator(disc, out, world, ckpt):
@@ -613,6 +615,7 @@ def warm_up(args, world):
     attn, system = choose_attention(args.attn, world), system_prompt(args)
     tools = tokenizer, image_processor, system, args
     found = look(args.pairs, lambda example: measure_pair(example, *tools), args, world)
+    identify(args, world, found.identity)  # a --resume of another run ends here
     disc = load_discriminator(args.ckpt, args.disc_variant, attn, args.readout).to(world.device)
     args.disc_variant, args.readout = disc.variant, disc.readout
     units, heads = [*disc.backbone.language_model.layers, disc.backbone.visual], disc.heads.values()
@@ -622,7 +625,7 @@ def warm_up(args, world):
     if steps is None:
         steps = max(1, len(found.usable) // args.batch)
     parts, skips = {"discriminator": (disc, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, steps, skips, identity=found.identity)
+    progress, metrics = begin(args, world, parts, steps, skips)
     feed = Feed(found, lambda example: encode_pair(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
     for step in range(progress["step"], steps):

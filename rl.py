@@ -33,8 +33,9 @@ from data import Example, Feed, data_flags, encode_prompt, look, measure_prompt,
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
-from runtime import end_step, eos_ids, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import make_sampler, most, quote, real, refresh, run, save, setup, shard
+from runtime import end_step, eos_ids, identify, integer, load_policy, load_tokenizer, log
+from runtime import make_optimizer, make_sampler, most, quote, real, refresh, run, save, setup
+from runtime import shard
 from verify import timeouts, verify, with_percent
 
 ALGOS = {
@@ -481,17 +482,18 @@ def main():
     system, attn = system_prompt(args), choose_attention(args.attn, world)
     tools = tokenizer, image_processor, system, args
     found = look(args.data, lambda example: measure_problem(example, *tools), args, world)
-    policy = set_attention(load_policy(args.ckpt), attn)
+    identify(args, world, found.identity)  # a --resume of another run ends here
+    policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler, reference = make_sampler(policy, world), None
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
-    shard(policy.to(world.device), units, world, target_logprobs, checkpointing=args.checkpointing)
+    shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     if args.kl > 0:
-        reference = set_attention(load_policy(args.ckpt), attn).to(world.device)
+        reference = set_attention(load_policy(args.ckpt, world=world), attn)
         units = [*reference.model.language_model.layers, reference.model.visual]
         shard(reference, units, world, target_logprobs)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, args.steps, skips, identity=found.identity)
+    progress, metrics = begin(args, world, parts, args.steps, skips)
     refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(args.steps, args.prompts)

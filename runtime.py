@@ -21,9 +21,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -37,15 +37,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
+
+# dcp.save and dcp.load say so of every single process, also where no_dist tells them that it is one
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -68,6 +73,8 @@ def about(subject):
     """Reading what the user passed: an error in the block becomes the one line `subject: why`."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):  # that is no fault of what is read
+        raise
     except Exception as error:  # there is no end to what broken files raise
         why = str(error).partition("\n")[0]
         raise InputError(f"{subject}: {why}") from error
@@ -75,34 +82,39 @@ def about(subject):
 
 # ------------------------------------------------------------------------------------------- flags
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
-PATHS = ("ckpt", "disc", "data", "pairs", "score", "system_prompt")  # flags for what is read
+PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
+SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
         "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line; the exit status stays 2."""
+    """argparse whose help shows a docstring as it is, and whose complaint is one line; the exit
+    status stays 2."""
+
+    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter):
+        super().__init__(description=description, formatter_class=formatter_class)
 
     def error(self, message):
         raise InputError(message)
 
 
-def number(kind, low=None, high=None, above=None):
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            name = {int: "integer", float: "number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text} is no {name}") from None
+            noun = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} is no {noun}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if low is not None and value < low:
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
-        if above is not None and value <= above:
+        if value <= above:
             raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
-        if high is not None and value > high:
+        if value > high:
             raise argparse.ArgumentTypeError(f"{text}: must be at most {high:g}")
         return value
 
@@ -152,11 +164,17 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # [ranks], or [nodes, ranks of a node]: see setup
+    mesh: DeviceMesh | None = None  # see `connect`; one process on a CPU has none, nor FSDP
     identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
+    state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
     due: bool = False  # a state has to be saved
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
+
+    @property
+    def dtype(self):
+        """Of computation, and of the weights that are handed on."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
@@ -211,7 +229,7 @@ def setup(args, global_sizes=()):
     for flag, n in dict(global_sizes).items():
         if n < 1 or n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
-    check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS})
+    check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS + SOURCES})
     if hasattr(args, "save_every"):
         check_run(args)
     device = torch.device("cpu")
@@ -289,7 +307,6 @@ def claim(out):
     new = not os.path.isdir(out)
     try:
         os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
         lock = CLOSING.enter_context(open(os.path.join(out, "lock"), "a"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -310,25 +327,25 @@ def most(packs, world):
 def shard(model, units, world, forward, float32=(), checkpointing=None):
     """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the
     rest with the root. bf16 compute, float32 master weights and reduction on CUDA; on several nodes
-    HSDP; one CPU process stays plain.
+    HSDP; one CPU process stays plain. What `load_policy` has left without weights gets them now.
 
     float32: units that also compute in float32. forward: the function of the model that the stage
     calls in place of its forward; it becomes a method of the model, around which the root's
     weights are gathered. checkpointing: recompute activations in backward (None: on CUDA)."""
     if checkpointing if checkpointing is not None else world.device.type == "cuda":
         backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # from_pretrained leaves eval mode, in which transformers does not recompute
-    if world.size == 1 and world.device.type == "cpu":
+    if world.mesh is None:
         return model
-    mixed = MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    mixed = MixedPrecisionPolicy(world.dtype, torch.float32)
     for unit in units:
         fully_shard(unit, mesh=world.mesh, mp_policy=mixed)
     for unit in float32:
         fully_shard(unit, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh, mp_policy=mixed)
+    if next(model.parameters()).is_meta:
+        read_weights(model, world.device)
     setattr(model, forward.__name__, MethodType(forward, model))
     register_fsdp_forward_method(model, forward.__name__)
     return model
@@ -336,12 +353,13 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
 
 def make_sampler(model, world):
     """The model to sample from, made before the policy is sharded: the policy itself where it stays
-    whole, else a replica in the compute dtype. Sampling never runs through sharded modules: it
-    would gather every layer for every token."""
-    if world.size == 1 and world.device.type == "cpu":
+    whole, else a replica in the compute dtype, whose weights `refresh` fills. Sampling never runs
+    through sharded modules: it would gather every layer for every token."""
+    if world.mesh is None:
         return model
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return copy.deepcopy(model).to(world.device, dtype).requires_grad_(False)
+    sampler = copy.deepcopy(model).to(world.dtype)
+    materialize(sampler, world.device)
+    return sampler.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -360,8 +378,8 @@ def full_weights(model):
 
 # --------------------------------------------------------------------------------------- optimizer
 def make_optimizer(model, lr, weight_decay):
-    """AdamW over all parameters."""
-    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.999), weight_decay=weight_decay)
+    """AdamW over all parameters; fused: one pass over them instead of a dozen."""
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
 
 def cosine(step, total, peak, warmup):
@@ -373,12 +391,13 @@ def cosine(step, total, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
+@dataclass
 class Skips:
-    """Counts updates skipped for a loss or gradient that is not finite: in a row, in all, and those
-    that `end_step` has named."""
+    """Counts updates skipped for a loss or gradient that is not finite."""
 
-    def __init__(self):
-        self.row = self.total = self.named = 0
+    row: int = 0  # in a row
+    total: int = 0
+    named: int = 0  # those that `end_step` has told of
 
     def step(self, model, optimizer, lr, clip, world, loss):
         """Clip, check on all ranks, step -> the gradient norm before clipping, or None when the
@@ -405,18 +424,18 @@ def all_finite(parts, world):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
+def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
     InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
     an adapter, with whole weights in safetensors, or could be a Hub id (owner/name)."""
     local = os.path.isdir(path)
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-        raise InputError(f"--ckpt {path}: no such folder")
+        raise InputError(f"{flag} {path}: no such folder")
     try:
         file = os.path.join(path, "config.json") if local else cached_file(path, "config.json")
     except (OSError, ValueError):
         return  # from_pretrained knows better what is wrong with a Hub id
-    with about(f"--ckpt {path}"):
+    with about(f"{flag} {path}"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
         with about("config.json"):
@@ -432,28 +451,33 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe")):
 
 
 def check_weights(path):
-    """Raise ValueError unless all weights of a folder are there, in safetensors, whole."""
-    names = glob("*.safetensors", root_dir=path)
+    """-> {weight: (its file, its shape)} of a folder. Raises ValueError unless all that it should
+    hold is there, in safetensors, whole."""
+    names = glob("model.safetensors", root_dir=path)
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
         with about("model.safetensors.index.json"):
             names = {str(name) for name in read_json(index)["weight_map"].values()}
     if not names or not all(name.endswith(".safetensors") for name in names):
         raise ValueError("the folder has no weights, or other than *.safetensors")
+    found = {}
     for name in sorted(names):
         with about(f"{name}: an incomplete download or a Git LFS pointer"):
-            with safe_open(os.path.join(path, name), framework="pt") as file:
-                empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
-        if empty:
-            raise ValueError(f"{name}: the weight {empty[0]} is empty")
+            with safe_open(file := os.path.join(path, name), framework="pt") as weights:
+                shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+        for key, shape in shapes.items():
+            if 0 in shape:
+                raise ValueError(f"{name}: the weight {key} is empty")
+            found[key] = (file, shape)
+    return found
 
 
-def load_tokenizer(path, args=None):
-    """(tokenizer, Pillow image processor) of a checkpoint. args: the flags of a stage that encodes
-    prompts, for --min-pixels and --max-pixels; it needs a chat template."""
-    check_checkpoint(path)
+def load_tokenizer(path, args=None, flag="--ckpt"):
+    """(tokenizer, Pillow image processor) of a checkpoint, the value of `flag`. args: the flags of
+    a stage that encodes prompts, for --min-pixels and --max-pixels; it needs a chat template."""
+    check_checkpoint(path, flag=flag)
     code = {"trust_remote_code": False}
-    with about(f"--ckpt {path}"):
+    with about(f"{flag} {path}"):
         with about("tokenizer or image processor"):
             tokenizer = AutoTokenizer.from_pretrained(path, **code)
             processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
@@ -467,9 +491,9 @@ def load_tokenizer(path, args=None):
         if args and tokenizer.chat_template is None:
             raise ValueError("no chat template (chat_template.jinja) for the tokenizer")
     # the processor's names; it means pixels of the whole picture
-    for edge, flag in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        if args and getattr(args, flag) is not None:
-            processor.size[edge] = getattr(args, flag)
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if args and getattr(args, name) is not None:
+            processor.size[edge] = getattr(args, name)
     if processor.size["shortest_edge"] > processor.size["longest_edge"]:
         raise InputError(f"--min-pixels is above --max-pixels: {dict(processor.size)}")
     return tokenizer, processor
@@ -483,30 +507,84 @@ def eos_ids(tokenizer, model):
     return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
 
 
-def load_policy(path, dtype=torch.float32):
-    """The policy of a checkpoint, float32 master weights by default; missing or unexpected weights
-    are an error."""
+def load_policy(path, dtype=torch.float32, world=None):
+    """The policy of a checkpoint, float32 master weights by default. In a `world` that shards it
+    is left on the meta device, without weights: `shard` reads them. Weights that are missing,
+    unknown or of another size are an error."""
     check_checkpoint(path, ("qwen3_vl",))
-    vocabulary = len(load_tokenizer(path)[0])
     with about(f"--ckpt {path}"):
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:  # what is missing would have been drawn at random
-                names = ", ".join(map(str, sorted(info[kind])[:5]))
-                names += " (is tie_word_embeddings right?)" if names == "lm_head.weight" else ""
-                raise ValueError(f"{kind.replace('_', ' ')}: {names}")
-    model.usable_vocabulary = vocabulary  # for rows.py: the embedding may have more rows
+        folder = path
+        if not os.path.isdir(path):
+            folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = Qwen3VLForConditionalGeneration(config).to(dtype).eval()
+        if os.path.exists(os.path.join(folder, "generation_config.json")):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # for rows.py: the embedding may have more rows than the tokenizer has tokens
+        model.usable_vocabulary = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        model.files = compare_weights(model, check_weights(folder))
+        if world is None or world.mesh is None:
+            read_weights(model, "cpu")
     return model
+
+
+def compare_weights(model, found):
+    """Raise ValueError unless the weights found, see `check_weights`, are those of the model ->
+    {parameter: its file}."""
+    wanted = dict(model.named_parameters())  # of tied ones the first alone
+    unknown = found.keys() - model.state_dict().keys()
+    other = [name for name in wanted.keys() & found if list(wanted[name].shape) != found[name][1]]
+    kinds = {"missing": wanted.keys() - found, "unexpected": unknown, "mismatched": other}
+    for kind, names in kinds.items():
+        if names:
+            text = ", ".join(sorted(names)[:5])
+            text += " (is tie_word_embeddings right?)" if text == "lm_head.weight" else ""
+            raise ValueError(f"{kind} keys: {text}")
+    for name, source in model.all_tied_weights_keys.items():
+        if name in found:  # stored as well
+            files = [safe_open(found[key][0], framework="pt") for key in (name, source)]
+            if not torch.equal(files[0].get_tensor(name), files[1].get_tensor(source)):
+                raise ValueError(f"{name} is tied to {source} and differs from it in the files")
+    return {name: found[name][0] for name in wanted}
+
+
+def materialize(model, device):
+    """Give a Qwen3-VL on the meta device memory on `device`, and what is computed, not stored."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        for name, _ in [*module.named_buffers(recurse=False)]:  # frequencies of rotary embeddings
+            setattr(module, name, getattr(type(module)(module.config), name).to(device))
+
+
+@torch.no_grad()
+def read_weights(model, device):
+    """Read the weights of a model that `load_policy` has left on the meta device, of a sharded one
+    the shards of this rank alone."""
+    materialize(model, device)
+    with ExitStack() as stack:
+        opened = {}
+        for file in set(model.files.values()):
+            opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+        for name, parameter in model.named_parameters():
+            local, first = parameter, 0
+            if isinstance(parameter, DTensor):
+                # FSDP2 shards the first dimension, as torch.chunk does
+                local, mesh = parameter.to_local(), parameter.device_mesh
+                each = math.ceil(len(parameter) / mesh.size(-1))
+                first = mesh.get_coordinate()[-1] * each
+            if len(local):  # the last ranks may hold nothing
+                stored = opened[model.files[name]].get_slice(name)
+                local.copy_(stored[first : first + len(local)])
 
 
 def choose_attention(name, world):
     """--attn -> sdpa or flash, said once at the start."""
-    on_cuda = world.device.type == "cuda"
-    if name == "flash" and not on_cuda:
+    if name == "auto":
+        name = "flash" if world.device.type == "cuda" else "sdpa"
+    if name == "flash" and world.device.type != "cuda":
         raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
-    name = ("flash" if on_cuda else "sdpa") if name == "auto" else name
     if world.rank == 0:
         print(f"attention: {name}", flush=True)
     return name
@@ -518,11 +596,10 @@ def save(model, out, world, stage, args, step, metrics):
     says that the stage is finished."""
     weights = full_weights(model)
     if world.rank == 0:
-        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
         if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
             weights.pop("lm_head.weight", None)
-        model.config.dtype = dtype
+        model.config.dtype = world.dtype
         with writing(out):
             model.save_pretrained(out, state_dict=weights)
             copy_processor(args.ckpt, out)
@@ -685,14 +762,13 @@ def save_state(out, world, parts, progress, keep=1):
     world.wait()
 
 
-def checksum(path, ends=False, block=1 << 20):
-    """[bytes, crc32] of a file; ends: the crc is that of its first and last MiB."""
-    size, crc = os.path.getsize(path), 0
+def checksum(path):
+    """[bytes, crc32] of a file."""
+    crc = 0
     with open(path, "rb") as file:
-        for start in sorted({0, max(0, size - block)}) if ends else range(0, size, block):
-            file.seek(start)
-            crc = zlib.crc32(file.read(block), crc)
-    return [size, crc]
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+        return [file.tell(), crc]
 
 
 def checksums(folder, names, world):
@@ -786,56 +862,64 @@ def run(main):
     sys.exit(status)
 
 
-def identity_of(args, more):
-    """What the numbers of a run depend on: {flag: value}, the content in place of a path. more:
-    what the stage knows better, such as {"data": fingerprint of the rows}."""
-    found = {flag: value for flag, value in vars(args).items() if flag not in FREE}
-    for flag in set(PATHS) & found.keys():
-        paths = found[flag] if isinstance(found[flag], list) else [found[flag]]
-        found[flag] = [fingerprint(p) if p and os.path.exists(p) else p for p in paths]
-    return json.loads(json.dumps(found | (more or {})))
-
-
 def fingerprint(path):
-    """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes and the
-    first and last MiB of each."""
+    """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes, all
+    content."""
     kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
     if os.path.isdir(path):
         names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
         paths = [os.path.join(path, name) for name in names if name != "meta.json"]
-    found = [(os.path.relpath(p, path), checksum(p, ends=True)) for p in paths]
+    found = [(os.path.relpath(p, path), checksum(p)) for p in paths]
     return f"content {zlib.crc32(repr(found).encode()):08x}"
 
 
-def check_identity(saved, mine):
-    """Raise InputErrorOfAll when a state was made by another run, naming what differs."""
-    differ = sorted(name for name in saved | mine if saved.get(name) != mine.get(name))
+def identity_of(args, data):
+    """What the numbers of a run depend on, and --steps: {name of a flag: value}, the content in
+    place of a path, which is read once even if two flags name it. data: {"data": fingerprint}."""
+    found = {name: value for name, value in vars(args).items() if name not in SOURCES}
+    paths = {name: found[name] for name in PATHS if found.get(name)}
+    contents = {path: fingerprint(path) for path in set(paths.values()) if os.path.exists(path)}
+    found |= {name: contents.get(path, path) for name, path in paths.items()}
+    return json.loads(json.dumps(found | data))
+
+
+def identify(args, world, data):
+    """Find out what this run depends on, see `identity_of`, and with --resume the newest whole
+    state, before a model is loaded. Raises InputErrorOfAll, naming what differs, when another run
+    has made that state."""
+    world.identity = mine = world.on_first(identity_of, args, data)
+    if not args.resume:
+        return
+    world.state = whole_state(args.out, world)
+    saved = read_json(os.path.join(world.state, "progress.json"))["identity"]
+    names = sorted((saved | mine).keys() - set(FREE))
+    differ = [name for name in names if saved.get(name) != mine.get(name)]
     if "stage" in differ:  # then everything does
         differ = ["stage"]
-    if not differ:
-        return
-    parts = [f"{flag_of(name)} {saved.get(name)}, not {mine.get(name)}" for name in differ]
-    raise InputErrorOfAll(
-        f"--resume: the state was made with {'; '.join(parts)}; only {' '.join(map(flag_of, FREE))}"
-        ", the number of processes and the place of files may differ"
-    )
+    if differ:
+        parts = [f"{flag_of(name)} {saved.get(name)}, not {mine.get(name)}" for name in differ]
+        raise InputErrorOfAll(
+            f"--resume: the state was made with {'; '.join(parts)}; only "
+            f"{' '.join(map(flag_of, FREE))}, the number of processes and the place of files may "
+            "differ"
+        )
 
 
-def begin(args, world, parts, steps, *skips, identity=None):
+def begin(args, world, parts, steps, *skips):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
-    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. identity: see
-    `identity_of`. -> (progress: counters of the run, the last line of metrics.jsonl or {})."""
-    world.identity = world.on_first(identity_of, args, identity)
+    run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. -> (progress:
+    counters of the run, the last line of metrics.jsonl or {})."""
     progress = {"step": 0, "position": 0}
-    if args.resume:
-        progress = resume(args.out, world, parts, steps, skips)
+    if world.state:
+        progress = resume(args, world, parts, steps, skips)
     elif not all_finite(parts, world):
         raise InputErrorOfAll(f"--ckpt {args.ckpt}: weights are not finite")
     step = progress["step"]
     if world.rank == 0:
-        stale = [state for state in find_states(args.out) if step_of(state) > step]
-        for path in [*stale, *(os.path.join(args.out, name) for name in ("state.new", "bad"))]:
-            shutil.rmtree(path, ignore_errors=True)
+        for state in find_states(args.out):
+            if step_of(state) > step:
+                shutil.rmtree(state)
+        shutil.rmtree(os.path.join(args.out, "bad"), ignore_errors=True)
         if os.path.exists(os.path.join(args.out, "meta.json")):
             os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
     metrics = start_log(world, args.out, step)
@@ -847,21 +931,23 @@ def begin(args, world, parts, steps, *skips, identity=None):
     return progress, metrics
 
 
-def resume(out, world, parts, steps, skips):
-    """Load the newest whole state of this very run -> progress. Changes nothing when it refuses."""
-    state = whole_state(out, world)
-    progress = read_json(os.path.join(state, "progress.json"))
-    check_identity(progress.pop("identity"), world.identity)
+def resume(args, world, parts, steps, skips):
+    """Load the state that `identify` has found -> progress. Changes nothing when it refuses."""
+    progress = read_json(os.path.join(world.state, "progress.json"))
     step, processes = progress["step"], progress.pop("processes")
+    before, now = progress.pop("identity").get("steps"), world.identity["steps"]
     if step > steps:
         raise InputErrorOfAll(f"--resume: {step} steps are done already, --steps makes it {steps}")
-    load_state(state, world, parts)
+    load_state(world.state, world, parts)
     for mine, (row, total) in zip(skips, progress.pop("skips")):
         mine.row, mine.total, mine.named = row, total, total
     if world.rank == 0:
         other = f", saved by {processes} processes: same data, same random numbers, other rounding"
         other = f"{other} of sums" if processes != world.size else ""
         print(f"resumed after step {step}{other}", flush=True)
+        if before != now and hasattr(args, "warmup"):  # of `cosine`, which falls to 0 in all steps
+            curve = f"from here on the learning rate follows the cosine of {steps} steps"
+            print(f"--steps was {before}, is {now}: {curve}", flush=True)
     return progress
 
 

@@ -17,25 +17,21 @@ is frozen).
         --data prism-vlm/gemini_distill --out sft_out/
 """
 
-import argparse
 import math
 import time
 from dataclasses import replace
-
-import numpy as np
 
 from data import Feed, data_flags, encode_prompt, encode_response, look, measure_prompt
 from data import system_prompt
 from rollout import parse_response
 from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine
-from runtime import end_step, integer, load_policy, load_tokenizer, log, make_optimizer, most
-from runtime import real, run, save, setup, shard
+from runtime import end_step, identify, integer, load_policy, load_tokenizer, log, make_optimizer
+from runtime import most, real, run, save, setup, shard
 
 
 def parse_args():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(__doc__)
     parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_distill"],
                         help="demonstrations: SOURCE[:WEIGHT] ...")
     parser.add_argument("--batch", type=integer(1), default=128,
@@ -55,12 +51,6 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------- examples
-def need_response(example):
-    if not example.response:
-        raise InputError(f"{example.id}: the row has no response to learn from "
-                         "(columns response, messages or teacher_*)")
-
-
 def turns(example):
     """An example for each turn of the assistant: of a chat with several all are trained, each after
     what was said before it."""
@@ -76,9 +66,11 @@ def turns(example):
 def measure_demonstration(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of the response as it will be trained), summed over the turns of
     the assistant; None when one of them is too long."""
-    total = np.zeros(2, np.int64)
+    prompts = responses = 0
     for turn in turns(example):
-        need_response(turn)
+        if not turn.response:
+            raise InputError(f"{turn.id}: the row has no response to learn from "
+                             "(columns response, messages or teacher_*)")
         prompt = measure_prompt(turn, tokenizer, image_processor, system, args)
         response = len(encode_response(turn.response, tokenizer))
         if prompt is None:
@@ -86,8 +78,8 @@ def measure_demonstration(example, tokenizer, image_processor, system, args):
         room = args.max_length - prompt[0]
         if response > room and not (args.truncate and room > 0):
             return None
-        total += prompt[0], min(response, room)
-    return tuple(total.tolist())
+        prompts, responses = prompts + prompt[0], responses + min(response, room)
+    return prompts, responses
 
 
 def encode_demonstration(example, tokenizer, image_processor, system, args):
@@ -148,13 +140,15 @@ def main():
     if steps is None:
         steps = max(1, math.ceil(len(found.usable) * args.epochs / args.batch))
 
+    identify(args, world, found.identity)  # a --resume of another run ends here
+
     attn = choose_attention(args.attn, world)
-    policy = set_attention(load_policy(args.ckpt), attn).to(world.device).train()
+    policy = set_attention(load_policy(args.ckpt, world=world), attn).train()
     units = [*policy.model.language_model.layers, policy.model.visual]  # then the rest, as the root
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
-    progress, metrics = begin(args, world, parts, steps, skips, identity=found.identity)
+    progress, metrics = begin(args, world, parts, steps, skips)
     feed = Feed(found, lambda example: encode_demonstration(example, *tools), args, world, progress)
     feed.plan(steps, args.batch)
     if world.rank == 0:

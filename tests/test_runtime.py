@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, branch_logprobs, launch, read_jsonl, stage, stock_inputs
+from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
 from conftest import stock_logprobs, untimed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -61,6 +61,16 @@ def content_of(folder):
 
 def names(paths):
     return [Path(path).name for path in paths]
+
+
+# ------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA")])
+def test_want_of_memory_is_no_fault_of_what_is_read(error):
+    with pytest.raises(type(error)), runtime.about("--ckpt x"), runtime.about("weights"):
+        raise error
+    with pytest.raises(InputError, match="^--ckpt x: weights: what$"):
+        with runtime.about("--ckpt x"), runtime.about("weights"):
+            raise RuntimeError("what\nelse")
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -199,6 +209,23 @@ def test_cosine(total, warmup):
     assert max(got) == pytest.approx(2.0) and min(got) > 0
 
 
+def test_the_optimizer_is_adamw():
+    """Decoupled weight decay (Loshchilov & Hutter, 1711.05101, algorithm 2), in float64."""
+    rng, lr, decay = np.random.default_rng(0), 0.01, 0.1
+    weight = rng.standard_normal(50)
+    parameter = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float32))
+    model = torch.nn.ParameterList([parameter])
+    optimizer, m, v = runtime.make_optimizer(model, lr, decay), 0, 0
+    for t in range(1, 6):
+        gradient = rng.standard_normal(50)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        adam = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        weight = weight - lr * decay * weight - lr * adam
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+    assert np.abs(parameter.detach().numpy() - weight).max() < 1e-6
+
+
 def test_steps_that_are_not_finite_are_skipped():
     model = torch.nn.Linear(2, 1)
     optimizer, skips = runtime.make_optimizer(model, 0.1, 0.0), runtime.Skips()
@@ -282,6 +309,118 @@ def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     )
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
         load(str(broken))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model.visual.extra": torch.ones(1)}, "unexpected keys: model.visual.extra"),
+    ({"model.visual.pos_embed.weight": torch.ones(3, 5)}, "mismatched keys: model.visual.pos_emb"),
+])  # fmt: skip
+def test_other_weights_than_those_of_the_model_are_an_error(tiny, tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        runtime.load_policy(variant(tiny, tmp_path, weights=change))
+
+
+def test_a_tied_head_may_be_stored_if_it_is_the_same(tiny, tmp_path):
+    stored = load_file(Path(tiny.base) / "model.safetensors")
+    head = stored["model.language_model.embed_tokens.weight"]
+    model = runtime.load_policy(variant(tiny, tmp_path, weights={"lm_head.weight": head.clone()}))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, head)
+    other = variant(tiny, tmp_path, "other", weights={"lm_head.weight": head + 1})
+    with pytest.raises(InputError, match="lm_head.weight is tied to model.*and differs"):
+        runtime.load_policy(other)
+
+
+def test_a_policy_has_the_weights_that_transformers_reads(tiny):
+    """And the frequencies of its rotary embeddings, which are not stored, its tied head and its
+    settings for generation."""
+    model, stock = runtime.load_policy(tiny.base), tiny.stock
+    for kind in ("named_parameters", "named_buffers"):
+        mine, theirs = dict(getattr(model, kind)()), dict(getattr(stock, kind)())
+        assert mine.keys() == theirs.keys() and len(mine) > 3
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.generation_config.to_dict() == stock.generation_config.to_dict()
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
+    """Its weights are rounded, the frequencies of its rotary embeddings are not: at 1000 tokens
+    that would turn some of them by a radian."""
+    world = argparse.Namespace(mesh="some", dtype=torch.bfloat16, device=torch.device("cpu"))
+    sampler = runtime.make_sampler(runtime.load_policy(tiny.base, world=world), world)
+    with torch.no_grad():
+        for mine, theirs in zip(sampler.parameters(), tiny.stock.parameters(), strict=True):
+            assert mine.dtype == torch.bfloat16 and not mine.requires_grad
+            mine.copy_(theirs)
+    for mine, theirs in zip(sampler.buffers(), tiny.stock.buffers(), strict=True):
+        assert torch.equal(mine, theirs) and mine.dtype == torch.float32
+    half = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.bfloat16)
+    for model in (half, sampler):
+        model.set_attn_implementation("sdpa")
+    inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], half.config)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.no_grad():
+        assert torch.equal(sampler(**inputs).logits, half(**inputs).logits)
+
+
+SHARDS = """
+import os, sys
+import torch
+sys.path.insert(0, {root!r})
+import runtime
+from rows import target_logprobs
+from safetensors import safe_open
+
+read, get = [], runtime.safe_open
+class Noted:
+    def __init__(self, *args, **more):
+        self.file = get(*args, **more).__enter__()
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+    def get_slice(self, name):
+        part = self.file.get_slice(name)
+        class Slice:
+            def get_shape(self):
+                return part.get_shape()
+            def __getitem__(self, rows):
+                found = part[rows]
+                read.append(found.numel())
+                return found
+        return Slice()
+runtime.safe_open = Noted
+world = runtime.World(int(os.environ["RANK"]), 2, torch.device("cpu"))
+world.mesh = runtime.connect(2, 2, world.device)
+policy = runtime.load_policy({base!r}, world=world)
+sampler = runtime.make_sampler(policy, world)
+assert all(p.is_meta for p in policy.parameters()) and not read
+units = [*policy.model.language_model.layers, policy.model.visual]
+runtime.shard(policy, units, world, target_logprobs)
+held = sum(p.to_local().numel() for p in policy.parameters())
+assert sum(read) == held, (sum(read), held)
+runtime.refresh(sampler, policy)
+print("held", held, sum(p.numel() for p in policy.parameters()), flush=True)
+with get({base!r} + "/model.safetensors", framework="pt") as file:
+    for name, mine in sampler.named_parameters():
+        assert torch.equal(mine, file.get_tensor(name)), name
+print("equal", policy.lm_head.weight is policy.get_input_embeddings().weight, flush=True)
+os._exit(0)
+"""
+
+
+def test_every_rank_reads_its_shards_alone(tiny, tmp_path):
+    """Neither holds the whole policy at any time, and together they hold what is stored."""
+    script = tmp_path / "shards.py"
+    script.write_text(SHARDS.format(root=str(ROOT), base=tiny.base))
+    result = launch(script, processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    held = [line.split() for line in result.stdout.splitlines() if line.startswith("held")]
+    assert sum(int(words[1]) for words in held) == int(held[0][2])
+    assert result.stdout.count("equal True") == 2
 
 
 def variant(tiny, tmp_path, name="ck", settings=None, weights=None, **files):
@@ -729,6 +868,13 @@ def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
 
 
+def test_saving_and_loading_a_state_is_silent(tiny, tmp_path):
+    flags = flags_of(tiny, tmp_path / "out")
+    assert stage("sft", *flags, "--steps", 1) == 0
+    result = launch("sft.py", *flags, "--steps", 2, "--resume")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 # -------------------------------------------------------------------------------------------- a run
 def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
     flags = flags_of(tiny, tmp_path / "out", steps=2)
@@ -782,6 +928,28 @@ def test_a_content_has_the_same_fingerprint_wherever_it_lies(tiny, tmp_path):
     assert runtime.fingerprint(str(one)) == runtime.fingerprint(str(two)) != first
 
 
+def test_a_change_in_the_middle_of_a_large_file_changes_its_fingerprint(tmp_path):
+    content = bytearray(5 << 20)
+    (tmp_path / "a").write_bytes(content)
+    before = runtime.fingerprint(str(tmp_path / "a"))
+    content[len(content) // 2] = 1
+    (tmp_path / "a").write_bytes(content)
+    assert runtime.fingerprint(str(tmp_path / "a")) != before
+
+
+def test_the_content_of_a_run_is_read_once(tiny, policy, tmp_path, monkeypatch):
+    """Whatever its flags name: the checkpoint, here that of the discriminator too, and the data."""
+    read, checksum = [], runtime.checksum
+    monkeypatch.setattr(runtime, "checksum", lambda path: read.append(path) or checksum(path))
+    flags = {"ckpt": policy, "disc": policy, "data": tiny.align, "out": tmp_path / "out"}
+    flags |= {"prompts": 1, "rollouts": 2, "max-new-tokens": 4, "steps": 1}
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    assert stage("align", *flags) == 0
+    inputs = [path for path in read if not path.startswith(str(tmp_path / "out"))]
+    assert len(inputs) == len(set(inputs))
+    assert {tiny.align, f"{policy}/model.safetensors", f"{policy}/config.json"} <= set(inputs)
+
+
 OTHER = {  # what differs from the run that made the state: flags, words of the line
     "seed": ({"seed": 6}, "--seed 5, not 6"),
     "batch": ({"batch": 8}, "--batch 4, not 8"),
@@ -800,7 +968,9 @@ def begun(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*OTHER, "checkpoint", "data", "system prompt"])
-def test_resume_of_another_run_is_refused_and_changes_nothing(tiny, tmp_path, capfd, name):
+def test_resume_of_another_run_is_refused_and_changes_nothing(
+    tiny, tmp_path, capfd, monkeypatch, name
+):
     flags, before = begun(tiny, tmp_path)
     more, words = OTHER.get(name, ({}, ""))
     if name == "checkpoint":
@@ -814,10 +984,9 @@ def test_resume_of_another_run_is_refused_and_changes_nothing(tiny, tmp_path, ca
         (tmp_path / "system.txt").write_text("Think.")
         more, words = {"system_prompt": tmp_path / "system.txt"}, "--system-prompt "
     capfd.readouterr()
-    assert (
-        stage("sft", *flags_of(tiny, tmp_path / "out", **flags | more | {"steps": 4}), "--resume")
-        == 2
-    )
+    monkeypatch.setattr(sft, "load_policy", None)  # it is refused before a model is loaded
+    more = flags | more | {"steps": 4}
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", **more), "--resume") == 2
     line = one_line(capfd)
     assert re.search(f"--resume: the state was made with {words}.* --max-tokens .*may differ", line)
     assert content_of(tmp_path / "out") == before
@@ -845,6 +1014,18 @@ def test_what_changes_no_number_may_differ(tiny, tmp_path):
         == 0
     )
     assert len(read_jsonl(tmp_path / "moved" / "metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize("steps, words", [(2, ""), (4, "--steps was 2, is 4: .*cosine of 4 steps")])
+def test_other_steps_say_what_they_do_to_the_learning_rate(tiny, tmp_path, capfd, steps, words):
+    flags, _ = begun(tiny, tmp_path)
+    capfd.readouterr()
+    more = flags | {"steps": steps}
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", **more), "--resume") == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if "cosine" in line]
+    assert len(said) == (steps != 2) and all(re.match(words, line) for line in said)
+    lrs = [row["lr"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert lrs[2:] == [runtime.cosine(step, steps, 1e-3, 0.1) for step in range(2, steps)]
 
 
 def test_a_stage_does_not_resume_another(tiny, policy, tmp_path, capfd):
