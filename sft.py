@@ -14,7 +14,7 @@ is frozen).
 
     python sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct --data demos.jsonl --out sft_out/         # 1 GPU
     torchrun --nproc_per_node=8 sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct \
-        --data prism-vlm/gemini_distill --out sft_out/
+        --data prism-vlm/gemini_public_mmr1 prism-vlm/gemini_distill --out sft_out/
 """
 
 import math
@@ -32,7 +32,7 @@ from runtime import most, real, run, save, setup, shard
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_distill"],
+    parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"],
                         help="demonstrations: SOURCE[:WEIGHT] ...")
     parser.add_argument("--batch", type=integer(1), default=128,
                         help="examples per step, over all processes")
