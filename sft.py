@@ -32,7 +32,8 @@ from runtime import most, real, run, save, setup, shard
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data", nargs="+", default=["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"],
+    parser.add_argument("--data", nargs="+",
+                        default=["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"],
                         help="demonstrations: SOURCE[:WEIGHT] ...")
     parser.add_argument("--batch", type=integer(1), default=128,
                         help="examples per step, over all processes")
