@@ -459,7 +459,7 @@ def check_weights(path):
         with about("model.safetensors.index.json"):
             names = {str(name) for name in read_json(index)["weight_map"].values()}
     if not names or not all(name.endswith(".safetensors") for name in names):
-        raise ValueError("the folder has no weights, or other than *.safetensors")
+        raise ValueError("no weights: neither model.safetensors nor an index of *.safetensors")
     found = {}
     for name in sorted(names):
         with about(f"{name}: an incomplete download or a Git LFS pointer"):

@@ -403,11 +403,13 @@ runtime.shard(policy, units, world, target_logprobs)
 held = sum(p.to_local().numel() for p in policy.parameters())
 assert sum(read) == held, (sum(read), held)
 runtime.refresh(sampler, policy)
-print("held", held, sum(p.numel() for p in policy.parameters()), flush=True)
+whole = sum(p.numel() for p in policy.parameters())
+os.write(1, f"held {{held}} {{whole}}\\n".encode())  # in one piece: both write to one pipe
 with get({base!r} + "/model.safetensors", framework="pt") as file:
     for name, mine in sampler.named_parameters():
         assert torch.equal(mine, file.get_tensor(name)), name
-print("equal", policy.lm_head.weight is policy.get_input_embeddings().weight, flush=True)
+tied = policy.lm_head.weight is policy.get_input_embeddings().weight
+os.write(1, f"equal {{tied}}\\n".encode())
 os._exit(0)
 """
 
