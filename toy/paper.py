@@ -8,14 +8,14 @@ OUT/curve.png. All settings were chosen on items of seed 10, which no table show
 import os
 import time
 
-from toy.report import ARMS, arm_table, expert_table, verdict, write_curve, write_report
+from toy.report import ARMS, arm_table, diagnosis_table, expert_table, verdict, write_curve
+from toy.report import write_report
 from toy.stages import ALIGN, CURVE, FULL, GROUND, LOOK, MORE, QUICK, RL, STAGES
 from toy.stages import add_commands, add_tests, parse_args, run_stages, write_data
 
 FRESH = "--data align --warmup-steps 60 --warmup-disc-lr 1e-3"  # no grounding, a longer warm-up
 FOUR, THEN_RL = "--updates-per-rollout 4", f"{RL} --data rl --steps {{rl}} --ckpt"
-# (table, stage, arm in words or "" where it is a step on the way, flags); all but those of table 1
-# are run for the first seed alone
+# (table, stage, arm in words or "" where it is a step on the way, flags), for the first seed alone
 ROWS = [
     (2, "more_low", "SFT on the curated rows, lr 2e-4", f"{STAGES['more']} --lr 2e-4"),
     (2, "more_high", "SFT on the curated rows, lr 1e-3", f"{STAGES['more']} --lr 1e-3"),
@@ -82,6 +82,7 @@ def main():
     stages = STAGES | {stage: flags for _, stage, _, flags in ROWS}
     arms = [stage for _, stage, words, _ in ROWS if words]
     stages = add_tests(stages, [*ARMS, *arms], EXPERTS)
+    stages["demos"] = "discriminator.py --score demos --ckpt align/discriminator"
     add_commands(commands, outs[0], args.seeds[0], sizes, stages)
     run_stages(commands, args)
     parts = [f"# Tables\n\nseeds {', '.join(map(str, args.seeds))}\n"]
@@ -94,6 +95,7 @@ def main():
         lines = arm_table(outs[:1], arms, bases, commands)
         parts.append(f"## {title}, seed {args.seeds[0]}\n\n" + lines)
     parts.append("## The experts\n\n" + expert_table(outs[0], {v: k for k, v in EXPERTS.items()}))
+    parts.append("## Faulty demonstrations\n\n" + diagnosis_table(outs[0], "demos", "demos"))
     with open(os.path.join(args.out, "tables.md"), "w") as file:
         file.write("\n".join(parts))
     write_curve(outs[0], CURVE, os.path.join(args.out, "curve.png"))

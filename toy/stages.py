@@ -114,17 +114,17 @@ def write_data(out, seed, sizes):
     print(f"writing data and the base checkpoint to {out}", flush=True)
     folder = os.path.join(out, "data")
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
-    rngs = [np.random.default_rng([seed, stream]) for stream in range(7)]
+    rngs = [np.random.default_rng([seed, stream]) for stream in range(6)]
     demos = write_examples(folder, "sft", sizes["demos"], rngs[0], world.KINDS, public=True)
     write_jsonl(os.path.join(folder, "sft_curated.jsonl"), demos[::ONE_IN])
+    write_jsonl(os.path.join(folder, "demos.jsonl"), demos[:2000])  # to find the faulty ones of
     curated = write_examples(folder, "align", CURATED, rngs[1], world.ALIGN_KINDS)
     for count in CURVE:
         write_jsonl(os.path.join(folder, f"align_{count}.jsonl"), curated[:count])
     write_examples(folder, "rl", RL_PROMPTS, rngs[2], world.RL_KINDS)
     test = write_examples(folder, "test", sizes["items"], rngs[3], world.KINDS)
-    write_look(folder, test, rngs[6])
+    write_look(folder, test, rngs[5])
     write_examples(folder, "rl_all", 256, rngs[4], world.KINDS)
-    write_examples(folder, "valid", 120, rngs[5], world.KINDS)
     texts = []  # for the tokenizer
     for example in demos[:2000] + curated[:256]:
         turns = [turn["content"] for turn in example["prompt"]]
