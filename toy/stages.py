@@ -180,9 +180,11 @@ def add_commands(commands, out, seed, sizes, stages):
 
 
 def minutes_of(folder, commands):
-    """What a stage took with those before it, up to SFT."""
+    """What a stage took with those before it, up to SFT; nan where that is not known."""
     if os.path.basename(folder) in ("base", "sft"):
         return 0.0
+    if not os.path.exists(f"{folder}.seconds"):
+        return np.nan
     with open(f"{folder}.seconds") as file:
         own = float(file.read()) / 60
     return own + sum(minutes_of(need, commands) for need in commands[folder][0])
@@ -219,8 +221,9 @@ def run_stages(commands, args):
 
 def run_stage(folder, command, args, processes):
     """Print the command line and run it; SystemExit where it fails."""
-    if args.resume and (find_states(folder) or command[0] == "eval.py"):
-        command = [*command, "--resume"]
+    if args.resume and os.path.exists(folder):  # what was broken off before its first state is lost
+        goes_on = find_states(folder) or command[0] == "eval.py"
+        command = [*command, "--resume" if goes_on else "--overwrite"]
     launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
     began, name, log, line = time.time(), os.path.basename(folder), f"{folder}.log", ""
