@@ -96,7 +96,7 @@ def arm_table(outs, arms, bases, commands):
         for group in kinds[0]:
             cells.append(f"{100 * np.mean([seed[group] for seed in kinds]):.1f}")
         minutes = [minutes_of(os.path.join(out, arm), commands) for out in outs]
-        cells.append(f"{np.mean(minutes):.1f}")
+        cells.append(f"{np.nanmean(minutes):.1f}")
         cells += [f"{ps[arm, base]:.3f}" if (arm, base) in ps else "" for base in bases]
         lines.append([name, *cells])
     header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values()), "minutes"]
