@@ -214,8 +214,9 @@ def run_stages(commands, args):
         except BaseException:  # each stage saves its state before it ends
             for process in processes.values():
                 process.terminate()
-            names = ", ".join(map(os.path.basename, running))
-            print(f"toy: stopped in {names}; --resume continues", flush=True)
+            if running:
+                names = ", ".join(map(os.path.basename, running))
+                print(f"toy: stopped in {names}; --resume continues", flush=True)
             raise
 
 
@@ -226,7 +227,7 @@ def run_stage(folder, command, args, processes):
         command = [*command, "--resume" if goes_on else "--overwrite"]
     launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
-    began, name, log, line = time.time(), os.path.basename(folder), f"{folder}.log", ""
+    began, name, log, said = time.time(), os.path.basename(folder), f"{folder}.log", ""
     command = [sys.executable, "-m", "torch.distributed.run", *launch[1:], *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if args.jobs > 1:  # a core for each
@@ -235,11 +236,13 @@ def run_stage(folder, command, args, processes):
         processes[folder] = process
         for line in process.stdout:
             file.write(line)
+            if "error: " in line:  # the stage's one line; torchrun's own summary follows
+                said = said or f": {line.strip()}"
             if worth_printing(line):
                 print(f"{name}: {line}", end="", flush=True)
     if process.returncode:
-        status = f"failed with status {process.returncode}"
-        raise SystemExit(f"toy: {name} {status}, {line.strip()}; its output is in {log}")
+        status = f"failed with status {process.returncode}{said}"
+        raise SystemExit(f"toy: {name} {status}; its output is in {log}")
     seconds = time.time() - began
     with open(f"{folder}.seconds", "w") as file:
         file.write(f"{seconds:.0f}\n")
