@@ -1,8 +1,8 @@
 """`python -m toy.paper --seeds 0 1 2 --out paper_out`: the paper's tables with their controls.
 
 The arms are ROWS; each is run in OUT/seedS like the stages of `python -m toy`, two at a time on two
-cores, and goes on with --resume where it was broken off. Writes OUT/tables.md, OUT/experts.png and
-OUT/curve.png. All settings were chosen on items of seed 10, which no table shows.
+cores, and goes on with --resume where it was broken off. Writes OUT/tables.md, OUT/curve.png and
+report.png in the folder of the first seed. All settings were chosen on items of seed 10, which no table shows.
 """
 
 import os
