@@ -2,7 +2,8 @@
 
 The arms are ROWS; each is run in OUT/seedS like the stages of `python -m toy`, two at a time on two
 cores, and goes on with --resume where it was broken off. Writes OUT/tables.md, OUT/curve.png and
-report.png in the folder of the first seed. All settings were chosen on items of seed 10, which no table shows.
+report.png in the folder of the first seed. All settings were chosen on items of seed 10, which no
+table shows.
 """
 
 import os
