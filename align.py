@@ -33,8 +33,8 @@ import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
 from discriminator import MIXTURES, SCORES, VARIANTS, Discriminator, add_mismatched
-from discriminator import compare_tokenizers, expert_metrics, grounding_flags, load_discriminator
-from discriminator import make_pairs, save_discriminator, score_and_backward
+from discriminator import check_grounding, compare_tokenizers, expert_metrics, grounding_flags
+from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
 from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
 from rl import rollout_flags, rollout_metrics, sample_records, show_first
 from rollout import parse_response, split_segments
@@ -133,11 +133,13 @@ def give_advantages(records, scores, args):
     d_v, d_r = scores[..., 0].nan_to_num(), scores[..., 1].nan_to_num()
     settings = valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
     advantages = alignment_advantages(d_v, d_r, *settings).flatten().tolist()
-    of_traces = alignment_advantages(torch.zeros_like(d_v), d_r, *settings).flatten().tolist()
     for r in records:
         r.advantage = advantages[r.index]
-        if args.credit == "segment" and r.segments is not None:
-            r.trace_advantage = of_traces[r.index]
+    if args.credit == "segment":
+        of_traces = alignment_advantages(torch.zeros_like(d_v), d_r, *settings).flatten().tolist()
+        for r in records:
+            if r.segments is not None:
+                r.trace_advantage = of_traces[r.index]
 
 
 def parse_args():
@@ -177,8 +179,7 @@ def parse_args():
     common_flags(parser, "align")
     data_flags(parser)
     args = parser.parse_args()
-    if args.mismatch > 0 and args.prompts < 2:
-        raise InputError(f"--mismatch needs two prompts a step: --prompts {args.prompts}")
+    check_grounding(args, "--prompts", args.prompts)
     return args
 
 

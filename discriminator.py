@@ -558,8 +558,7 @@ def parse_args():
     common_flags(parser, "disc")
     data_flags(parser)
     args = parser.parse_args()
-    if args.mismatch > 0 and args.batch < 2:
-        raise InputError(f"--mismatch needs two prompts a step: --batch {args.batch}")
+    check_grounding(args, "--batch", args.batch)
     return args
 
 
@@ -568,6 +567,12 @@ def grounding_flags(group):
                        help="what a head reads of a segment (default: as stored; last)")
     group.add_argument("--mismatch", type=real(0), default=0.0, metavar="W",
                        help="weight of pairs with another picture's teacher response; 0: the paper")
+
+
+def check_grounding(args, flag, prompts):
+    """InputError where a step has no second picture for --mismatch; flag: that of its prompts."""
+    if args.mismatch > 0 and prompts < 2:
+        raise InputError(f"--mismatch needs two prompts a step: {flag} {prompts}")
 
 
 def need_pair(example, args):

@@ -6,6 +6,7 @@ An arm is a checkpoint on the way; it may have been made from several seeds, eac
 import json
 import os
 import textwrap
+from functools import cache
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ def exact_scores(problem, generation):
 
 
 # --------------------------------------------------------------------------------------- the table
+@cache  # several tables have the same arms
 def measure(out, run, arm):
     """{metric: [items]} over the test items of one seed, the mean over the samples of each."""
     problems = [example["world"] for example in read_jsonl(out, "data", "test.jsonl")]

@@ -30,11 +30,12 @@ CURVE = (8, 64, 512)  # rows of alignment in the curve of toy.paper
 ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 107 K)
 
 SAMPLING = "--prompts 8 --rollouts 8 --max-new-tokens 128 --max-tokens 4096 --save-every 100"
+SAMPLING += " --log-rollouts 5"
 GROUND = "discriminator.py --ckpt sft --batch 16 --lr 1e-3 --steps {ground}"
-ALIGN = f"align.py --ckpt sft {SAMPLING} --log-rollouts 5 --steps {{align}} --lr 1e-4"
+ALIGN = f"align.py --ckpt sft {SAMPLING} --steps {{align}} --lr 1e-4"
 ALIGN += " --disc-lr 3e-4 --warmup-disc-lr 3e-4 --warmup-steps {warmup}"
 MORE = "sft.py --ckpt sft --batch 16 --steps {more}"
-RL = f"rl.py {SAMPLING} --log-rollouts 5 --algo grpo --lr 2e-5"
+RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5"
 LOOK = "--mismatch 1 --readout mean"
 # name: script and flags. The word after --ckpt or --disc is another stage, that after --data or
 # --pairs a data set. SFT -> RL has the alignment's steps as further steps of RL: both arms see the
@@ -85,7 +86,7 @@ def write_look(folder, test, rng):
     """FOLDER/look.jsonl: responses to test items, different in one thing, for the experts to score.
 
     The right one, captions with wrong cells (1, 2, 4 of them; all colours or shapes taken for their
-    neighbours) and traces with a slip, a wrong sum, or of what another caption says.
+    neighbours) and traces with slips, or of what another caption says.
     """
     examples = []
     for example in test[:100]:
