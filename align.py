@@ -32,7 +32,7 @@ import time
 import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
-from discriminator import MIXTURES, SCORES, VARIANTS, Discriminator, add_mismatched
+from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched
 from discriminator import check_grounding, compare_tokenizers, expert_metrics, grounding_flags
 from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
 from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
@@ -113,7 +113,7 @@ def score_records(disc, records, tokenizer, args, world, step=0):
         rows[group] = make_pairs(first.prompt, first.example.response, first.teacher, students,
                                  tokenizer, disc.variant)
     if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
-        add_mismatched(rows, world, tokenizer, MIXTURES if args.mismatch > 0 else ())
+        add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
     scores = torch.full((len(records), 4), math.nan)
     scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
     return scores, torch.cat(world.gather(mismatched))

@@ -77,7 +77,7 @@ except ModuleNotFoundError as error:
 VARIANTS = ("moe", "dense", "text-only", "learned")
 READOUTS = ("last", "mean")
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
-MIXTURES = (0.15, 0.3, 0.6)  # --mismatch: shares of the words that are another teacher's
+MIXTURES = (0.15, 0.3, 0.6)  # --mismatch: shares of a caption's words that are another's
 LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
 SPACES = re.compile(r"(\s+)")
 GROUND_EVERY = 10  # warm-up steps between two measurements of ground_v that need a forward
@@ -148,16 +148,17 @@ class Discriminator(nn.Module):
             MLP   [shared | --------- perception ------------ | -------- reasoning -------- ]
             head                v           v           v          r         r         r
 
-        "dense": caption and trace are one branch with one score, given twice; "learned": the
-        backbone routes, and one head reads both segments."""
-        n = len(captions)
+        A segment that several responses to a prompt share is one branch. "dense": caption and trace
+        are one branch with one score, given twice; "learned": the backbone routes, and one head
+        reads both segments."""
         if self.variant == "dense":
-            branches = []
+            joined = []
             for (p, caption), (_, trace) in zip(captions, traces):
-                branches.append((p, caption[:-1] + trace))  # without the caption's read-out token
-        else:
-            branches = captions + traces
-        pack = pack_rows(prompts, branches, self.heads["perception"].weight.device)
+                joined.append((p, caption[:-1] + trace))  # without the caption's read-out token
+            captions, traces = joined, []
+        (captions, caption_of), (traces, trace_of) = distinct(captions), distinct(traces)
+        n = len(captions)
+        pack = pack_rows(prompts, captions + traces, self.heads["perception"].weight.device)
         sizes = [pack.prompt_tokens, sum(pack.lengths[:n]), sum(pack.lengths[n:])]
         self.routed.clear()
         hidden = hidden_states(self.backbone, {**pack.inputs, "segment_sizes": sizes})
@@ -168,10 +169,10 @@ class Discriminator(nn.Module):
             read = hidden[pack.ends].float()
         perception = self.heads["perception"]
         if self.variant == "dense":
-            d = perception(read)[:, 0]
+            d = perception(read)[caption_of, 0]
             return d, d
         reasoning = perception if self.variant == "learned" else self.heads["reasoning"]
-        return perception(read[:n])[:, 0], reasoning(read[n:])[:, 0]
+        return perception(read[:n])[caption_of, 0], reasoning(read[n:])[trace_of, 0]
 
     def balance(self):
         """The load-balancing loss of the last forward, with its coefficient (Switch Transformer,
@@ -182,6 +183,13 @@ class Discriminator(nn.Module):
         text, routed = self.backbone.config.text_config, tuple(self.routed)
         loss = load_balancing_loss_func(routed, text.num_experts, text.num_experts_per_tok)
         return text.router_aux_loss_coef * loss
+
+
+def distinct(segments):
+    """n times (index of prompt, token ids) -> those that differ, for each of the n which it is."""
+    places = {}
+    which = [places.setdefault((p, tuple(ids)), len(places)) for p, ids in segments]
+    return [(p, list(ids)) for p, ids in places], which
 
 
 def visible_prompt(prompt, tokenizer, variant):
@@ -199,8 +207,8 @@ def visible_prompt(prompt, tokenizer, variant):
 class Pairs:
     """A shared-prompt row: a prompt, a teacher's response, those of any number of students, each a
     pair with the teacher's, and a chain of teachers' that fit it less and less, each a pair with
-    the one before it: mixtures of the teacher's and another one's, at the end that for another
-    picture. A response is its (caption ids, trace ids)."""
+    the one before it: mixtures of the teacher's caption and another's, with the teacher's trace, at
+    the end the other response, to another picture. A response is its (caption ids, trace ids)."""
 
     prompt: Prompt  # as the discriminator sees it
     teacher: tuple[list[int], list[int]]
@@ -234,10 +242,10 @@ def response_tokens(*responses):
     return sum(len(segment) for response in responses for segment in response)
 
 
-def add_mismatched(rows, world, tokenizer, mixtures=()):
-    """Give each row with a picture a mixture for each rate of `mixtures`, and the teacher's
-    response to the next one, in the order of the global batch and in a cycle, that has another
-    picture; nothing where all pictures are the same.
+def add_mismatched(rows, world, tokenizer, chain=False):
+    """Give each row with a picture the teacher's response to the next one, in the order of the
+    global batch and in a cycle, that has another picture, with `chain` after a mixture for each of
+    MIXTURES; nothing where all pictures are the same.
 
     rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
     span ranks is a row on each of them; the first has its mismatched response, so that it counts
@@ -257,25 +265,22 @@ def add_mismatched(rows, world, tokenizer, mixtures=()):
         other = next((text for _, pixels, text in others if pixels != picture), None)
         if rank == world.rank and other is not None:
             seed = zlib.crc32((text + other).encode())  # what is wrong at one rate is at the next
-            chain = [mix(text, other, rate, random.Random(seed)) for rate in mixtures]
-            for response in (*chain, other):
+            mixed = [mix(text, other, rate, random.Random(seed)) for rate in MIXTURES if chain]
+            for response in (*mixed, other):
                 ids = encode_response(response, tokenizer)
                 rows[place].mismatched.append(split_segments(ids, tokenizer))
 
 
 def mix(mine, other, rate, rng):
-    """Response text `mine` in which, at that rate, a word is the one that another teacher's
-    response has in its place: the third word of a block's second line for the third word there.
+    """Response text `mine`, in whose caption, at that rate, a word is the one that another
+    teacher's caption has in its place: the third word of the second line for the third word there.
     Of lines, or sentences, with other numbers of words the whole is exchanged. So it is wrong in
     little, in the teacher's own style, and no truth is needed. rng: random.Random, of which as many
     numbers are drawn at every rate."""
-    tags, other_tags, parts, at = parse_spans(mine), parse_spans(other), [], 0
-    for i in (0, 2, 4):  # the opening tag of each block; the closing one follows
-        block = mine[tags[i][1] : tags[i + 1][0]]
-        other_block = other[other_tags[i][1] : other_tags[i + 1][0]]
-        parts += [mine[at : tags[i][1]], mix_lines(block, other_block, rate, rng)]
-        at = tags[i + 1][0]
-    return "".join(parts) + mine[at:]
+    (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
+    (_, other_begin), (other_end, _) = parse_spans(other)[:2]
+    mixed = mix_lines(mine[begin:end], other[other_begin:other_end], rate, rng)
+    return mine[:begin] + mixed + mine[end:]
 
 
 def mix_lines(mine, other, rate, rng):
@@ -639,7 +644,7 @@ def warm_up(args, world):
         drawn = feed.draw(args.batch, step)
         rows = {item.place: item.encoded for item in drawn if item.encoded is not None}
         if args.mismatch > 0 or (step + 1) % GROUND_EVERY == 0:
-            add_mismatched(rows, world, tokenizer, MIXTURES if args.mismatch > 0 else ())
+            add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
         # update discriminator
         scores = score_and_backward(disc, list(rows.values()), args, world)  # leaves the gradient
         experts = expert_metrics(*(torch.cat(kind) for kind in zip(*world.gather(scores))))

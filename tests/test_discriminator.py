@@ -34,10 +34,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
+import discriminator
 import rollout
 import runtime
 from data import encode_prompt, encode_response, load_examples
 from discriminator import (
+    MIXTURES,
     READOUTS,
     VARIANTS,
     Discriminator,
@@ -52,8 +54,8 @@ from discriminator import (
     visible_prompt,
     wilson,
 )
-from rollout import parse_response, split_segments
-from rows import Prompt, set_attention
+from rollout import split_segments
+from rows import Prompt, pack_rows, set_attention
 
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
 
@@ -130,6 +132,22 @@ def test_a_row_equals_separate_sequences(tiny, counts, places, readout):
     assert (scores - expected).abs().max() <= 1e-5
     (weights * expected).sum().backward()
     assert_same_grads(row, grads(disc))
+
+
+def test_a_shared_segment_is_one_branch(tiny, monkeypatch):
+    """Responses that share a caption or a trace: each one's own scores, in a pack without twins."""
+    disc, packs, (first, second) = trained(tiny), [], ([30, 31, 2], [32, 33, 34, 2])
+    captions = [(0, first), (0, second), (0, first), (1, first)]
+    traces = [(0, second), (0, second), (0, first), (1, second)]
+    prompts = [tiny.prompts[1], tiny.prompts[0]]
+    expected = []
+    for (p, caption), (_, trace) in zip(captions, traces):
+        expected.append(torch.stack(disc.scores([prompts[p]], [(0, caption)], [(0, trace)])))
+    keep = lambda *args: packs.append(pack_rows(*args)) or packs[-1]  # noqa: E731
+    monkeypatch.setattr(discriminator, "pack_rows", keep)
+    found = torch.stack(disc.scores(prompts, captions, traces))
+    assert (found - torch.cat(expected, 1)).abs().max() < 1e-5
+    assert packs[0].lengths == [3, 4, 3, 4, 3, 4]  # three captions, three traces
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:3])  # torch's grouped matmul knows no float64
@@ -261,25 +279,23 @@ def text_of(caption, think, answer):
 
 
 def test_mixtures_exchange_words_in_their_places():
-    """Word by word where two lines have as many words, else line by line; of free text sentences.
-    What the other has no place for stays."""
-    mine = text_of("1 red cross\n2 lime circle\n3 blue square", "It is 3.5 m. So be it", "no")
-    other = text_of("1 blue cross\n2 one lime cross", "That was. But", "yes")
-    expected = [("1 blue cross", "1 red cross"), ("2 one lime cross", "2 lime circle")]
-    expected += [("3 blue square",), ("That was. ", "It is 3.5 m. "), ("But", "So be it")]
-    expected += [("yes", "no")]
+    """Of the caption alone: word by word where two lines have as many words, else line by line; of
+    free text sentences. What the other has no place for stays."""
+    lines = ["1 red cross\n", "2 lime circle\n", "It is 3.5 m. ", "So be it\n", "3 blue square"]
+    new_lines = ["1 blue cross\n", "2 one lime cross\n", "That was. ", "But\n"]
+    mine = text_of("".join(lines), "3 blue", "no")
+    other = text_of("".join(new_lines).rstrip(), "4 red", "yes")
     assert mix(mine, other, 0.0, random.Random(0)) == mine
     whole = mix(mine, other, 1.0, random.Random(0))
-    caption = "1 blue cross\n2 one lime cross\n3 blue square"
-    assert whole == text_of(caption, "That was. But", "yes")
-    exchanged = np.zeros(len(expected))
+    assert whole == text_of("".join([*new_lines, "3 blue square"]), "3 blue", "no")
+    exchanged = np.zeros(4)
     for seed in range(300):
         text = mix(mine, other, 0.3, random.Random(seed))
-        assert parse_response(text)
-        for i, (new, *old) in enumerate(expected):
-            assert sum(part in text for part in (new, *old)) == 1, text
+        assert text.endswith(mine[mine.index("3 blue square") :])
+        for i, (new, old) in enumerate(zip(new_lines, lines)):
+            assert (new in text) != (old in text), text
             exchanged[i] += new in text
-    assert exchanged[2] == 300 and (abs(exchanged[[0, 1, 3, 4, 5]] / 300 - 0.3) < 0.12).all()
+    assert (abs(exchanged / 300 - 0.3) < 0.12).all()
 
 
 def test_without_a_valid_pair_the_loss_is_zero():
@@ -317,11 +333,12 @@ def test_whose_response_is_mismatched(tiny):
         for rank, places in enumerate(split):
             part = rows(*places)
             world = SimpleNamespace(rank=rank, gather=lambda mine: offered)
-            add_mismatched(part, world, tiny.tokenizer, (0.5, 1.0))
+            add_mismatched(part, world, tiny.tokenizer, chain=True)
             for place, row in part.items():
                 if row.mismatched:
                     found.append((place, row.mismatched[-1]))
-                    assert row.mismatched[1] == row.mismatched[2] and len(row.mismatched) == 3
+                    assert len(row.mismatched) == len(MIXTURES) + 1
+                    assert all(trace == ids[place][1] for _, trace in row.mismatched[:-1])
         pairs = [(place, ids[other]) for place, other in expected.items() if other]
         assert sorted(found) == pairs
     same = rows(0, 1, 7)
