@@ -14,7 +14,7 @@ from conftest import ROOT, read_jsonl, write_jsonl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rollout import parse_response
-from toy import checkpoint, paper, report, stages, world
+from toy import checkpoint, choose, paper, report, stages, world
 
 N = world.ROWS * world.COLUMNS
 
@@ -343,13 +343,13 @@ def write_run(out, problems, arms, rng):
     write_jsonl(out / "data" / "test.jsonl", [{"world": problem} for problem in problems])
     for arm, share in arms.items():
         for run in ("greedy", "sampled"):
-            (out / f"{run}_{arm}" / arm).mkdir(parents=True)
+            (out / run / arm).mkdir(parents=True)
             generations = []
             for i, problem in enumerate(problems):
                 right = rng.random() < share
                 line = {"item": i, "response": world.respond(problem) if right else ""}
                 generations += [line | {"finished": True, "accuracy": float(right)}] * 4
-            write_jsonl(out / f"{run}_{arm}" / arm / "test.jsonl", generations)
+            write_jsonl(out / run / arm / "test.jsonl", generations)
 
 
 def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
@@ -375,7 +375,7 @@ def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
         found[cells[0]] = dict(zip(columns, cells))
     right = []
     for out in seeds:
-        lines = read_jsonl(out / "sampled_align" / "align" / "test.jsonl")
+        lines = read_jsonl(out / "sampled" / "align" / "test.jsonl")
         right.append([line["accuracy"] for line in lines[::4]])
     cells, mean = found["SFT -> align"], np.mean(right)
     low, high = map(float, re.search(r"\[(.*), (.*)\]", cells["perception"]).groups())
@@ -418,18 +418,47 @@ def test_a_row_of_the_table_is_a_command_line(name, tmp_path):
     rows = {**stages.STAGES, **{stage: flags for _, stage, _, flags in paper.ROWS}}
     needs, (script, *flags) = stages.command_of(f"out/{name}", rows[name], 3, stages.FULL)
     assert {Path(folder).name for folder in needs} <= {*rows, "base"}
-    assert "{" not in " ".join(flags) and flags.count("--ckpt") == 1
+    if script == "-m":
+        script = flags.pop(0).replace(".", "/") + ".py"
+    else:
+        assert flags.count("--ckpt") == 1
+    assert "{" not in " ".join(flags)
     known = (ROOT / script).read_text() + (ROOT / "runtime.py").read_text()
     known += (ROOT / "rl.py").read_text() + (ROOT / "discriminator.py").read_text()
     assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--"))
 
 
 def test_of_a_flag_given_twice_the_last_counts():
-    row = "sft.py --ckpt base --lr 1 --data sft:1 align:4 --lr 2 --steps {sft}"
+    row = "sft.py --ckpt base --lr 1 --data sft:1 align:4 best/rows --lr 2 --steps {sft}"
     needs, command = stages.command_of("out/more", row, 3, {"sft": 7})
     expected = "sft.py --ckpt out/base --lr 2 --data out/data/sft.jsonl:1 out/data/align.jsonl:4 "
-    expected += "--steps 7 --out out/more --seed 3"
-    assert needs == {"out/base"} and " ".join(command) == expected
+    expected += "out/best/rows.jsonl --steps 7 --out out/more --seed 3"
+    assert needs == {"out/base", "out/best"} and " ".join(command) == expected
+
+
+def test_rows_are_chosen_by_the_experts(tmp_path):
+    """Own responses that are whole; the best of each prompt's by the mean of standardised scores;
+    with one response to a prompt the best share of all."""
+    texts = [world.response({1: ("red", "cross")}, [f"step {i}"], "1") for i in range(4)]
+    examples = [{"id": name, "images": ["images/a.png"]} for name in ("a-1", "a-2")]
+    said = [(0, texts[0]), (0, "broken"), (0, texts[1]), (1, texts[2]), (1, texts[3])]
+    lines = [{"item": item, "response": text, "finished": True} for item, text in said]
+    lines.insert(1, {**lines[0], "finished": False})
+    rows = choose.with_responses(examples, lines)
+    assert [row["id"] for row in rows] == ["a-1/0", "a-1/3", "a-2/4", "a-2/5"]
+    assert [row["response"] for row in rows] == texts
+    scores = []
+    for row, d_v, d_r in zip(rows, (100, 101, 5, 5), (0.5, 0.5, 1.2, 1)):
+        scores.append({"id": row["id"], "perception": d_v, "reasoning": d_r, "combined": 0})
+    chosen = choose.best(rows, scores, 0.5)
+    assert [row["id"] for row in chosen] == ["a-1/3", "a-2/4"]
+    unread = [*scores[:2], {"id": "a-2/4", "combined": None}]
+    assert choose.best(rows, unread, 0.5) == chosen[:1]
+    scores[3] |= {"perception": 1, "reasoning": 1.2}  # of the perception scores the std is 50
+    alone = [{**score, "id": str(i)} for i, score in enumerate(scores)]
+    alone[2]["reasoning"] = 1
+    kept = choose.best([{"id": str(i)} for i in range(4)], alone, 0.75)
+    assert [row["id"] for row in kept] == ["0", "1", "3"]
 
 
 @pytest.mark.slow

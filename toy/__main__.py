@@ -25,12 +25,12 @@ def main():
     commands = {}
     add_commands(commands, out, args.seed, sizes, add_tests(STAGES, ARMS, ["ground", "align"]))
     run_stages(commands, args)
-    write_report(out, sizes["game"])
+    write_report(out, sizes["game"], os.path.join(out, "report.png"))
     print()
     if args.quick:
         print("--quick: every stage ran, but too little to show anything about the method")
     tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"], commands), verdict([out])]
-    tables.append(expert_table(out, {"before the game": "ground", "after it": "align"}))
+    tables.append(expert_table(out, {"ground": "before the game", "align": "after it"}))
     with open(os.path.join(out, "table.md"), "w") as file:
         file.write("\n".join(tables))
     print("\n".join(tables))

@@ -5,7 +5,7 @@ An arm is a checkpoint on the way; it may have been made from several seeds, eac
 
 import json
 import os
-import textwrap
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -17,7 +17,7 @@ from rollout import parse_response, split_segments
 from rows import pack_logprobs, pack_rows, set_attention
 from runtime import load_policy, load_tokenizer
 from toy import world
-from toy.stages import minutes_of
+from toy.stages import minutes_of, read_jsonl
 
 ARMS = {
     "sft": "SFT",
@@ -38,11 +38,6 @@ LOOKS = {  # what of write_look's an expert is to tell from the right one
 }
 
 
-def read_jsonl(*path):
-    with open(os.path.join(*path)) as file:
-        return [json.loads(line) for line in file]
-
-
 def exact_scores(problem, generation):
     """The toy's own scores of a response: a line of what eval.py writes or of a rollouts.jsonl."""
     blocks = parse_response(generation["response"]) if generation["finished"] else None
@@ -56,7 +51,7 @@ def exact_scores(problem, generation):
 def measure(out, run, arm):
     """{metric: [items]} over the test items of one seed, the mean over the samples of each."""
     problems = [example["world"] for example in read_jsonl(out, "data", "test.jsonl")]
-    lines = read_jsonl(out, f"{run}_{arm}", arm, "test.jsonl")
+    lines = read_jsonl(out, run, arm, "test.jsonl")
     scores = [exact_scores(problems[line["item"]], line) for line in lines]
     found = {key: [s[key] for s in scores] for key in METRICS}
     found["accuracy"] = [line["accuracy"] for line in lines]  # as eval.py judged it
@@ -168,14 +163,14 @@ def signals(out, arm, data="align"):
 
 
 def expert_table(out, experts):
-    """experts: {in words: stage that made them}, for which look_ and probe_ ran -> Markdown.
+    """experts: {stage that made them: in words}, for which look_ and probe_ ran -> Markdown.
 
     Shares of held-out pairs ranked rightly; for a game also what its rewards followed.
     """
     heads = [variant for variants in LOOKS.values() for variant in variants]
     follows = ["D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length"]
     lines = []
-    for words, stage in experts.items():
+    for stage, words in experts.items():
         with open(os.path.join(out, f"probe_{stage}", "results.json")) as file:
             probe = json.load(file)
         shares = looks(out, f"look_{stage}")
@@ -189,13 +184,13 @@ def expert_table(out, experts):
     return markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
 
 
-def likelihoods(out, data):
-    """Mean log-probs under the SFT policy of each demonstration's caption and trace, [n, 2]."""
+def likelihoods(out, data, count):
+    """Mean log-probs under the SFT policy of COUNT demonstrations' captions and traces, [n, 2]."""
     ckpt = os.path.join(out, "sft")
     tokenizer, image_processor = load_tokenizer(ckpt)
     policy, found = set_attention(load_policy(ckpt), "sdpa").eval(), []
     examples = load_examples([os.path.join(out, "data", data + ".jsonl")])
-    for i in range(len(examples)):
+    for i in range(count):
         example = examples[i]
         prompt = encode_prompt(example, tokenizer, image_processor, None, None)
         ids = encode_response(example.response, tokenizer)
@@ -213,13 +208,13 @@ def area(scores, wrong):
     return (1 + below) / 2
 
 
-def diagnosis_table(out, data, scores):
-    """How well the faulty ones of the demonstrations DATA are found, by the experts' scores of the
-    run SCORES, by likelihood and by length -> Markdown."""
-    demos = read_jsonl(out, "data", data + ".jsonl")
-    scored = read_jsonl(out, scores, "scores.jsonl")
+def diagnosis_table(out, data, scores, count=2000):
+    """How well the faulty ones of the first demonstrations DATA are found, by the experts' scores
+    of the run SCORES, by likelihood and by length -> Markdown."""
+    demos = read_jsonl(out, "data", data + ".jsonl")[:count]
+    scored = read_jsonl(out, scores, "scores.jsonl")[: len(demos)]
     exact = [exact_scores(d["world"], {**d, "finished": True}) for d in demos]
-    logp, length = likelihoods(out, data), [-len(d["response"]) for d in demos]
+    logp, length = likelihoods(out, data, len(demos)), [-len(d["response"]) for d in demos]
     lines = []
     for k, (expert, fault) in enumerate((("perception", "caption"), ("reasoning", "trace"))):
         wrong = np.array([e[expert] < 1 for e in exact])
@@ -230,28 +225,57 @@ def diagnosis_table(out, data, scores):
 
 
 # ------------------------------------------------------------------------------------- the figures
-def write_curve(out, sizes, path):
-    """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, key in zip(axes, ("accuracy", "perception")):
-        for arm, words in (("align", "game"), ("more", "SFT")):
-            values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in sizes]
-            axis.plot(sizes, values, "o-", label=f"{words} on n curated rows")
-        axis.axhline(measure(out, "sampled", "sft")[key].mean(), color="0.5", ls=":", label="SFT")
-        axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log")
-    axes[0].legend()
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
-
-
-def pyplot():
+@contextmanager
+def figure(path, columns):
+    """A row of axes, which is written to PATH at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot
+    import matplotlib.pyplot as plt
 
-    return matplotlib.pyplot
+    drawn, axes = plt.subplots(1, columns, figsize=(4.25 * columns, 3.5))
+    yield axes
+    axes[0].legend()
+    axes[-1].legend(fontsize=7)
+    drawn.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(drawn)
+
+
+def write_curve(out, sizes, path):
+    """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT."""
+    with figure(path, 2) as axes:
+        for axis, key in zip(axes, ("accuracy", "perception")):
+            for arm, words in (("align", "game"), ("more", "SFT")):
+                values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in sizes]
+                axis.plot(sizes, values, "o-", label=f"{words} on n curated rows")
+            before = measure(out, "sampled", "sft")[key].mean()
+            axis.axhline(before, color="0.5", ls=":", label="SFT")
+            axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log", ylim=(0, 1))
+
+
+def write_structure(out, arms, path):
+    """PATH: words in captions and in traces of the arms' responses to test items at T = 1, beside
+    the curated teacher's; how often which number occurs."""
+    lines = {"teacher": read_jsonl(out, "data", "test.jsonl")}
+    lines |= {ARMS[arm]: read_jsonl(out, "sampled", arm, "test.jsonl") for arm in arms}
+    with figure(path, 2) as axes:
+        for axis, block in zip(axes, ("caption", "think")):
+            for name, responses in lines.items():
+                found = [parse_response(line["response"]) for line in responses]
+                words = [len(getattr(blocks, block).split()) for blocks in found if blocks]
+                counts = np.bincount(words, minlength=80)[:80] / len(responses)
+                axis.plot(counts, label=name, ds="steps-mid")
+            axis.set(title=f"words in {block}", ylabel="share of the responses")
+
+
+def write_report(out, align_steps, path):
+    """PATH: the experts over the game, exact scores of its rollouts and of RLVR's."""
+    both = {"sft_rl": ("rl", 0, ":"), "align_rl": ("rl", align_steps, "-")}
+    with figure(path, 4) as axes:
+        draw_experts(out, axes[0], "acc", "teacher above student")
+        draw_experts(out, axes[1], "ground", "own above another's response")
+        draw_curves(out, axes[2], {"align": ("align", 0, "-")}, "alignment")
+        draw_curves(out, axes[3], both, "RLVR")
 
 
 def rollout_curves(out, arm, data):
@@ -272,21 +296,6 @@ def smooth(values, width=9):
     return [np.nanmean(part) if not np.isnan(part).all() else np.nan for part in parts]
 
 
-def write_report(out, align_steps):
-    """OUT/report.png: the experts over the game, scores of rollouts, pictures before and after."""
-    plt = pyplot()
-    figure = plt.figure(figsize=(17, 19))
-    grid = figure.add_gridspec(4, 4, height_ratios=[1, 1.4, 1.4, 1.4], hspace=0.3, wspace=0.25)
-    draw_experts(out, figure.add_subplot(grid[0, 0]), "acc", "teacher above student")
-    draw_experts(out, figure.add_subplot(grid[0, 1]), "ground", "own above another's response")
-    draw_curves(out, figure.add_subplot(grid[0, 2]), {"align": ("align", 0, "-")}, "alignment")
-    both = {"sft_rl": ("rl", 0, ":"), "align_rl": ("rl", align_steps, "-")}
-    draw_curves(out, figure.add_subplot(grid[0, 3]), both, "RLVR")
-    draw_pictures(out, figure, grid)
-    figure.savefig(os.path.join(out, "report.png"), dpi=90, bbox_inches="tight")
-    plt.close(figure)
-
-
 def draw_experts(out, axis, metric, title):
     """Shares of comparisons that each expert ranks rightly, as align.py logs them."""
     log = read_jsonl(out, "align", "metrics.jsonl")
@@ -295,7 +304,6 @@ def draw_experts(out, axis, metric, title):
         axis.plot(range(1, len(log) + 1), smooth(values), label=f"{expert} expert", color=color)
     axis.axhline(0.5, color="0.7", lw=0.8, ls=":")
     axis.set(title=title, xlabel="step of align.py", ylim=(0, 1.02))
-    axis.legend()
 
 
 def draw_curves(out, axis, arms, stage):
@@ -307,27 +315,3 @@ def draw_curves(out, axis, arms, stage):
             axis.plot(np.add(steps, begin), smooth(means[key], 5), style, color=color, label=label)
     title = f"rollouts during {stage}, exact scores"
     axis.set(title=title, xlabel="rollout batches since SFT", ylim=(0, 1))
-    axis.legend(fontsize=7)
-
-
-def draw_pictures(out, figure, grid):
-    """Three test pictures with the question, and what is said of each before and after the game."""
-    test, said = read_jsonl(out, "data", "test.jsonl"), {}
-    for arm in ("sft", "align"):
-        said[arm] = read_jsonl(out, f"greedy_{arm}", arm, "test.jsonl")
-    for row, example in enumerate(test[:3], 1):
-        problem = example["world"]
-        places = grid[row, :].subgridspec(1, 3, width_ratios=[1, 1.5, 1.5])
-        axis = figure.add_subplot(places[0])
-        axis.imshow(world.draw(problem["cells"], problem["seed"]))
-        axis.set_axis_off()
-        question = textwrap.fill(problem["question"], 34)
-        axis.set_title(f"{question}\ntrue answer: {problem['answer']}", fontsize=10)
-        for place, (arm, lines) in zip((places[1], places[2]), said.items()):
-            axis = figure.add_subplot(place)
-            axis.set_axis_off()
-            exact = exact_scores(problem, lines[row - 1])
-            shares = [f"{key} {exact[key]:.2f}" for key in METRICS[:3]]
-            axis.set_title("\n".join([ARMS[arm], ", ".join(shares)]), fontsize=10)
-            font = {"family": "monospace", "fontsize": 8}
-            axis.text(0, 1, lines[row - 1]["response"], va="top", transform=axis.transAxes, **font)

@@ -37,9 +37,9 @@ ALIGN += " --disc-lr 3e-4 --warmup-disc-lr 3e-4 --warmup-steps {warmup}"
 MORE = "sft.py --ckpt sft --batch 16 --steps {more}"
 RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5"
 LOOK = "--mismatch 1 --readout mean"
-# name: script and flags. The word after --ckpt or --disc is another stage, that after --data or
-# --pairs a data set. SFT -> RL has the alignment's steps as further steps of RL: both arms see the
-# same number of rollouts.
+# name: script and flags. The word after --ckpt or --disc is another stage, that after --data and
+# its like a data set, with a slash one that another stage wrote. SFT -> RL has the alignment's
+# steps as further steps of RL: both arms see the same number of rollouts.
 STAGES = {
     "sft": "sft.py --ckpt base --data sft --batch 16 --lr 2e-3 --steps {sft}",
     "ground": f"{GROUND} {LOOK} --pairs align",
@@ -51,26 +51,34 @@ STAGES = {
 }
 for sizes in (FULL, QUICK):
     sizes["game"] = sizes["warmup"] + sizes["align"]
-    sizes["game+rl"] = sizes["game"] + sizes["rl"]
+    sizes |= {"game+rl": sizes["game"] + sizes["rl"], "16*more": 16 * sizes["more"]}
 
 
 # --------------------------------------------------------------------------------------- the data
+def read_jsonl(*path):
+    with open(os.path.join(*path)) as file:
+        return [json.loads(line) for line in file]
+
+
 def write_jsonl(path, records):
     with open(path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def write_examples(folder, name, count, rng, kinds, public=False):
+def write_examples(folder, name, count, rng, kinds, public=False, hidden=0):
     """COUNT problems as FOLDER/NAME.jsonl with their pictures -> the examples.
 
-    public: all but one in ONE_IN of the responses are the public teacher's. The key `world` keeps
-    the truth for the toy's own scores; the stages do not read it.
+    public: all but one in ONE_IN of the responses are the public teacher's. hidden: so many cells
+    are not drawn, though the teacher names them. The key `world` keeps the truth for the toy's own
+    scores; the stages do not read it.
     """
     examples = []
     for i in range(count):
         problem = world.make_problem(rng, kinds)
         path = os.path.join("images", f"{name}_{i}.png")
-        world.draw(problem["cells"], problem["seed"]).save(os.path.join(folder, path))
+        unseen = rng.permutation(len(problem["cells"]))[:hidden] if hidden else ()
+        image = world.draw(problem["cells"], problem["seed"], unseen)
+        image.save(os.path.join(folder, path))
         prompt = [
             {"role": "system", "content": world.SYSTEM},
             {"role": "user", "content": "<image>" + problem["question"]},
@@ -115,10 +123,9 @@ def write_data(out, seed, sizes):
     print(f"writing data and the base checkpoint to {out}", flush=True)
     folder = os.path.join(out, "data")
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
-    rngs = [np.random.default_rng([seed, stream]) for stream in range(6)]
+    rngs = [np.random.default_rng([seed, stream]) for stream in range(7)]
     demos = write_examples(folder, "sft", sizes["demos"], rngs[0], world.KINDS, public=True)
     write_jsonl(os.path.join(folder, "sft_curated.jsonl"), demos[::ONE_IN])
-    write_jsonl(os.path.join(folder, "demos.jsonl"), demos[:2000])  # to find the faulty ones of
     curated = write_examples(folder, "align", CURATED, rngs[1], world.ALIGN_KINDS)
     for count in CURVE:
         write_jsonl(os.path.join(folder, f"align_{count}.jsonl"), curated[:count])
@@ -126,6 +133,7 @@ def write_data(out, seed, sizes):
     test = write_examples(folder, "test", sizes["items"], rngs[3], world.KINDS)
     write_look(folder, test, rngs[5])
     write_examples(folder, "rl_all", 256, rngs[4], world.KINDS)
+    write_examples(folder, "align_hidden", CURATED, rngs[6], world.ALIGN_KINDS, hidden=3)
     texts = []  # for the tokenizer
     for example in demos[:2000] + curated[:256]:
         turns = [turn["content"] for turn in example["prompt"]]
@@ -139,9 +147,9 @@ def command_of(folder, stage, seed, sizes):
 
     Of a flag that is given twice the last counts.
     """
-    script, *words = stage.format(**sizes).split()
+    script, _, words = stage.format(**sizes).partition(" --")
     flags, needs, out = {}, set(), os.path.dirname(folder)
-    for word in words:
+    for word in f"--{words}".split():
         if word.startswith("--"):
             values = flags[word] = []
         else:
@@ -150,27 +158,28 @@ def command_of(folder, stage, seed, sizes):
         if flag in ("--ckpt", "--disc"):
             needs.update(os.path.join(out, value.partition("/")[0]) for value in values)
             flags[flag] = [os.path.join(out, value) for value in values]
-        elif flag in ("--data", "--pairs", "--score", "--probe"):
-            parts = [value.partition(":") for value in values]
-            flags[flag] = [os.path.join(out, "data", a + ".jsonl") + b + c for a, b, c in parts]
+        elif flag in ("--data", "--pairs", "--score", "--probe", "--responses", "--scores"):
+            files = flags[flag] = []
+            for name, colon, weight in (value.partition(":") for value in values):
+                stage = name.partition("/")[0] if "/" in name else ""
+                needs.update([os.path.join(out, stage)] if stage else [])
+                path = name if stage else os.path.join("data", name)
+                files.append(os.path.join(out, path + ".jsonl") + colon + weight)
     flags |= {"--out": [folder], "--seed": [str(seed)]}
-    return needs, [script, *(word for flag, values in flags.items() for word in (flag, *values))]
+    words = [word for flag, values in flags.items() for word in (flag, *values)]
+    return needs, [*script.split(), *words]
 
 
 def add_tests(stages, arms, experts):
-    """The stages, each followed by those that test it, if it is one of `arms`, and by what its
-    experts say of test items, if it is one of `experts`."""
-    test, found = "eval.py --data test --max-new-tokens 128 --ckpt", {}
-    for name, stage in stages.items():
-        found[name] = stage
-        if name in arms:
-            found[f"greedy_{name}"] = f"{test} {name}"
-            found[f"sampled_{name}"] = f"{test} {name} --temperature 1 --samples {{samples}}"
-        if name in experts:
-            ckpt = name + "/discriminator" * stage.startswith("align.py")
-            found[f"look_{name}"] = f"discriminator.py --score look --ckpt {ckpt}"
-            found[f"probe_{name}"] = f"discriminator.py --probe test --ckpt {ckpt}"
-    return found
+    """The stages, then those that test `arms`, and what the discriminators of the stages `experts`
+    say of test items."""
+    tests = f"eval.py --data test --max-new-tokens 128 --ckpt {' '.join(arms)}"
+    found = {"greedy": tests, "sampled": f"{tests} --temperature 1 --samples {{samples}}"}
+    for name in experts:
+        ckpt = name + "/discriminator" * stages[name].startswith("align.py")
+        found[f"look_{name}"] = f"discriminator.py --score look --ckpt {ckpt}"
+        found[f"probe_{name}"] = f"discriminator.py --probe test --ckpt {ckpt}"
+    return {**stages, **found}
 
 
 def add_commands(commands, out, seed, sizes, stages):

@@ -49,8 +49,9 @@ TAKEN_FOR = {"red": "orange", "blue": "purple", "green": "lime", "square": "diam
 TAKEN_FOR |= {other: word for word, other in TAKEN_FOR.items()}
 
 
-def draw(cells, seed=0):
-    """cells: list of (colour, shape), grid row by grid row -> PIL image, 32 px a cell.
+def draw(cells, seed=0, hidden=()):
+    """cells: list of (colour, shape), grid row by grid row -> PIL image, 32 px a cell; those with
+    an index in `hidden` are left out.
 
     Places, sizes and colours vary with `seed`, the colours so much that neighbours like red and
     orange cannot always be told apart: nobody reads this world perfectly.
@@ -64,6 +65,8 @@ def draw(cells, seed=0):
         x, y = (int(v) + CELL // 2 for v in corner + rng.integers(-1, 2, 2))
         noise = rng.normal(0, JITTER, 3)
         fill = tuple(int(v) for v in np.clip(np.array(COLORS[color]) + noise, 0, 255))
+        if i in hidden:
+            continue
         if shape == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill)
         elif shape == "square":

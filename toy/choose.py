@@ -1,0 +1,65 @@
+"""Rows by the experts' judgement, for toy.paper: a stage like the others, on one process.
+
+    --data FILE --responses FILE     the rows of FILE, once for each response that eval.py sampled
+    --data FILE --scores FILE        the rows that discriminator.py --score ranks highest: a share
+                                     --keep of all, or of the responses to each prompt
+
+Writes OUT/rows.jsonl.
+"""
+
+import argparse
+import os
+
+import numpy as np
+
+from rollout import parse_response
+from runtime import write_json
+from toy.stages import read_jsonl, write_jsonl
+
+
+def with_responses(examples, generations):
+    """Each example once for each of its valid responses, with the id EXAMPLE/NUMBER."""
+    rows = []
+    for n, line in enumerate(generations):
+        if line["finished"] and parse_response(line["response"]):
+            example = examples[line["item"]]
+            rows.append({**example, "id": f"{example['id']}/{n}", "response": line["response"]})
+    return rows
+
+
+def best(examples, scores, share):
+    """Of each prompt's responses, or of all where a prompt has one, the share with the highest
+    mean of both experts' scores, each standardised over these, as in the game."""
+    groups, by_id, rows = {}, {example["id"]: example for example in examples}, []
+    for line in scores:
+        if line["combined"] is not None:
+            groups.setdefault(line["id"].rpartition("/")[0], []).append(line)
+    for lines in groups.values():
+        d = np.array([[line["perception"], line["reasoning"]] for line in lines])
+        z = ((d - d.mean(0)) / np.maximum(d.std(0), 0.1)).mean(1)
+        keep = np.argsort(-z)[: max(1, round(share * len(lines)))]
+        rows += [by_id[lines[i]["id"]] for i in sorted(keep)]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag in ("--data", "--responses", "--scores", "--out", "--seed"):
+        parser.add_argument(flag)
+    parser.add_argument("--keep", type=float)
+    args, _ = parser.parse_known_args()  # --resume, --overwrite: it begins anew
+    rows = read_jsonl(args.data)
+    if args.responses:
+        rows = with_responses(rows, read_jsonl(args.responses))
+    else:
+        rows = best(rows, read_jsonl(args.scores), args.keep)
+    folder = os.path.relpath(os.path.dirname(args.data), args.out)
+    for row in rows:  # pictures stay where they are
+        row["images"] = [os.path.join(folder, path) for path in row["images"]]
+    os.makedirs(args.out, exist_ok=True)
+    write_jsonl(os.path.join(args.out, "rows.jsonl"), rows)
+    write_json(os.path.join(args.out, "meta.json"), {"stage": "choose", "rows": len(rows)})
+
+
+if __name__ == "__main__":
+    main()
