@@ -716,6 +716,7 @@ class Found:
     each, BAD or LONG in both for one that cannot be used; and why, {index: reason}."""
 
     examples: Examples
+    fingerprint: str
     prompt: np.ndarray
     response: np.ndarray
     reasons: dict[int, str]
@@ -729,13 +730,15 @@ class Found:
     @property
     def identity(self):
         """What a run remembers of its data, for --resume."""
-        return {"data": self.examples.fingerprint}
+        return {"data": self.fingerprint}
 
 
 def attempt(function, examples, i):
     """function(example i) -> (result, None), or (None, why the example cannot be used)."""
     try:
         result = function(examples[i])
+    except MemoryError:  # no fault of the row
+        raise
     except Exception as error:  # whatever is wrong with a row, it must not end a run of days
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         text = text.removeprefix("{}:{}: ".format(*examples.where(i)))
@@ -770,11 +773,12 @@ def look(sources, measure, args, world):
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
     limit = 0 if args.bad_rows == "stop" else args.max_bad * len(examples)
+    content = world.on_first(lambda: examples.fingerprint)
     kept = os.path.join(args.out, "rows.npz")
     if args.resume and os.path.exists(kept):
         with np.load(kept) as arrays:
-            if arrays["fingerprint"] == examples.fingerprint:
-                return Found(examples, arrays["prompt"], arrays["response"], {}, limit)
+            if arrays["fingerprint"] == content:
+                return Found(examples, content, arrays["prompt"], arrays["response"], {}, limit)
     tokens, reasons, looked, bad = np.zeros((2, len(examples)), np.int32), {}, 0, []
     for block in attempt_all(measure, examples, world):
         for i, lengths, reason in block:
@@ -786,7 +790,7 @@ def look(sources, measure, args, world):
         looked += len(block)
         if len(bad) > limit:  # a wrong file of a million rows: no need to see them all
             break
-    found = Found(examples, *tokens, reasons, limit)
+    found = Found(examples, content, *tokens, reasons, limit)
     if len(bad) <= limit and len(found.usable):
         return found
     first = (bad or [0])[0]
@@ -860,7 +864,7 @@ class Feed:
         if world.rank == 0 and not progress["step"]:
             os.makedirs(args.out, exist_ok=True)
             np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
-                     response=found.response, fingerprint=self.examples.fingerprint)
+                     response=found.response, fingerprint=found.fingerprint)
             if found.reasons:
                 write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
 

@@ -1018,6 +1018,14 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_out_of_memory_is_no_fault_of_the_row():
+    def measure(example):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        attempt(measure, [{}], 0)
+
+
 def reason_of(row, folder, tiny):
     """Why a stage would leave the row out."""
 
