@@ -1,9 +1,9 @@
 """`python -m toy`: SFT -> alignment -> RLVR -> evaluation on the embedded picture world.
 
 Writes OUT/data and OUT/base, runs the stages of the paper and its control (SFT on the rows that the
-game has), each under torchrun as a user would, prints each command line before it runs, and ends
-with tables and OUT/report.png. What it knows about a run it reads from the files that the run
-wrote. `python -m toy.paper` makes the paper's tables, with their ablations, over several seeds.
+game has), each as a user would, prints each command line before it runs, and ends with tables and
+OUT/report.png. What it knows about a run it reads from the files that the run wrote.
+`python -m toy.paper` makes the paper's tables, with their ablations, over several seeds.
 """
 
 import os

@@ -103,13 +103,18 @@ def arm_table(outs, arms, bases, commands):
 def verdict(outs):
     """One sentence: does the game or its control, SFT on the same rows, end higher?"""
     said = []
-    for control, game in (("more", "align"), ("more_rl", "align_rl")):
-        shares = []
-        for arm in (control, game):
-            found = [measure(out, "sampled", arm)["accuracy"].mean() for out in outs]
-            shares.append(100 * np.mean(found))
-        wins = "the control wins" if shares[0] > shares[1] else "the game wins"
-        said.append(f"{ARMS[control]} {shares[0]:.1f}, {ARMS[game]} {shares[1]:.1f}: {wins}")
+    for pair in (("more", "align"), ("more_rl", "align_rl")):
+        found = []
+        for arm in pair:
+            found.append([measure(out, "sampled", arm)["accuracy"] for out in outs])
+        control, game = np.reshape(found, (2, -1))
+        p, wins = p_value(control - game), "the game wins"
+        if p >= 0.05:
+            wins = "not told apart"
+        elif control.mean() > game.mean():
+            wins = "the control wins"
+        shares = [f"{ARMS[arm]} {100 * x.mean():.1f}" for arm, x in zip(pair, (control, game))]
+        said.append(f"{', '.join(shares)}: {wins} (p {p:.3f})")
     return "Accuracy at T = 1: " + "; ".join(said) + ".\n"
 
 

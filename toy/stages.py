@@ -1,7 +1,7 @@
 """What the toy runs: its data, its stages in one table, and how they are started.
 
-A stage is the command line of a script, run under torchrun as a user would, with its output in
-OUT/NAME and OUT/NAME.log.
+A stage is the command line of a script, run as a user would, with its output in OUT/NAME and
+OUT/NAME.log.
 """
 
 import argparse
@@ -23,8 +23,8 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # numbers of demonstrations, of test items and of samples per item at T = 1; steps of each stage
 FULL = {"demos": 20000, "items": 300, "samples": 4}
 FULL |= {"sft": 1250, "ground": 128, "warmup": 20, "align": 120, "more": 64, "rl": 60}
-QUICK = {"demos": 2000, "items": 40, "samples": 2}
-QUICK |= {"sft": 120, "ground": 6, "warmup": 4, "align": 8, "more": 4, "rl": 6}
+QUICK = {"demos": 2000, "items": 40, "samples": 1}
+QUICK |= {"sft": 100, "ground": 6, "warmup": 4, "align": 6, "more": 4, "rl": 4}
 CURATED, RL_PROMPTS = 1024, 32  # rows of alignment; prompts of RLVR: a slice, as real sets are
 CURVE = (8, 64, 512)  # rows of alignment in the curve of toy.paper
 ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 107 K)
@@ -235,10 +235,13 @@ def run_stage(folder, command, args, processes):
     if args.resume and os.path.exists(folder):  # what was broken off before its first state is lost
         goes_on = find_states(folder) or command[0] == "eval.py"
         command = [*command, "--resume" if goes_on else "--overwrite"]
-    launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
+    launch, said, began = ["python"], "", time.time()
+    if args.processes > 1:
+        launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
-    began, name, log, said = time.time(), os.path.basename(folder), f"{folder}.log", ""
-    command = [sys.executable, "-m", "torch.distributed.run", *launch[1:], *command]
+    name, log = os.path.basename(folder), f"{folder}.log"
+    module = ["-m", "torch.distributed.run"] if args.processes > 1 else []
+    command = [sys.executable, *module, *launch[1:], *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if args.jobs > 1:  # a core for each
         pipes["env"] = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -278,7 +281,7 @@ def parse_args(doc, out, add_flags):
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     parser.add_argument("--out", default=out, help="folder for everything that is written")
     add_flags(parser.add_argument)
-    parser.add_argument("--processes", type=int, default=1, help="per stage, as for torchrun")
+    parser.add_argument("--processes", type=int, default=1, help="per stage, above 1 by torchrun")
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time, a thread for each")
     parser.add_argument("--quick", action="store_true", help="in minutes; the numbers mean nothing")
     parser.add_argument("--resume", action="store_true", help="continue; repeats no finished stage")
