@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# a thread each: pytest.ini starts a worker for each core
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -36,11 +37,6 @@ torch.set_num_threads(1)  # tensors here are so small that more threads only wai
 ONE = runtime.World(0, 1, torch.device("cpu"))  # one process
 SYSTEM, COLORS = "Describe, think, answer.", ["red", "blue", "green", "lime"]
 SIZES = [(96, 96), (64, 32), (32, 96)]  # of the pictures, in pixels
-
-
-def pytest_configure(config):
-    slow = "slow: many processes, kills or 100,000 rows; pytest -m 'not slow' leaves it out"
-    config.addinivalue_line("markers", slow)
 
 
 def short(rng, answer):

@@ -1,15 +1,16 @@
 """`python -m toy.paper --seeds 0 1 2 --out paper_out`: the paper's tables with their controls.
 
 The arms are ROWS; each is run in OUT/seedS like the stages of `python -m toy`, two at a time on two
-cores, and goes on with --resume where it was broken off. Writes OUT/tables.md and OUT/figures. All
-settings were chosen on items of seed 10, which no table shows.
+cores, and goes on with --resume where it was broken off. Writes OUT/tables.md, OUT/results.json and
+OUT/figures. All settings were chosen on items of seed 10, which no table shows.
 """
 
 import os
 import time
 
-from toy.report import ARMS, arm_table, diagnosis_table, expert_table, verdict, write_curve
-from toy.report import write_report, write_structure
+from runtime import write_json
+from toy.report import ARMS, arm_table, diagnosis_table, expert_table, means, verdict
+from toy.report import write_curve, write_report, write_structure
 from toy.stages import ALIGN, CURVE, FULL, GROUND, LOOK, MORE, QUICK, RL, STAGES
 from toy.stages import add_commands, add_tests, parse_args, run_stages, write_data
 
@@ -38,6 +39,8 @@ ROWS = [
      f"{STAGES['align']} --disc dense_ground --disc-variant dense"),
     (2, "mean", "align: mean over tokens, no mismatched pairs",
      f"{ALIGN} {FRESH} --readout mean"),
+    (2, "warm", "align: 200 warm-up steps",
+     f"{STAGES['align']} --warmup-steps 200"),
     (2, "segment", "align: segment credit", f"{STAGES['align']} --credit segment"),
     (2, "alpha1", "align: alpha 1, perception alone", f"{STAGES['align']} --alpha 1"),
     (2, "frozen", "align: discriminator frozen after warm-up", f"{STAGES['align']} --disc-lr 0"),
@@ -130,6 +133,9 @@ def main():
     parts.append("## Faulty demonstrations\n\n" + diagnosis_table(outs[0], "sft", "demos"))
     with open(os.path.join(args.out, "tables.md"), "w") as file:
         file.write("\n".join(parts))
+    results = {os.path.basename(out): means(out, ARMS) for out in outs}
+    results[os.path.basename(outs[0])] |= means(outs[0], named)
+    write_json(os.path.join(args.out, "results.json"), results)
     figures = os.path.join(args.out, "figures")
     os.makedirs(figures, exist_ok=True)
     write_curve(outs[0], CURVE, f"{figures}/curve.png")

@@ -58,6 +58,17 @@ def measure(out, run, arm):
     return {key: np.reshape(values, (len(problems), -1)).mean(1) for key, values in found.items()}
 
 
+def means(out, arms):
+    """{arm: {"greedy" or "sampled": {metric: mean}}} of one seed, for results.json."""
+    found = {}
+    for arm in arms:
+        found[arm] = {}
+        for run in ("greedy", "sampled"):
+            values = measure(out, run, arm)
+            found[arm][run] = {key: values[key].mean() for key in METRICS}
+    return found
+
+
 def measure_kinds(out, values):
     """values [items] of one seed -> {what touched the kind of question: mean}."""
     kinds = [TOUCHED[example["world"]["kind"]] for example in read_jsonl(out, "data", "test.jsonl")]
