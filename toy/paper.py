@@ -27,6 +27,7 @@ ROWS = [
      f"{MORE} --lr 5e-4 --data sft:1 align:3"),
     (2, "more_long", "SFT on the curated rows, as many minutes as the game",
      f"{STAGES['more']} --steps {{16*more}}"),
+    (2, "more_align", "SFT -> SFT on the curated rows -> align", f"{STAGES['align']} --ckpt more"),
     (2, "plain", "SFT -> RL on alignment's prompts and answers",
      f"{RL} --data align --ckpt sft --steps {{game}}"),
     (2, "paper", "align: last token, no mismatched pairs", f"{ALIGN} {FRESH}"),
