@@ -258,8 +258,8 @@ def load_players(args, attn, world):
     """-> policy, the model to sample from, discriminator; none of them sharded yet."""
     policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler = make_sampler(policy, world)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
-    return policy, sampler, disc.to(world.device)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout, world)
+    return policy, sampler, disc
 
 
 def update_discriminator(disc, optimizer, skips, step, records, tokenizer, args, world):
