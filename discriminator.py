@@ -692,8 +692,8 @@ def score(args, world):
     """Score every response of a data set, with --probe also in another one's place, and report."""
     examples = load_examples(args.score or args.probe, args.split)
     tools = load_tokenizer(args.ckpt, args)
-    disc = load_discriminator(args.ckpt, None, choose_attention(args.attn, world))
-    disc, lines = disc.to(world.device).eval(), {}
+    attn, lines = choose_attention(args.attn, world), {}
+    disc = load_discriminator(args.ckpt, None, attn, dtype=world.dtype).to(world.device).eval()
     order = np.arange(len(examples))
     if args.probe:  # neighbours in the order are pairs
         order = np.random.default_rng(args.seed).permutation(order)

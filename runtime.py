@@ -82,6 +82,7 @@ def about(subject):
 
 
 # ------------------------------------------------------------------------------------------- flags
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
 PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
 SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
@@ -142,11 +143,19 @@ def common_flags(parser, stage):
     add("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
     add = parser.add_argument_group("memory").add_argument
     add("--max-tokens", type=integer(1), default=16384, help="per forward; changes no result")
-    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash on CUDA")
+    compute_flags(add)
     add("--checkpointing", **yes_or_no, help="recompute activations in backward (default: on CUDA)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--weight-decay", type=real(0, 1), default=0.01, help="of AdamW")
     add("--clip", type=real(above=0), default=1.0, help="largest gradient norm")
+
+
+def compute_flags(add):
+    """How a model is computed; eval.py has them too."""
+    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash for bf16 on "
+        "CUDA")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation and of weights "
+        "that are handed on; auto: bf16 on CUDA")
 
 
 def flag_of(name):
@@ -165,7 +174,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # see `connect`; one process on a CPU has none, nor FSDP
+    precision: str = "auto"  # --dtype
+    mesh: DeviceMesh | None = None  # see `connect`; one float32 process on a CPU has none, nor FSDP
     identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
     state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
@@ -175,7 +185,8 @@ class World:
     @property
     def dtype(self):
         """Of computation, and of the weights that are handed on."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        auto = "bf16" if self.device.type == "cuda" else "float32"
+        return DTYPES[auto if self.precision == "auto" else self.precision]
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
@@ -239,8 +250,8 @@ def setup(args, global_sizes=()):
         torch.cuda.set_device(device)
     else:
         torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
-    world = World(int(os.environ.get("RANK", 0)), size, device)
-    if size > 1 or device.type == "cuda":
+    world = World(int(os.environ.get("RANK", 0)), size, device, args.dtype)
+    if size > 1 or device.type == "cuda" or world.dtype != torch.float32:
         world.mesh = connect(size, local, device)
     if world.rank == 0 and size > 1:
         shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
@@ -327,8 +338,9 @@ def most(packs, world):
 # -------------------------------------------------------------------------------------------- FSDP
 def shard(model, units, world, forward, float32=(), checkpointing=None):
     """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the
-    rest with the root. bf16 compute, float32 master weights and reduction on CUDA; on several nodes
-    HSDP; one CPU process stays plain. What `load_policy` has left without weights gets them now.
+    rest with the root. Computation in world.dtype, float32 master weights and reduction; on several
+    nodes HSDP; one float32 CPU process stays plain. A model that was left without weights gets them
+    now.
 
     float32: units that also compute in float32. forward: the function of the model that the stage
     calls in place of its forward; it becomes a method of the model, around which the root's
@@ -625,10 +637,11 @@ def read_weights(model, device):
 
 def choose_attention(name, world):
     """--attn -> sdpa or flash, said once at the start."""
+    fits = world.device.type == "cuda" and world.dtype == torch.bfloat16
     if name == "auto":
-        name = "flash" if world.device.type == "cuda" else "sdpa"
-    if name == "flash" and world.device.type != "cuda":
-        raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
+        name = "flash" if fits else "sdpa"
+    if name == "flash" and not fits:
+        raise InputError("--attn flash needs bf16 on a CUDA device; use --attn sdpa")
     if world.rank == 0:
         print(f"attention: {name}", flush=True)
     return name

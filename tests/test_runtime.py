@@ -382,6 +382,48 @@ def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
         assert torch.equal(sampler(**inputs).logits, half(**inputs).logits)
 
 
+SMALL = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "steps": 2}
+HALF = {  # script, flags, and what is near what float32 gives: a log and a key
+    "sft": ("sft", {"batch": 4, "steps": 2}, ("metrics.jsonl", "loss")),
+    "align": ("align", SMALL | {"disc": "DISC", "disc-lr": 1e-3, "warmup-steps": 1}, None),
+    "rl": ("rl", SMALL | {"updates-per-rollout": 2, "kl": 0.1}, None),
+    "pairs": ("discriminator", {"batch": 4, "steps": 2, "mismatch": 1, "max-bad": 0.5},
+              ("metrics.jsonl", "grad_norm")),
+    "score": ("discriminator", {"ckpt": "DISC"}, ("scores.jsonl", "perception")),
+    "eval": ("eval", {"max-new-tokens": 8}, None),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
+def test_every_stage_computes_in_bfloat16(tiny, policy, tmp_path, name):
+    """On two processes. A checkpoint has that dtype too, and the numbers are near those of float32,
+    but not the same."""
+    script, flags, near = HALF[name]
+    disc = load_discriminator(policy)
+    for head in disc.heads.values():
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    save_discriminator(disc, str(tmp_path / "disc"), ONE, policy)
+    flags = {"ckpt": policy, name if name in ("pairs", "score") else "data": tiny.align} | flags
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    flags = [tmp_path / "disc" if part == "DISC" else part for part in flags]
+    half = tmp_path / "half"
+    ran = launch(f"{script}.py", *flags, "--out", half, "--dtype", "bf16", processes=2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    if name in ("sft", "align", "rl"):
+        weights = load_file(half / "model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    if name in ("align", "rl"):  # the replica that samples computes as the policy does
+        assert read_jsonl(half / "metrics.jsonl")[-1]["drift"] < 0.1
+    if near:
+        assert stage(script, *flags, "--out", tmp_path / "whole") == 0
+        half, whole = (
+            [line.get(near[1]) or 0.0 for line in read_jsonl(out / near[0])]
+            for out in (half, tmp_path / "whole")
+        )
+        assert half == pytest.approx(whole, rel=0.1, abs=0.05) and half != whole and any(whole)
+
+
 SHARDS = """
 import os, sys
 import torch
