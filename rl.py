@@ -494,7 +494,6 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, args.steps, skips)
-    refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(args.steps, args.prompts)
     warn = Warn(world)
@@ -503,6 +502,7 @@ def main():
         began = time.time()
 
         # rollout
+        refresh(sampler, policy)  # they come from the newest weights
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)
         sampled = draw()
         # reward
@@ -519,7 +519,6 @@ def main():
         update, norm = update_policy(
             policy, reference, optimizer, records, skips, step, args, world
         )
-        refresh(sampler, policy)  # the next rollouts come from the new weights
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,
