@@ -18,7 +18,8 @@ were taken over the valid ones (the authors' code also puts them into the z-scor
 all-invalid group gets nothing; (3) a floor under the group's std keeps score noise from becoming
 advantage; (4) scores are clipped at +-10 for the reward only, never in the discriminator's loss;
 (5) --credit segment, off by default: the caption's tokens are rewarded by both scores, those of the
-trace by D_r alone.
+trace by D_r alone; (6) the discriminator is warmed up on fresh rollouts until both experts rank
+80 % of the pairs rightly; the authors' is by 120 K stored pairs (discriminator.py --pairs).
 
     python align.py --ckpt sft_out/ --data curated.jsonl                                     # 1 GPU
     torchrun --nproc_per_node=8 align.py --ckpt sft_out/                      # the paper's settings
@@ -28,7 +29,9 @@ import argparse
 import math
 import os
 import time
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 
 from data import data_flags, encode_response, look, measure_prompt, system_prompt
@@ -41,12 +44,14 @@ from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
 from runtime import identify, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import make_sampler, real, refresh, run, save, setup, shard
+from runtime import make_sampler, read_json, real, refresh, run, save, setup, shard
 
 NOTHING_VALID = (
     "no rollout was valid, finished and with the three blocks: is --ckpt trained on them, is "
     "--max-new-tokens too small?"
 )
+
+WARMUP_STEPS, READY, RECENT = 200, 0.8, 5  # see WarmUp
 
 
 # ------------------------------------------------------------------------------- pure functions
@@ -82,6 +87,52 @@ def alignment_advantages(d_v, d_r, valid, alpha=0.5, normalize="per-expert", flo
 
 
 # ------------------------------------------------------------------------------------- the game
+@dataclass
+class WarmUp:
+    """The steps before the game, in which the discriminator learns alone: the reward of an expert
+    that has learned nothing is noise. What is counted is the same on every rank, and a state keeps
+    it for --resume."""
+
+    steps: int  # that it takes; as long as it may end early, at most
+    early: bool  # it ends once the experts are ready
+    shares: list = field(default_factory=list)  # [acc_v, acc_r] of up to RECENT steps
+
+    def total(self, args):
+        """Steps of the whole run; as long as the warm-up may end early, at most."""
+        return self.steps + args.steps
+
+    def lr(self, step, args):
+        """Learning rate of the discriminator."""
+        return args.warmup_disc_lr if step < self.steps else args.disc_lr
+
+    def watch(self, step, experts, world):
+        """Note how many pairs of `step` the experts have ranked rightly, end the warm-up if that is
+        enough, and say at its end whether it is."""
+        if step >= self.steps:
+            return
+        if experts:  # some rollout was valid
+            self.shares = [*self.shares[1 - RECENT :], [experts["acc_v"], experts["acc_r"]]]
+        v, r = np.mean(self.shares or [[0.0, 0.0]], axis=0)
+        ready = min(v, r) >= READY
+        if self.early and ready and len(self.shares) == RECENT:
+            self.steps = step + 1
+        if step + 1 == self.steps and world.rank == 0:
+            said = f"{self.steps} steps of warm-up, acc_v {v:.2f}, acc_r {r:.2f} in the last ones"
+            if not ready:
+                cure = "give a --disc that is warmed up, a higher --warmup-disc-lr or more steps"
+                said = f"warning: {said}, not {READY}: it will reward noise; {cure}"
+            print(said, flush=True)
+
+
+def start_warm_up(args, world):
+    """The WarmUp of --warmup-steps, or the one that --resume continues."""
+    if world.state:
+        return WarmUp(**read_json(os.path.join(world.state, "progress.json"))["warm_up"])
+    if args.warmup_steps is None:
+        return WarmUp(WARMUP_STEPS, early=True)
+    return WarmUp(args.warmup_steps, early=False)
+
+
 def cut_segments(records, tokenizer):
     """Caption and trace of each rollout (None: cut at the length limit or format broken, it takes
     no part) and of its teacher's response."""
@@ -148,9 +199,12 @@ def parse_args():
     parser.add_argument("--data", nargs="+",
                         default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
                         help="prompts and teacher responses: SOURCE[:WEIGHT] ...")
-    parser.add_argument("--steps", type=integer(0), default=500, help="steps of the game")
-    parser.add_argument("--warmup-steps", type=integer(0), default=0,
-                        help="discriminator-only steps on fresh rollouts first")
+    parser.add_argument("--steps", type=integer(0), default=500,
+                        help="steps of the game, which begin after those of the warm-up")
+    parser.add_argument("--warmup-steps", type=integer(0), default=None,
+                        help="so many steps before it, in which the discriminator learns alone "
+                        f"(default: until both experts rank {READY} of the pairs rightly, in the "
+                        f"mean of {RECENT} steps, at most {WARMUP_STEPS})")
     parser.add_argument("--warmup-disc-lr", type=real(0, 1), default=1e-5,
                         help="learning rate of the discriminator in them")
     parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
@@ -208,14 +262,14 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     disc_optimizer = make_optimizer(disc, args.disc_lr, args.weight_decay)
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
-    skips, disc_skips, warn, steps = Skips(), Skips(), Warn(world), args.warmup_steps + args.steps
-    progress, metrics = begin(args, world, parts, steps, skips, disc_skips)
-    refresh(sampler, policy)
+    skips, disc_skips, warn, warm_up = Skips(), Skips(), Warn(world), start_warm_up(args, world)
+    progress, metrics = begin(args, world, parts, warm_up.total(args), skips, disc_skips)
     feed = prompt_feed(found, *tools, world, progress)
-    feed.plan(steps, args.prompts)
-    for step in range(progress["step"], steps):
+    feed.plan(warm_up.total(args), args.prompts)
+    while (step := progress["step"]) < warm_up.total(args):
         began = time.time()
         # rollout
+        refresh(sampler, policy)  # they come from the newest weights
         records = sample_records(sampler, feed, tokenizer, args, world, step)
         sampled_at = time.time()
         # reward
@@ -228,27 +282,27 @@ def main():
         # update discriminator
         experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
         if experts:  # some rollout was valid
-            play = disc, disc_optimizer, disc_skips
-            disc_norm = update_discriminator(*play, step, records, tokenizer, args, world)
+            play = disc, disc_optimizer, disc_skips, warm_up.lr(step, args)
+            disc_norm = update_discriminator(*play, records, tokenizer, args, world)
         scored_at, update, norm = time.time(), {}, None
         # update policy
-        if step >= args.warmup_steps:
+        if step >= warm_up.steps:
             update = accumulate_policy_gradient(policy, records, "grpo", args, world)
             if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
-            refresh(sampler, policy)  # the next rollouts come from the new weights
+        warm_up.watch(step, experts, world)
         # log
-        progress = {"step": step + 1, **feed.progress()}
-        valid = (~scores[..., 0].isnan()).float().mean().item()
-        metrics = {"step": step + 1, "valid": valid, **experts, **update, "grad_norm": norm,
-                   "disc_grad_norm": disc_norm, **rollout_metrics(records, world), **feed.counts,
+        progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
+        metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),
+                   **experts, **update, "grad_norm": norm, "disc_grad_norm": disc_norm,
+                   **rollout_metrics(records, world), **feed.counts,
                    "skipped_steps": skips.total + disc_skips.total,
                    **seconds(rollout=sampled_at - began, disc=scored_at - sampled_at, began=began)}
         log(world, args.out, metrics)
         log_rollouts(world, args.out, step + 1, records, args.log_rollouts)
-        warn(valid == 0, NOTHING_VALID, records)
+        warn(metrics["valid"] == 0, NOTHING_VALID, records)
         # save
-        end_step(args, world, parts, progress, step + 1 == steps, skips, disc_skips)
+        end_step(args, world, parts, progress, step + 1 == warm_up.total(args), skips, disc_skips)
     feed.close()
     save_discriminator(disc, os.path.join(args.out, "discriminator"), world, args.ckpt)
     save(policy, args.out, world, "align", args, progress["step"], metrics)
@@ -258,14 +312,13 @@ def load_players(args, attn, world):
     """-> policy, the model to sample from, discriminator; none of them sharded yet."""
     policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler = make_sampler(policy, world)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout)
-    return policy, sampler, disc.to(world.device)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout, world)
+    return policy, sampler, disc
 
 
-def update_discriminator(disc, optimizer, skips, step, records, tokenizer, args, world):
+def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, world):
     """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
     rollouts -> gradient norm of the last."""
-    lr = args.warmup_disc_lr if step < args.warmup_steps else args.disc_lr
     norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
     for _ in range(args.disc_updates - 1):
         score_records(disc, records, tokenizer, args, world)

@@ -46,13 +46,12 @@ import re
 import time
 import zlib
 from dataclasses import dataclass, field, replace
-from glob import glob
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, Qwen3VLModel, Qwen3VLMoeModel
@@ -64,10 +63,11 @@ try:
     from data import Feed, data_flags, encode_prompt, encode_response, load_examples, look
     from data import measure_prompt, system_prompt
     from rollout import parse_response, parse_spans, split_segments
-    from runtime import InputError, Parser, Skips, begin, check_checkpoint
-    from runtime import choose_attention, common_flags, copy_processor, cosine, end_step
-    from runtime import full_weights, identify, integer, load_tokenizer, log, make_optimizer, most
-    from runtime import real, run, setup, shard, write_json, write_meta, write_rows, writing
+    from runtime import InputError, Parser, Skips, begin, check_checkpoint, check_weights
+    from runtime import choose_attention, common_flags, compare_weights, copy_processor, cosine
+    from runtime import end_step, full_weights, identify, integer, load_tokenizer, local_folder
+    from runtime import log, make_optimizer, most, multiply_patches, read_weights, real, run, setup
+    from runtime import shard, write_json, write_meta, write_rows, writing
 except ModuleNotFoundError as error:
     # The model and its loss stand on rows.py and can be copied with that alone; what follows them
     # (a step's gradient, checkpoints, the script) needs the rest.
@@ -421,21 +421,27 @@ BACKBONES = {"qwen3_vl": Qwen3VLModel, "qwen3_vl_moe": Qwen3VLMoeModel}  # by mo
 RELEASED_HEADS = ("v_head.1.weight", "v_head.summary.weight")  # in the shards of a released one
 
 
-def load_discriminator(path, variant="moe", attn="sdpa", readout=None):
-    """A discriminator in float32: from a folder that `save_discriminator` wrote, fresh on the
-    backbone of any Qwen3-VL checkpoint, or the released Qwen3-VL-MoE discriminator with its head
-    (then the variant is "learned"). variant, readout None: what it was trained with, of a fresh one
-    "last". Raises InputError when the checkpoint is none of these, another variant, or broken."""
+def load_discriminator(path, variant="moe", attn="sdpa", readout=None, world=None,
+                       dtype=torch.float32):
+    """A discriminator, by default in float32: from a folder that `save_discriminator` wrote, fresh
+    on the backbone of any Qwen3-VL checkpoint, or the released Qwen3-VL-MoE discriminator with its
+    head (then the variant is "learned"). variant, readout None: what it was trained with, of a
+    fresh one "last". In a `world` that shards it is left on the meta device, without weights:
+    runtime.shard reads them. Raises InputError when the checkpoint is none of these, another
+    variant, or broken."""
     check_checkpoint(path)
     try:
-        return read_discriminator(path, variant, attn, readout)
+        disc = read_discriminator(path, variant, attn, readout, dtype)
+        if world is None or world.mesh is None:
+            read_weights(disc, "cpu")
+        return disc
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"discriminator {path}: {reason}") from error
 
 
-def read_discriminator(path, variant, attn, readout):
-    """`load_discriminator`, whose errors do not name the folder yet."""
+def read_discriminator(path, variant, attn, readout, dtype):
+    """`load_discriminator` up to the weights; its errors do not name the folder yet."""
     stored = stored_settings(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in BACKBONES:
@@ -452,13 +458,15 @@ def read_discriminator(path, variant, attn, readout):
         raise ValueError("neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
     if readout and trained.get("readout", readout) != readout:
         raise ValueError(f"trained with --readout {trained['readout']}, not {readout}")
-    backbone = kind(config) if stored else load_backbone(path, kind)
-    readout = readout or trained.get("readout", "last")
-    disc = Discriminator(set_attention(backbone, attn), variant, readout)
-    if stored:
-        load_stored(disc, path)
-    elif variant == "learned":
-        load_released_head(disc.heads["perception"], path)
+    with torch.device("meta"):
+        backbone = set_attention(kind(config).to(dtype).eval(), attn)
+        disc = Discriminator(backbone, variant, readout or trained.get("readout", "last"))
+    multiply_patches(backbone.visual)
+    found = check_weights(local_folder(path))
+    names, unused = None, ()
+    if not stored:
+        names, unused = weights_of_another(disc, found), ("lm_head.weight", *RELEASED_HEADS)
+    disc.stored = compare_weights(disc, found, names, unused)
     return disc
 
 
@@ -476,46 +484,19 @@ def stored_settings(path):
     return stored
 
 
-def load_backbone(path, kind):
-    """The backbone of a checkpoint that is no stored discriminator."""
-    backbone, info = kind.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    heads = {"lm_head.weight", *(RELEASED_HEADS if kind is Qwen3VLMoeModel else ())}
-    refuse_weights({*info["missing_keys"], *info["unexpected_keys"]} - heads)
-    return backbone
-
-
-def load_stored(disc, path):
-    """Backbone and heads as `save_discriminator` wrote them."""
-    weights = load_file(os.path.join(path, "model.safetensors"))
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    wanted = {name: tensor.shape for name, tensor in disc.state_dict().items()}
-    refuse_weights({name for name in found | wanted if found.get(name) != wanted.get(name)})
-    disc.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-
-
-def refuse_weights(wrong):
-    if wrong:
-        names = ", ".join(sorted(wrong)[:5])
-        raise ValueError(f"weights missing, unknown or of another size: {names}")
-
-
-def load_released_head(head, path):
-    """The one head [1, hidden], from the shards (never from value_head.pt, which is a pickle)."""
-    folder, found = path, []
-    if not os.path.isdir(path):
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(path, allow_patterns="*.safetensors")
-    for file in sorted(glob("*.safetensors", root_dir=folder)):
-        with safe_open(os.path.join(folder, file), framework="pt") as weights:
-            names = set(RELEASED_HEADS) & set(weights.keys())
-            found += [weights.get_tensor(name) for name in names]
-    if not found or found[0].numel() != head.weight.numel():
-        names, size = " or ".join(RELEASED_HEADS), head.weight.numel()
-        raise ValueError(f"no head: no {names} of {size} numbers in its *.safetensors")
-    head.weight.data.copy_(found[0].float().view(1, -1))
+def weights_of_another(disc, found):
+    """{parameter: weight that it is read from} in a checkpoint with the weights `found` that is no
+    stored discriminator: the three copies of an MLP from one, the head from that of a released one
+    (never from its value_head.pt, which is a pickle); without one heads are 0."""
+    names = {}
+    for name, _ in disc.named_parameters():
+        if name.startswith("backbone."):
+            weight = re.sub(r"\.mlp\.(shared|perception|reasoning)\.", ".mlp.", name)
+            names[name] = weight.replace("backbone.", "model.", 1)
+    if disc.variant == "learned":
+        heads = [head for head in RELEASED_HEADS if head in found]
+        names["heads.perception.weight"] = heads[0] if heads else RELEASED_HEADS[0]
+    return names
 
 
 def compare_tokenizers(tokenizer, path):
@@ -626,7 +607,7 @@ def warm_up(args, world):
     tools = tokenizer, image_processor, system, args
     found = look(args.pairs, lambda example: measure_pair(example, *tools), args, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
-    disc = load_discriminator(args.ckpt, args.disc_variant, attn, args.readout).to(world.device)
+    disc = load_discriminator(args.ckpt, args.disc_variant, attn, args.readout, world)
     args.disc_variant, args.readout = disc.variant, disc.readout
     units, heads = [*disc.backbone.language_model.layers, disc.backbone.visual], disc.heads.values()
     disc = shard(disc, units, world, Discriminator.scores, heads, args.checkpointing)
@@ -716,8 +697,8 @@ def score(args, world):
     """Score every response of a data set, with --probe also in another one's place, and report."""
     examples = load_examples(args.score or args.probe, args.split)
     tools = load_tokenizer(args.ckpt, args)
-    disc = load_discriminator(args.ckpt, None, choose_attention(args.attn, world))
-    disc, lines = disc.to(world.device).eval(), {}
+    attn, lines = choose_attention(args.attn, world), {}
+    disc = load_discriminator(args.ckpt, None, attn, dtype=world.dtype).to(world.device).eval()
     order = np.arange(len(examples))
     if args.probe:  # neighbours in the order are pairs
         order = np.random.default_rng(args.seed).permutation(order)

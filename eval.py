@@ -43,10 +43,10 @@ from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_
 from data import as_list, load_image, open_source, pixel_flags, read_file, resolve
 from data import system_prompt, to_example, undecoded
 from rollout import Rollout, parse_response, sample
-from rows import ATTENTION, set_attention
+from rows import set_attention
 from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
-from runtime import choose_attention, eos_ids, fingerprint, flag_of, integer, load_policy
-from runtime import load_tokenizer, read_json, real, run, setup, write_json, write_rows
+from runtime import choose_attention, compute_flags, eos_ids, fingerprint, flag_of, integer
+from runtime import load_policy, load_tokenizer, read_json, real, run, setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
 from verify import with_percent
 
@@ -478,7 +478,7 @@ def plan(folders, sets, args):
     """-> all jobs. Raises InputError for a file that --resume would keep, but that was made with
     other flags, data or weights."""
     flags = ("seed", "samples", "temperature", "max_new_tokens", "max_prompt", "min_pixels",
-             "max_pixels")
+             "max_pixels", "dtype")
     values = {flag_of(name): getattr(args, name) for name in flags}
     jobs = []
     for path, folder in folders.items():
@@ -946,7 +946,7 @@ def parse_args():
     pixel_flags(group)
     flag("--slots", type=integer(1, 2**16), default=64, help="rows decoded at a time by a process")
     flag("--seed", type=integer(0), default=0, help="of sampling")
-    flag("--attn", choices=("auto", *ATTENTION), default="auto", help="auto: flash on CUDA")
+    compute_flags(flag)
     group = parser.add_argument_group("judge")
     flag = group.add_argument
     flag("--judge", metavar="URL",
@@ -1009,7 +1009,7 @@ def main():
     inputs = {"--ckpt": [*folders], "--data": args.data, "--bench": copies}
     for out in (args.out, args.folder):
         check_out(out, inputs | {"--system-prompt": args.system_prompt})
-    world = setup(argparse.Namespace(out=args.folder))
+    world = setup(argparse.Namespace(out=args.folder, dtype=args.dtype))
     for path in folders:
         world.on_first(check_checkpoint, path)
     sets = load_sets(args, world)
@@ -1026,8 +1026,7 @@ def main():
             if loaded != job.path:
                 model, loaded = None, job.path  # frees the one before
                 tokenizer, image_processor = load_tokenizer(job.path, args)
-                dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-                model = set_attention(load_policy(job.path, dtype), attention)
+                model = set_attention(load_policy(job.path, world.dtype), attention)
                 model = model.to(world.device).eval()
             generations = generate(model, test_set, tokenizer, image_processor, args, world)
             if world.rank == 0:

@@ -14,7 +14,9 @@ Deviations from the authors' scripts: (1) they do one update per rollout batch, 
 1 and every clip is inert; that is the default here too, and --updates-per-rollout K splits the
 batch into K steps, so that the algorithms differ as their papers mean them to; (2) all means are
 over the global batch, whatever the ranks and micro-batches; (3) when dynamic sampling stays short
-after --max-gen-batches, the step trains on what there is instead of failing.
+after --max-gen-batches, the step trains on what there is instead of failing; (4) no dual clip, by
+which verl bounds the loss of a token with A < 0 by 3 |A| (in the authors' DAPO 10 |A|): it is inert
+there too; (5) 1e-6 is added to the std of a group, as by verl; TRL adds 1e-4.
 
     python rl.py --ckpt align_out/ --data prompts.jsonl --algo grpo                          # 1 GPU
     torchrun --nproc_per_node=8 rl.py --ckpt align_out/ --algo dapo
@@ -221,16 +223,20 @@ def pad(parts):
     return pad_sequence(list(parts), batch_first=True)
 
 
-def logprobs_of(policy, records, args, world):
-    """Log-probs and entropies [n, L] of the records of one pack, padded with 0, and the mask. Of no
-    records: those of IDLE, so that a rank without work takes part in the collectives."""
+def logprobs_of(policy, records, args, world, entropies=True):
+    """Log-probs and entropies [n, L] (see target_logprobs) of the records of one pack, padded with
+    0, and the mask. Of no records: those of IDLE, so that a rank without work takes part in the
+    collectives."""
     prompts = list({id(r.prompt): r.prompt for r in records}.values()) or [IDLE]
     place = {id(prompt): i for i, prompt in enumerate(prompts)}
     branches = [(place[id(r.prompt)], r.rollout.ids) for r in records] or [(0, [0])]
     pack = pack_rows(prompts, branches, world.device)  # images are encoded once, in its forward
-    logp, entropy = pack_logprobs(policy, pack, temperature=args.temperature)
+    settings = {"temperature": args.temperature, "entropies": entropies}
+    logp, entropy = pack_logprobs(policy, pack, **settings)
     mask = torch.ones_like(logp, dtype=torch.bool)
-    return (pad(flat.split(pack.lengths)) for flat in (logp, entropy, mask))
+    if entropies:
+        entropy = pad(entropy.split(pack.lengths))
+    return pad(logp.split(pack.lengths)), entropy, pad(mask.split(pack.lengths))
 
 
 @torch.no_grad()
@@ -240,7 +246,7 @@ def store_logprobs(model, records, name, args, world):
     packs = list(packed(records, args.max_tokens))
     for i in range(most(len(packs), world)):
         part = packs[i] if i < len(packs) else []
-        logp, _, _ = logprobs_of(model, part, args, world)
+        logp, _, _ = logprobs_of(model, part, args, world, entropies=False)
         for line, record in zip(logp, part):
             setattr(record, name, line[: len(record.rollout.ids)])
     if hasattr(model, "reshard"):  # without a backward FSDP leaves the root's weights gathered
@@ -494,7 +500,6 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, args.steps, skips)
-    refresh(sampler, policy)
     feed = prompt_feed(found, *tools, world, progress)
     feed.plan(args.steps, args.prompts)
     warn = Warn(world)
@@ -503,6 +508,7 @@ def main():
         began = time.time()
 
         # rollout
+        refresh(sampler, policy)  # they come from the newest weights
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)
         sampled = draw()
         # reward
@@ -519,7 +525,6 @@ def main():
         update, norm = update_policy(
             policy, reference, optimizer, records, skips, step, args, world
         )
-        refresh(sampler, policy)  # the next rollouts come from the new weights
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,

@@ -12,7 +12,7 @@ equal those of separate sequences. Several rows are packed into one forward with
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 
 @dataclass
@@ -250,14 +255,12 @@ def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
     """Variable-length attention on CUDA, [Tq, H, D] and [Tk, Hkv, D]; causal is aligned
     bottom-right. flash-attn where it is installed, else torch's own kernel."""
     sizes = (cu_q, cu_k, max_q, max_k)
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scale, causal=causal)
+    from torch.nn.attention.varlen import varlen_attn
 
-        window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
-        return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, enable_gqa=gqa)
-    return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scale, causal=causal)
+    window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, enable_gqa=gqa)
 
 
 def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=None,
@@ -350,24 +353,34 @@ def banned_ids(model):
     return [config.image_token_id, config.video_token_id, config.vision_start_token_id, *beyond]
 
 
+@lru_cache
+def on_device(ids, device):
+    """A tensor of a tuple of ids, which is sent to the device once."""
+    return torch.tensor(ids, device=device)
+
+
 def masked_logits(lm_head, hidden, banned, temperature):
     """float32 logits [n, V] of hidden states [n, D] with the ids `banned` (a tensor) at the lowest
     finite value (finite: 0 * it stays 0 in the entropy)."""
-    logits = lm_head(hidden).float() / temperature
+    logits = lm_head(hidden).float()
+    if temperature != 1:
+        logits = logits / temperature
     return logits.index_fill(-1, banned, torch.finfo(torch.float32).min)
 
 
-def head_chunk(lm_head, hidden, targets, banned, temperature):
+def head_chunk(lm_head, hidden, targets, banned, temperature, entropies):
     logits = masked_logits(lm_head, hidden, banned, temperature)
     log_z = logits.logsumexp(-1)
-    logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    with torch.no_grad():
-        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    logp, entropy = logits.gather(-1, targets[:, None])[:, 0] - log_z, None
+    if entropies:
+        with torch.no_grad():
+            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
     return logp, entropy
 
 
-def target_logprobs(model, pack, temperature=1.0, chunk=256):
-    """Log-probs [n] and entropies [n, no gradient] of all branch tokens of a pack, float32.
+def target_logprobs(model, pack, temperature=1.0, chunk=256, entropies=True):
+    """Log-probs [n] and entropies [n, no gradient] of all branch tokens of a pack, float32; without
+    `entropies`, which are some of the work, None in their place.
 
     They are of the distribution that `rollout.sample` draws from: softmax(logits / temperature)
     without the three vision tokens and the ids beyond the tokenizer (`banned_ids`), which a stock
@@ -376,12 +389,12 @@ def target_logprobs(model, pack, temperature=1.0, chunk=256):
     The head runs on target positions only, `chunk` at a time, and is recomputed in backward, so
     that memory never holds a (tokens x vocabulary) tensor."""
     hidden = hidden_states(model.model, pack.inputs)[pack.source]
-    banned = torch.tensor(banned_ids(model), device=hidden.device)
+    banned = on_device(tuple(banned_ids(model)), hidden.device)
     head, parts = partial(checkpoint, head_chunk, model.lm_head, use_reentrant=False), []
     for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
-        parts.append(head(h, t, banned, temperature))
-    logp, entropy = (torch.cat(part) for part in zip(*parts))
-    return logp, entropy
+        parts.append(head(h, t, banned, temperature, entropies))
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy) if entropies else None
 
 
 def pack_logprobs(model, pack, **kwargs):

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -81,6 +82,7 @@ def about(subject):
 
 
 # ------------------------------------------------------------------------------------------- flags
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
 PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
 SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
@@ -141,11 +143,19 @@ def common_flags(parser, stage):
     add("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
     add = parser.add_argument_group("memory").add_argument
     add("--max-tokens", type=integer(1), default=16384, help="per forward; changes no result")
-    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash on CUDA")
+    compute_flags(add)
     add("--checkpointing", **yes_or_no, help="recompute activations in backward (default: on CUDA)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--weight-decay", type=real(0, 1), default=0.01, help="of AdamW")
     add("--clip", type=real(above=0), default=1.0, help="largest gradient norm")
+
+
+def compute_flags(add):
+    """How a model is computed; eval.py has them too."""
+    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash for bf16 on "
+        "CUDA")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation and of weights "
+        "that are handed on; auto: bf16 on CUDA")
 
 
 def flag_of(name):
@@ -164,7 +174,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # see `connect`; one process on a CPU has none, nor FSDP
+    precision: str = "auto"  # --dtype
+    mesh: DeviceMesh | None = None  # see `connect`; one float32 process on a CPU has none, nor FSDP
     identity: dict = field(default_factory=dict)  # what the run depends on, see `identity_of`
     state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
@@ -174,7 +185,8 @@ class World:
     @property
     def dtype(self):
         """Of computation, and of the weights that are handed on."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        auto = "bf16" if self.device.type == "cuda" else "float32"
+        return DTYPES[auto if self.precision == "auto" else self.precision]
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
@@ -238,8 +250,8 @@ def setup(args, global_sizes=()):
         torch.cuda.set_device(device)
     else:
         torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
-    world = World(int(os.environ.get("RANK", 0)), size, device)
-    if size > 1 or device.type == "cuda":
+    world = World(int(os.environ.get("RANK", 0)), size, device, args.dtype)
+    if size > 1 or device.type == "cuda" or world.dtype != torch.float32:
         world.mesh = connect(size, local, device)
     if world.rank == 0 and size > 1:
         shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
@@ -326,8 +338,9 @@ def most(packs, world):
 # -------------------------------------------------------------------------------------------- FSDP
 def shard(model, units, world, forward, float32=(), checkpointing=None):
     """FSDP2: each of `units` (in a stage: every decoder layer, then the vision tower), then the
-    rest with the root. bf16 compute, float32 master weights and reduction on CUDA; on several nodes
-    HSDP; one CPU process stays plain. What `load_policy` has left without weights gets them now.
+    rest with the root. Computation in world.dtype, float32 master weights and reduction; on several
+    nodes HSDP; one float32 CPU process stays plain. A model that was left without weights gets them
+    now.
 
     float32: units that also compute in float32. forward: the function of the model that the stage
     calls in place of its forward; it becomes a method of the model, around which the root's
@@ -513,46 +526,86 @@ def load_policy(path, dtype=torch.float32, world=None):
     unknown or of another size are an error."""
     check_checkpoint(path, ("qwen3_vl",))
     with about(f"--ckpt {path}"):
-        folder = path
-        if not os.path.isdir(path):
-            folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        folder = local_folder(path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = Qwen3VLForConditionalGeneration(config).to(dtype).eval()
+        multiply_patches(model.model.visual)
         if os.path.exists(os.path.join(folder, "generation_config.json")):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         # for rows.py: the embedding may have more rows than the tokenizer has tokens
         model.usable_vocabulary = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-        model.files = compare_weights(model, check_weights(folder))
+        model.stored = compare_weights(model, check_weights(folder))
         if world is None or world.mesh is None:
             read_weights(model, "cpu")
     return model
 
 
-def compare_weights(model, found):
+def multiply_patches(visual):
+    """Compute the patch embedding of a vision tower as the matrix product that it is, its kernel
+    being as large as its stride: a Conv3d takes 10 times as long on a CPU (of 1024 patches to 1024
+    units, forward and backward; in bf16 100 times), and on some versions of cuDNN. Weights and
+    their names stay."""
+
+    def forward(embed, pixels):  # [patches, C * 2 * 16 * 16] -> [patches, hidden size]
+        weight = embed.proj.weight  # [hidden size, C, 2, 16, 16]
+        return F.linear(pixels.to(weight.dtype), weight.flatten(1), embed.proj.bias)
+
+    visual.patch_embed.forward = MethodType(forward, visual.patch_embed)
+
+
+def local_folder(path):
+    """The folder of a checkpoint; of a Hub id its weights and settings are downloaded."""
+    if os.path.isdir(path):
+        return path
+    return snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+
+
+@dataclass
+class Stored:
+    """Where a parameter lies in the files of a checkpoint."""
+
+    file: str
+    name: str
+    transposed: bool = False  # [E, m, n] of what is a parameter [E, n, m]
+
+
+def compare_weights(model, found, names=None, unused=()):
     """Raise ValueError unless the weights found, see `check_weights`, are those of the model ->
-    {parameter: its file}."""
-    wanted = dict(model.named_parameters())  # of tied ones the first alone
-    unknown = found.keys() - model.state_dict().keys()
-    other = [name for name in wanted.keys() & found if list(wanted[name].shape) != found[name][1]]
-    kinds = {"missing": wanted.keys() - found, "unexpected": unknown, "mismatched": other}
-    for kind, names in kinds.items():
-        if names:
-            text = ", ".join(sorted(names)[:5])
+    {parameter: Stored}. names: {parameter: name of its weight} where that is another one; several
+    may have the same, and one without any will be 0. unused: weights that nothing is made of."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}  # of tied ones the first
+    names = {name: name for name in shapes} if names is None else names
+    tied = getattr(model, "all_tied_weights_keys", {})
+    stored, other = {}, set()
+    for name, weight in names.items():
+        if weight in found:
+            (file, shape), own = found[weight], shapes[name]
+            swapped = [own[0], own[2], own[1]] if len(own) == 3 else own
+            stored[name] = Stored(file, weight, shape != own)
+            if shape not in (own, swapped):
+                other.add(weight)
+    missing = set(names.values()) - found.keys()
+    unknown = found.keys() - {*names.values(), *tied, *unused}
+    for kind, weights in (("missing", missing), ("unexpected", unknown), ("mismatched", other)):
+        if weights:
+            text = ", ".join(sorted(weights)[:5])
             text += " (is tie_word_embeddings right?)" if text == "lm_head.weight" else ""
             raise ValueError(f"{kind} keys: {text}")
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in tied.items():
         if name in found:  # stored as well
             files = [safe_open(found[key][0], framework="pt") for key in (name, source)]
             if not torch.equal(files[0].get_tensor(name), files[1].get_tensor(source)):
                 raise ValueError(f"{name} is tied to {source} and differs from it in the files")
-    return {name: found[name][0] for name in wanted}
+    return stored
 
 
 def materialize(model, device):
-    """Give a Qwen3-VL on the meta device memory on `device`, and what is computed, not stored."""
+    """Give a model around a Qwen3-VL on the meta device memory on `device`, and what is computed,
+    not stored."""
     model.to_empty(device=device)
-    model.tie_weights()
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
     for module in model.modules():
         for name, _ in [*module.named_buffers(recurse=False)]:  # frequencies of rotary embeddings
             setattr(module, name, getattr(type(module)(module.config), name).to(device))
@@ -560,12 +613,12 @@ def materialize(model, device):
 
 @torch.no_grad()
 def read_weights(model, device):
-    """Read the weights of a model that `load_policy` has left on the meta device, of a sharded one
-    the shards of this rank alone."""
+    """Read the weights of a model on the meta device, whose `stored` says where they are, see
+    `compare_weights`; of a sharded one the shards of this rank alone."""
     materialize(model, device)
     with ExitStack() as stack:
         opened = {}
-        for file in set(model.files.values()):
+        for file in {stored.file for stored in model.stored.values()}:
             opened[file] = stack.enter_context(safe_open(file, framework="pt"))
         for name, parameter in model.named_parameters():
             local, first = parameter, 0
@@ -574,17 +627,21 @@ def read_weights(model, device):
                 local, mesh = parameter.to_local(), parameter.device_mesh
                 each = math.ceil(len(parameter) / mesh.size(-1))
                 first = mesh.get_coordinate()[-1] * each
-            if len(local):  # the last ranks may hold nothing
-                stored = opened[model.files[name]].get_slice(name)
-                local.copy_(stored[first : first + len(local)])
+            if name not in model.stored:
+                local.zero_()
+            elif len(local):  # the last ranks may hold nothing
+                stored = model.stored[name]
+                rows = opened[stored.file].get_slice(stored.name)[first : first + len(local)]
+                local.copy_(rows.mT if stored.transposed else rows)
 
 
 def choose_attention(name, world):
     """--attn -> sdpa or flash, said once at the start."""
+    fits = world.device.type == "cuda" and world.dtype == torch.bfloat16
     if name == "auto":
-        name = "flash" if world.device.type == "cuda" else "sdpa"
-    if name == "flash" and world.device.type != "cuda":
-        raise InputError("--attn flash needs a CUDA device; use --attn sdpa")
+        name = "flash" if fits else "sdpa"
+    if name == "flash" and not fits:
+        raise InputError("--attn flash needs bf16 on a CUDA device; use --attn sdpa")
     if world.rank == 0:
         print(f"attention: {name}", flush=True)
     return name

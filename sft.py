@@ -124,7 +124,8 @@ def accumulate_gradient(policy, batch, args, world):
         prompts = [prompt for prompt, _ in part]
         branches = [(r, ids) for r, (_, ids) in enumerate(part)]
         pack = pack_rows(prompts, branches, world.device)  # the images are encoded in its forward
-        share = -pack_logprobs(policy, pack)[0].sum() / tokens * (i < len(packs))
+        logp, _ = pack_logprobs(policy, pack, entropies=False)
+        share = -logp.sum() / tokens * (i < len(packs))
         (share * world.size).backward()  # FSDP averages over ranks, the share is of the global mean
         loss += share.item()
     return world.sum(loss)[0], tokens

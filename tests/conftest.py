@@ -217,12 +217,18 @@ def assert_same_grads(left, right, tolerance=1e-5):
     assert largest > 100 * tolerance  # otherwise the comparison says nothing
 
 
+def at_once(script, flags):
+    """The flags of a run in which a game begins at once, unless they say something else."""
+    plays = "align" in str(script) and "--warmup-steps" not in flags
+    return [*map(str, flags), *(["--warmup-steps", "0"] if plays else [])]
+
+
 def launch(script, *flags, processes=0, background=False):
     """Start a stage script as a user would: with python, or with torchrun's `processes`."""
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / script), *map(str, flags)]
+    command += [str(ROOT / script), *at_once(script, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if background:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -244,7 +250,7 @@ def run_alone(folder, names, script, *arguments):
 
 def stage(name, *flags):
     """Run a stage in this process as its script would -> exit status."""
-    before, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
+    before, sys.argv = sys.argv, [f"{name}.py", *at_once(name, flags)]
     try:
         runtime.run(importlib.import_module(name).main)
     except SystemExit as end:

@@ -1,9 +1,13 @@
 """Run: pytest tests/test_align.py   (advantages, the discriminator's step, the game's loop; CPU)"""
 
 import argparse
+import json
 import math
 import random
+import shutil
+import sys
 import zlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from data import Example, encode_response
 import align
 import rl
 import rollout
+import runtime
 from discriminator import MIXTURES, VARIANTS, load_discriminator, mix, visible_prompt
 
 # --------------------------------------------------------------------------------------- advantages
@@ -282,6 +287,52 @@ def test_warm_up_trains_the_discriminator_only(tiny, policy, tmp_path):
     pairs = list(zip(disc.parameters(), fresh.parameters(), strict=True))
     assert not any(torch.equal(p, q) for p, q in pairs)
     assert "grad_norm" not in read_jsonl(tmp_path / "metrics.jsonl")[0]
+
+
+WARM = [0.9, 0.85]  # acc_v, acc_r of a step
+STEPS = {  # [acc_v, acc_r] of each step (None: no valid rollout), early, steps of the warm-up
+    "from the first step on": ([WARM] * 9, True, 5),
+    "one expert is late": ([[1.0, 0.5]] * 4 + [[1.0, 1.0]] * 4, True, 7),
+    "on average": ([[0.7, 0.98], [0.98, 0.7]] * 4, True, 5),
+    "steps without a pair": ([WARM, None] * 4, True, 7 + 2),
+    "never": ([[1.0, 0.79]] * 9, True, 9),
+    "as many as were asked for": ([WARM] * 9, False, 9),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_how_long_the_warm_up_is(capsys, name):
+    """Until both experts rank 80 % of the pairs of five steps rightly, unless a number is given; if
+    they do not at its end, there is a warning."""
+    shares, early, expected = STEPS[name]
+    warm_up = align.WarmUp(9, early)
+    for step, share in enumerate([*shares, *[WARM] * 9]):
+        experts = dict(zip(("acc_v", "acc_r"), share)) if share else {}
+        warm_up.watch(step, experts, ONE)
+        warm_up = align.WarmUp(**json.loads(json.dumps(asdict(warm_up))))  # as a state keeps it
+    assert warm_up.steps == expected
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{expected} steps of warm-up" in line
+    assert line.startswith("warning") == (name == "never")
+
+
+def test_a_warm_up_without_a_flag_ends_by_itself_and_resumes(tiny, policy, tmp_path, monkeypatch):
+    """--steps counts those of the game. A state from within the warm-up carries on to its end."""
+    monkeypatch.setattr(align, "READY", 0.0)  # both experts are once there were five steps
+
+    def play(out, *more):
+        flags = [*flags_of(tiny, policy, out, save_every=3, keep=9), *more]
+        monkeypatch.setattr(sys, "argv", ["align.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            runtime.run(align.main)
+        assert end.value.code == 0
+        return untimed(read_jsonl(out / "metrics.jsonl"))
+
+    whole = play(tmp_path / "whole")
+    assert ["grad_norm" in metrics for metrics in whole] == [False] * 5 + [True] * 2
+    shutil.copytree(tmp_path / "whole" / "state.3", tmp_path / "broken" / "state.3")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "broken")
+    assert play(tmp_path / "broken", "--resume") == whole
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):

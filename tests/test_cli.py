@@ -461,6 +461,7 @@ def test_demonstrations_that_are_not_what_the_prompt_asks_for(tiny, tmp_path, ca
 DEFAULTS = {  # the published settings
     "sft": {"lr": 1e-5, "epochs": 1.0, "warmup": 0.1, "steps": None},
     "align": {"steps": 500, "prompts": 4, "n": 16, "temperature": 1.0, "lr": 1e-6, "disc_lr": 1e-6, "disc_updates": 1,
+              "warmup_steps": None, "warmup_disc_lr": 1e-5,
               "alpha": 0.5, "normalize": "per-expert", "invalid_penalty": 1.5, "score_l2": 1e-3},
     "rl": {"steps": 1500, "prompts": 32, "n": 16, "algo": "grpo", "updates_per_rollout": 1, "kl": 0.0, "max_gen_batches": 10},
 }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLMoeForConditionalGeneration
+from transformers import Qwen3VLMoeForConditionalGeneration, Qwen3VLModel, Qwen3VLMoeModel
 
 import discriminator
 import rollout
@@ -424,6 +425,29 @@ def test_the_released_layout_is_read_as_it_is(tiny, tmp_path):
         load_discriminator(tiny.base, "learned")
     with pytest.raises(runtime.InputError, match="trained as learned"):
         load_discriminator(tiny.released, "dense")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_discriminator_has_the_weights_that_transformers_reads(tiny, tmp_path, variant):
+    """Each copy of an MLP those of the one, and frequencies of rotary embeddings, which are not
+    stored. Nothing is initialised at random, also where a stored one is loaded."""
+    kind, path = Qwen3VLModel, tiny.base
+    if variant == "learned":
+        kind, path = Qwen3VLMoeModel, tiny.released
+    stock, state = kind.from_pretrained(path, dtype=torch.float32), torch.get_rng_state()
+    disc = load_discriminator(path, variant)
+    save_discriminator(disc, str(tmp_path / "disc"), ONE, tiny.base)
+    for found in (disc, load_discriminator(str(tmp_path / "disc"), variant)):
+        for name, weight in found.backbone.named_parameters():
+            name = re.sub(r"\.mlp\.(shared|perception|reasoning)\.", ".mlp.", name)
+            assert torch.equal(weight, stock.get_parameter(name)), name
+        for mine, theirs in zip(found.backbone.buffers(), stock.buffers(), strict=True):
+            assert torch.equal(mine, theirs)
+        heads = torch.cat([head.weight for head in found.heads.values()])
+        assert heads.dtype == torch.float32 and heads.any() == (variant == "learned")
+        mine, theirs = (m.config._experts_implementation for m in (found.backbone, stock))
+        assert mine == theirs
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def change_weights(folder, change):

@@ -740,6 +740,7 @@ def kept(tmp_path):
     (weights / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(3_000_000))
     flags = {"seed": 0, "samples": 1, "temperature": 0.0, "max_new_tokens": 8, "max_prompt": 99}
     flags |= {"min_pixels": None, "max_pixels": None, "system_prompt": None, "resume": True}
+    flags["dtype"] = "auto"
     args = SimpleNamespace(folder=str(tmp_path / "out"), **flags)
 
     def plan(data=data, weights=weights, **changed):

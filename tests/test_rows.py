@@ -11,6 +11,7 @@ from conftest import stock_logprobs
 import rollout
 from rows import Layout, Prompt, hidden_states, pack_rows, set_attention, split_rows
 from rows import target_logprobs
+from runtime import multiply_patches
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -146,6 +147,7 @@ def test_rows_on_a_stock_model_are_refused(tiny):
     with pytest.raises(ValueError, match="set_attention"):
         rollout.sample(tiny.stock, [tiny.prompts[1]], 1, max_new_tokens=2, eos_id=tiny.eos)
     model = set_attention(copy.deepcopy(tiny.stock), "sdpa")
+    multiply_patches(model.model.visual)  # as load_policy does
     assert torch.equal(target_logprobs(model, pack)[0], target_logprobs(tiny.model, pack)[0])
 
 

@@ -1,6 +1,7 @@
 """Run: pytest tests/test_runtime.py         (folders, checkpoints, logs, states, runs; CPU only)"""
 
 import argparse
+import copy
 import fcntl
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ import rollout
 import runtime
 import sft
 from data import load_examples
-from discriminator import load_discriminator
+from discriminator import load_discriminator, save_discriminator
 from rows import set_attention, target_logprobs
 from runtime import InputError
 
@@ -344,6 +346,21 @@ def test_a_policy_has_the_weights_that_transformers_reads(tiny):
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
+def test_patches_can_be_multiplied(tiny):
+    """In place of a convolution whose kernel is as large as its stride, here in float64; also in a
+    copy of the model."""
+    conv = copy.deepcopy(tiny.stock.model.visual).double()
+    product = copy.deepcopy(runtime.load_policy(tiny.base).model.visual)
+    assert conv.state_dict().keys() == product.state_dict().keys()
+    pixels, near = tiny.prompts[3].pixel_values, partial(pytest.approx, rel=1e-6, abs=3e-6)
+    found, expected = product.patch_embed(pixels), conv.patch_embed(pixels.double())
+    assert found.flatten().tolist() == near(expected.flatten().tolist())
+    found.square().mean().backward(), expected.square().mean().backward()
+    for mine, theirs in zip(product.patch_embed.parameters(), conv.patch_embed.parameters()):
+        assert theirs.grad.any()
+        assert mine.grad.flatten().tolist() == near(theirs.grad.flatten().tolist())
+
+
 def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
     """Its weights are rounded, the frequencies of its rotary embeddings are not: at 1000 tokens
     that would turn some of them by a radian."""
@@ -356,6 +373,7 @@ def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
     for mine, theirs in zip(sampler.buffers(), tiny.stock.buffers(), strict=True):
         assert torch.equal(mine, theirs) and mine.dtype == torch.float32
     half = AutoModelForImageTextToText.from_pretrained(tiny.base, dtype=torch.bfloat16)
+    runtime.multiply_patches(half.model.visual)
     for model in (half, sampler):
         model.set_attn_implementation("sdpa")
     inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], half.config)
@@ -364,13 +382,55 @@ def test_a_sampler_in_bfloat16_keeps_its_positions(tiny):
         assert torch.equal(sampler(**inputs).logits, half(**inputs).logits)
 
 
+SMALL = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "steps": 2}
+HALF = {  # script, flags, and what is near what float32 gives: a log and a key
+    "sft": ("sft", {"batch": 4, "steps": 2}, ("metrics.jsonl", "loss")),
+    "align": ("align", SMALL | {"disc": "DISC", "disc-lr": 1e-3, "warmup-steps": 1}, None),
+    "rl": ("rl", SMALL | {"updates-per-rollout": 2, "kl": 0.1}, None),
+    "pairs": ("discriminator", {"batch": 4, "steps": 2, "mismatch": 1, "max-bad": 0.5},
+              ("metrics.jsonl", "grad_norm")),
+    "score": ("discriminator", {"ckpt": "DISC"}, ("scores.jsonl", "perception")),
+    "eval": ("eval", {"max-new-tokens": 8}, None),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
+def test_every_stage_computes_in_bfloat16(tiny, policy, tmp_path, name):
+    """On two processes. A checkpoint has that dtype too, and the numbers are near those of float32,
+    but not the same."""
+    script, flags, near = HALF[name]
+    disc = load_discriminator(policy)
+    for head in disc.heads.values():
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    save_discriminator(disc, str(tmp_path / "disc"), ONE, policy)
+    flags = {"ckpt": policy, name if name in ("pairs", "score") else "data": tiny.align} | flags
+    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    flags = [tmp_path / "disc" if part == "DISC" else part for part in flags]
+    half = tmp_path / "half"
+    ran = launch(f"{script}.py", *flags, "--out", half, "--dtype", "bf16", processes=2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    if name in ("sft", "align", "rl"):
+        weights = load_file(half / "model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    if name in ("align", "rl"):  # the replica that samples computes as the policy does
+        assert read_jsonl(half / "metrics.jsonl")[-1]["drift"] < 0.1
+    if near:
+        assert stage(script, *flags, "--out", tmp_path / "whole") == 0
+        half, whole = (
+            [line.get(near[1]) or 0.0 for line in read_jsonl(out / near[0])]
+            for out in (half, tmp_path / "whole")
+        )
+        assert half == pytest.approx(whole, rel=0.1, abs=0.05) and half != whole and any(whole)
+
+
 SHARDS = """
 import os, sys
 import torch
 sys.path.insert(0, {root!r})
 import runtime
+from discriminator import Discriminator, load_discriminator
 from rows import target_logprobs
-from safetensors import safe_open
 
 read, get = [], runtime.safe_open
 class Noted:
@@ -395,34 +455,51 @@ class Noted:
 runtime.safe_open = Noted
 world = runtime.World(int(os.environ["RANK"]), 2, torch.device("cpu"))
 world.mesh = runtime.connect(2, 2, world.device)
+def check(model, units, forward, float32=()):
+    assert all(p.is_meta for p in model.parameters()) and not read
+    runtime.shard(model, units, world, forward, float32)
+    local = {{name: p.to_local().numel() for name, p in model.named_parameters()}}
+    assert sum(read) == sum(local[name] for name in model.stored)
+    read.clear()
+    return sum(local.values()), sum(p.numel() for p in model.parameters())
+
+def equal(model, whole):
+    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(getattr(mine, "full_tensor", mine.clone)(), theirs), name
+    read.clear()
+
 policy = runtime.load_policy({base!r}, world=world)
 sampler = runtime.make_sampler(policy, world)
-assert all(p.is_meta for p in policy.parameters()) and not read
 units = [*policy.model.language_model.layers, policy.model.visual]
-runtime.shard(policy, units, world, target_logprobs)
-held = sum(p.to_local().numel() for p in policy.parameters())
-assert sum(read) == held, (sum(read), held)
+held = [check(policy, units, target_logprobs)]
 runtime.refresh(sampler, policy)
-whole = sum(p.numel() for p in policy.parameters())
-os.write(1, f"held {{held}} {{whole}}\\n".encode())  # in one piece: both write to one pipe
-with get({base!r} + "/model.safetensors", framework="pt") as file:
-    for name, mine in sampler.named_parameters():
-        assert torch.equal(mine, file.get_tensor(name)), name
-tied = policy.lm_head.weight is policy.get_input_embeddings().weight
-os.write(1, f"equal {{tied}}\\n".encode())
+equal(sampler, runtime.load_policy({base!r}))
+assert policy.lm_head.weight is policy.get_input_embeddings().weight
+for path, variant in {discriminators!r}:
+    disc = load_discriminator(path, variant, world=world)
+    units = [*disc.backbone.language_model.layers, disc.backbone.visual]
+    held.append(check(disc, units, Discriminator.scores, disc.heads.values()))
+    equal(disc, load_discriminator(path, variant))
+os.write(1, f"held {{held}}\\n".encode())  # in one piece: both write to one pipe
 os._exit(0)
 """
 
 
 def test_every_rank_reads_its_shards_alone(tiny, tmp_path):
-    """Neither holds the whole policy at any time, and together they hold what is stored."""
-    script = tmp_path / "shards.py"
-    script.write_text(SHARDS.format(root=str(ROOT), base=tiny.base))
+    """Neither holds a whole policy or discriminator at any time, together they hold what one
+    process does."""
+    script, stored = tmp_path / "shards.py", str(tmp_path / "disc")
+    save_discriminator(load_discriminator(tiny.base, "text-only"), stored, ONE, tiny.base)
+    discriminators = [(tiny.base, "moe"), (tiny.base, "dense"), (tiny.released, "learned")]
+    discriminators += [(stored, "text-only")]
+    words = {"root": str(ROOT), "base": tiny.base, "discriminators": discriminators}
+    script.write_text(SHARDS.format(**words))
     result = launch(script, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
-    held = [line.split() for line in result.stdout.splitlines() if line.startswith("held")]
-    assert sum(int(words[1]) for words in held) == int(held[0][2])
-    assert result.stdout.count("equal True") == 2
+    lines = [line.removeprefix("held ") for line in result.stdout.splitlines() if "held" in line]
+    held = np.array([json.loads(line.replace("(", "[").replace(")", "]")) for line in lines])
+    assert held.shape == (2, 5, 2)  # ranks, models, (held, whole)
+    assert (held[:, :, 0].sum(0) == held[0, :, 1]).all()
 
 
 def variant(tiny, tmp_path, name="ck", settings=None, weights=None, **files):
@@ -569,6 +646,7 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
     inputs = stock_inputs(tiny.prompts[3], [20, 21, 22], model.config)
     before = changed_model(tiny)
     before.set_attn_implementation("sdpa")
+    runtime.multiply_patches(again.model.visual)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, before(**inputs).logits)
         assert not torch.allclose(again(**inputs).logits, tiny.stock(**inputs).logits)

@@ -44,7 +44,7 @@ def flags_of(tiny, policy, out, script, **more):
         "seed": 5,
     }
     flags |= {"batch": 4, "lr": 1e-3} if script == "sft" else GAME | {"lr": 1e-4}
-    flags |= {"disc-lr": 1e-3} if script == "align" else {}
+    flags |= {"disc-lr": 1e-3, "warmup-steps": 0} if script == "align" else {}
     flags |= {key.replace("_", "-"): value for key, value in more.items()}
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
