@@ -199,6 +199,14 @@ def read_lines(path):
 
 
 def redraw(out):
+    """`draw`, whose failure is said and ends no run of days."""
+    try:
+        draw(out)
+    except Exception as error:  # such as a full disk
+        print(f"warning: curves.png or rollouts.html of {out} is not drawn: {error}", flush=True)
+
+
+def draw(out):
     """OUT/curves.png, from two steps on, and, where there are rollouts, OUT/rollouts.html."""
     metrics = read_lines(os.path.join(out, "metrics.jsonl"))
     if len(metrics) > 1:

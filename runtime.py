@@ -986,8 +986,7 @@ def end_step(args, world, parts, progress, last, *skips):
         save_state(args.out, world, parts, progress, args.keep)
         world.due = False
         if world.rank == 0:
-            with writing(args.out):
-                redraw(args.out)
+            redraw(args.out)
     if stop and due and not last:
         if world.rank == 0:
             name = signal.Signals(stop).name

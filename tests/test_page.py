@@ -1,5 +1,5 @@
 """Run: pytest tests/test_page.py          (curves, pages, model cards; the page's script is tried
-in a browser by hand: python tests/browser.py OUT/rollouts.html)"""
+in a browser by hand: python tests/browser.py)"""
 
 import json
 import re
@@ -54,6 +54,12 @@ def test_the_newest_rollouts_come_first_and_no_more_than_a_page_holds(tmp_path, 
     page.redraw(str(tmp_path))
     assert [line["step"] for line in lines_of(tmp_path / "rollouts.html")] == [3, 3, 2]
     assert "The newest 3 of 6 rollouts" in (tmp_path / "rollouts.html").read_text()
+
+
+def test_what_cannot_be_drawn_is_said_and_ends_nothing(tmp_path, capsys):
+    (tmp_path / "rollouts.jsonl").mkdir()
+    page.redraw(str(tmp_path))
+    assert f"of {tmp_path} is not drawn: " in capsys.readouterr().out
 
 
 def test_pictures_are_reduced_and_written_once(tmp_path):
