@@ -71,7 +71,8 @@ PAGE = r"""<!doctype html>
 <style>
 body { font: 15px/1.45 sans-serif; margin: 0 auto; padding: 1em; max-width: 72em; color: #222 }
 header { position: sticky; top: 0; background: #fff; padding: .6em 0 }
-header label { white-space: nowrap } input { width: 6em } #sign, #high { margin-right: 1.5em }
+header label { white-space: nowrap } input { width: 6em }
+#sign, #high, #text { margin-right: 1.5em }
 article { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0 }
 figure { flex: 0 0 15em; margin: 0 } img { width: 100%; min-height: 4em; background: #eee }
 article > div { min-width: 0 } p, pre { margin: .2em 0 .6em; overflow-wrap: anywhere }
