@@ -234,7 +234,7 @@ adversarial alignment, reinforcement learning with verifiable rewards). {loads}
 - data: {data}
 - commit of the code: {commit}
 
-The licence above is what the parent's card says; the terms of the data count as well.
+The licence above is that of the parent's card, or unknown; the terms of the data count as well.
 
 ## Metrics of the last step
 
