@@ -2,7 +2,7 @@
 
 Accuracy (avg@k), pass@k, majority@k, format, truncation and length with 95 % bootstrap intervals;
 paired permutation tests against the first checkpoint, corrected by Holm; every generation with its
-verdict as JSONL. With --keep-pass-rate it is the difficulty filter of RLVR's data.
+verdict as JSONL and on a page. With --keep-pass-rate it is the difficulty filter of RLVR's data.
 
     python eval.py --ckpt sft_out/ align_out/ rl_out/ --data test.jsonl                    # 1 GPU
     torchrun --nproc_per_node=8 eval.py --ckpt sft_out/ rl_out/ --bench mathvision wemath  # 8 GPUs
@@ -42,6 +42,7 @@ from tqdm import tqdm
 from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_text, encode_prompt
 from data import as_list, load_image, open_source, pixel_flags, read_file, resolve
 from data import system_prompt, to_example, undecoded
+from page import MOST, save_picture, write_page
 from rollout import Rollout, parse_response, sample
 from rows import set_attention
 from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
@@ -882,6 +883,23 @@ def report(runs, ckpts, sets, args, timed_out):
     print("\n".join(parts))
 
 
+def write_wrong_first(job, generations, test_set, args):
+    """OUT/<checkpoint>/<test set>.html: the generations with their pictures, wrong ones first."""
+    pictures, lines = {}, []
+    for generation in sorted(generations, key=lambda one: one["accuracy"])[:MOST]:
+        item = generation["item"]
+        example = test_set[item]
+        if item not in pictures:
+            names = [save_picture(load_image(image), args.folder) for image in example.images]
+            pictures[item] = [f"../{name}" for name in names]
+        line = {name: value for name, value in generation.items() if name not in ("item", "info")}
+        lines.append(line | {"question": example.prompt[-1]["content"], "images": pictures[item]})
+    left = len(generations) - len(lines)
+    note = f"{left} more, none of them worse, are in the .jsonl." if left else ""
+    title = f"{job.path} on {job.data}, wrong ones first"
+    write_page(job.file.removesuffix("jsonl") + "html", title, lines, note)
+
+
 # ------------------------------------------------------------------------------- difficulty filter
 def keep_rows(generated, sets, args):
     """Write the rows of --data whose pass rate lies within --keep-pass-rate to OUT, with that rate
@@ -1036,6 +1054,8 @@ def main():
             if world.rank == 0:
                 write_rows(job.file, generations)
         runs[job.path][job.data] = generations if world.rank == 0 else None
+        if world.rank == 0 and not args.keep_pass_rate:
+            write_wrong_first(job, generations, test_set, args)
     timed_out = int(world.sum(timeouts())[0])
     if world.rank == 0 and args.keep_pass_rate:
         keep_rows(*runs.values(), sets, args)

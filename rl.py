@@ -31,7 +31,9 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Example, Feed, data_flags, encode_prompt, look, measure_prompt, system_prompt
+from data import Example, Feed, data_flags, encode_prompt, load_image, look, measure_prompt
+from data import system_prompt
+from page import save_picture
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
@@ -82,10 +84,10 @@ def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, t
     """Clipped surrogate of one micro-batch, float32 -> (loss, {"clipped", "kl"}: shares of the
     global token mean).
 
-    logp, old_logp, ref_logp [n, L]; advantages [n] or [n, L]; mask [n, L] bool. `tokens` and
-    `sequences` are the counts of the whole global batch, over all ranks and micro-batches (default:
-    of this call); the parts' losses then add up to the whole's. Two prompts A and B with three
-    rollouts:
+    logp, old_logp, ref_logp [n, L]; advantages [n] or [n, L]; mask [n, L], bool or integers.
+    `tokens` and `sequences` are the counts of the whole global batch, over all ranks and
+    micro-batches (default: of this call); the parts' losses then add up to the whole's. Two prompts
+    A and B with three rollouts:
 
         mask  A1  1 1 1 1 .     token mean:     every 1 weighs 1 / 8       (tokens = 8)
               A2  1 . . . .     sequence mean:  a 1 of A1 weighs 1 / 4 / 3, that of A2 1 / 3,
@@ -93,7 +95,7 @@ def policy_loss(logp, old_logp, advantages, mask, algo, ref_logp=None, kl=0.0, t
 
     The optional penalty is k3 = exp(ref - l) - (ref - l) - 1 (Schulman 2020), clamped at 10.
     """
-    a = ALGOS[algo]
+    a, mask = ALGOS[algo], mask.bool()
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
     tokens = mask.sum() if tokens is None else tokens
     sequences = len(mask) if sequences is None else sequences
@@ -302,12 +304,17 @@ def rollout_metrics(records, world):
 
 def log_rollouts(world, out, step, records, every):
     """Append the rollouts of `step` (from 1) with what was said of them to OUT/rollouts.jsonl (rank
-    0, every `every` steps; 0: never)."""
+    0, every `every` steps; 0: never); their pictures go to OUT/pictures."""
     if not every or step % every:
         return
-    lines = [{"step": step, "id": r.example.id, "response": r.text,
-              "finished": r.rollout.finished, **r.scores, "advantage": r.advantage}
-             for r in records]
+    pictures, lines = {}, []
+    for r in records:
+        if r.group not in pictures:
+            found = map(load_image, r.example.images)
+            pictures[r.group] = [save_picture(picture, out) for picture in found]
+        lines.append({"step": step, "id": r.example.id, "question": r.example.prompt[-1]["content"],
+                      "gold": r.example.answer, "images": pictures[r.group], "response": r.text,
+                      "finished": r.rollout.finished, **r.scores, "advantage": r.advantage})
     lines = sum(world.gather(lines), [])
     if world.rank == 0:
         append_rows(os.path.join(out, "rollouts.jsonl"), lines)

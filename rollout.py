@@ -1,9 +1,16 @@
-"""The tiny rollout utility: the response format, and sampling.
+"""The tiny rollout utility: the response format, and sampling; as a script: try a checkpoint.
 
 A response is  y = (c, t):  `<caption>..</caption>` (perception), then
 `<think>..</think><answer>..</answer>` (reasoning).
+
+    python rollout.py --ckpt rl_out/ --image a.png --prompt "How many?"       # one answer, greedy
+    python rollout.py --ckpt align_out/ --image a.png --samples 4 --disc align_out/discriminator
+
+Without --prompt it asks for questions. Of the scores that --disc prints only differences between
+answers to one question mean anything.
 """
 
+from codecs import getincrementaldecoder
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -12,7 +19,7 @@ import torch
 from transformers import DynamicCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from rows import banned_ids, check_attention, masked_logits, pack_rows, split_rows
+from rows import banned_ids, check_attention, masked_logits, pack_rows, set_attention, split_rows
 
 
 # --------------------------------------------------------------------------------- response format
@@ -57,6 +64,13 @@ def parse_response(text):
 BYTE = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+def token_bytes(ids, tokenizer):
+    """The bytes of each token."""
+    special = tokenizer.added_tokens_decoder
+    pieces = zip(ids, tokenizer.convert_ids_to_tokens(ids))
+    return [t.encode() if i in special else bytes(BYTE[c] for c in t) for i, t in pieces]
+
+
 def split_segments(ids, tokenizer):
     """Token ids of a response -> (caption_ids, trace_ids), or None when its format is broken. O(n).
 
@@ -66,10 +80,7 @@ def split_segments(ids, tokenizer):
     """
     eos = tokenizer.eos_token_id
     ids = ids[:-1] if ids and ids[-1] == eos else list(ids)
-    special = tokenizer.added_tokens_decoder
-    pieces = []
-    for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
-        pieces.append(piece.encode() if i in special else bytes(BYTE[c] for c in piece))
+    pieces = token_bytes(ids, tokenizer)
     # surrogateescape: a character cut in two by sampling keeps its bytes, so offsets stay exact
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
     spans = parse_spans(text)
@@ -95,7 +106,7 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None,
-           slots=256, max_tokens=16384, compiled=False):  # fmt: skip
+           slots=256, max_tokens=16384, compiled=False, watch=None):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
     A prompt is prefilled once; its rollouts decode from copies of its KV. A finished rollout leaves
@@ -113,7 +124,8 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
-    (see decode_step)."""
+    (see decode_step). watch: called after every token with the Slots that got one, and those of
+    them that are finished."""
     seeds = seeds or [(i,) for i in range(len(prompts))]
     samples = samples or [range(n)] * len(prompts)
     columns = max((len(p.input_ids) for p in prompts), default=0) + max_new_tokens
@@ -130,7 +142,11 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         logits = masked_logits(model.lm_head, batch.hidden, banned, temperature or 1.0)
         logits = logits.nan_to_num()  # of exploded weights: their next update is skipped
         tokens, logprobs = choose(logits, batch.uniforms(), temperature)
-        for slot in batch.append(tokens, logprobs, ends, max_new_tokens):
+        growing = [slot for slot in batch.slots if slot is not None]
+        ended = batch.append(tokens, logprobs, ends, max_new_tokens)
+        if watch:
+            watch(growing, ended)
+        for slot in ended:
             finished = slot.ids[-1] in ends
             done[slot.prompt][slot.sample] = Rollout(slot.ids, slot.logprobs, finished)
         batch.step(model.model.language_model, tokens)
@@ -318,3 +334,152 @@ def compiled_decode_step():
     """One compilation for each number of slots and window; on CUDA the steps between are replayed
     as CUDA graphs."""
     return torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
+
+
+# --------------------------------------------------------------------------------- try a checkpoint
+# The script alone needs more than rows.py, so its functions import it.
+class Stream:
+    """Prints the samples one after the other while all of them grow: the first token by token, the
+    next from as far as it is by then. `watch` of `sample`."""
+
+    def __init__(self, tokenizer, ends, samples):
+        self.tokenizer, self.ends = tokenizer, set(ends)
+        self.ids, self.finished = [[] for _ in range(samples)], set()
+        self.start(0)
+
+    def start(self, sample):
+        self.sample, self.printed = sample, 0
+        self.decoder = getincrementaldecoder("utf-8")("replace")  # a token may end in a character
+        if 0 < sample < len(self.ids):
+            print("---", flush=True)
+
+    def __call__(self, growing, ended):
+        for slot in growing:
+            self.ids[slot.sample] = slot.ids
+        self.finished |= {slot.sample for slot in ended}
+        while self.sample < len(self.ids):
+            last = self.sample in self.finished
+            new = [i for i in self.ids[self.sample][self.printed :] if i not in self.ends]
+            self.printed = len(self.ids[self.sample])
+            text = self.decoder.decode(b"".join(token_bytes(new, self.tokenizer)), last)
+            # whatever a model says must not steer the terminal
+            text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+            print(text, end="\n" if last else "", flush=True)
+            if not last:
+                break
+            self.start(self.sample + 1)
+
+
+def parse_args():
+    from data import pixel_flags
+    from runtime import InputError, Parser, integer, real
+
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint folder or Hub id")
+    add("--image", nargs="*", default=[], help="pictures, in the order of <image> in the prompt")
+    add("--prompt", help="the question (default: it asks for questions)")
+    add("--samples", type=integer(1, 4096), default=1, help="answers to a question")
+    add("--temperature", type=real(0), help="0: greedy (default: 0 for one sample, else 1)")
+    add("--max-new-tokens", type=integer(1, 2**18), default=4096, help="limit of an answer")
+    add("--disc", help="discriminator, as OUT/discriminator of align.py: print its two scores")
+    add("--system-prompt", metavar="FILE", help="system message in place of ours")
+    add("--seed", type=integer(0), default=0, help="of sampling")
+    pixel_flags(parser)
+    args = parser.parse_args()
+    if args.temperature is None:
+        args.temperature = float(args.samples > 1)
+    if args.samples > 1 and args.temperature == 0:
+        raise InputError("--samples > 1 needs --temperature > 0: greedy answers are all the same")
+    return args
+
+
+class Trial:
+    """A checkpoint, the pictures and perhaps a discriminator, ready for questions."""
+
+    def __init__(self, args):
+        from data import load_image, system_prompt
+        from discriminator import compare_tokenizers, load_discriminator
+        from runtime import World, about, choose_attention, eos_ids, load_policy, load_tokenizer
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        world, self.args, self.pictures, self.disc = World(0, 1, device), args, [], None
+        self.tokenizer, self.image_processor = load_tokenizer(args.ckpt, args)
+        self.system = system_prompt(args)
+        for path in args.image:
+            with about(f"--image {path} is no picture that can be read"):
+                self.pictures.append(load_image(path))
+        if args.disc:
+            compare_tokenizers(self.tokenizer, args.disc)
+            with about("--disc"):  # sdpa: it computes in float32
+                self.disc = load_discriminator(args.disc, None, "sdpa").to(device).eval()
+        policy = set_attention(load_policy(args.ckpt, world.dtype), choose_attention("auto", world))
+        self.policy = policy.to(device).eval()
+        self.ends = eos_ids(self.tokenizer, policy)
+
+    def answer(self, question):
+        """Print --samples answers as they come, then a line on each."""
+        from data import Example, encode_prompt
+
+        example = Example("--prompt", [{"role": "user", "content": question}], self.pictures)
+        tools = self.tokenizer, self.image_processor
+        prompt = encode_prompt(example, *tools, system_prompt=self.system)
+        args, stream = self.args, Stream(self.tokenizer, self.ends, self.args.samples)
+        limit = args.max_new_tokens
+        (rollouts,) = sample(
+            self.policy, [prompt], args.samples, max_new_tokens=limit, eos_id=self.ends,
+            temperature=args.temperature, seeds=[(args.seed,)], watch=stream,
+        )  # fmt: skip
+        segments = [split_segments(r.ids[: len(r.ids) - r.finished], self.tokenizer)
+                    for r in rollouts]  # fmt: skip
+        scores = self.scores(prompt, [parts for parts in segments if parts])
+        print()
+        for number, (rollout, parts) in enumerate(zip(rollouts, segments), 1):
+            line = f"answer {number}: {len(rollout.ids)} tokens"
+            line += "" if rollout.finished else f", cut at --max-new-tokens {limit}"
+            line += "" if parts else ", not the three blocks"
+            line += next(scores) if parts else ""
+            print(line, flush=True)
+
+    @torch.no_grad()
+    def scores(self, prompt, segments):
+        """What both experts say of well-formed answers, as texts."""
+        from discriminator import visible_prompt
+
+        if not segments or self.disc is None:
+            yield from [""] * len(segments)
+            return
+        seen = visible_prompt(prompt, self.tokenizer, self.disc.variant)
+        captions, traces = ([(0, part) for part in parts] for parts in zip(*segments))
+        for d_v, d_r in zip(*self.disc.scores([seen], captions, traces)):
+            yield f", D_v {d_v:.3f}, D_r {d_r:.3f}"
+
+
+def main():
+    """Answer --prompt, or question after question until an empty one."""
+    from runtime import InputError
+
+    args = parse_args()
+    trial = Trial(args)
+    if args.prompt is not None:
+        trial.answer(args.prompt)
+        return
+    while True:
+        try:
+            question = input("\nquestion (an empty one ends): ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        try:
+            trial.answer(question)
+        except InputError as error:  # such as a literal <|image_pad|>
+            print(error, flush=True)
+        except KeyboardInterrupt:
+            print(" stopped", flush=True)
+
+
+if __name__ == "__main__":
+    from runtime import run
+
+    run(main)

@@ -5,7 +5,9 @@ A stage writes one folder, OUT:
     lock                                   held as long as the run lives
     state.STEP/                            all that --resume needs; the newest whole one counts
     metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
+    curves.png, rollouts.html, ...         the same to look at, redrawn with every state
     config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
+    README.md                              its card
     meta.json                              last of all: the stage is finished
 """
 
@@ -49,6 +51,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
+
+from page import redraw, write_card
 
 # dcp.save and dcp.load say so of every single process, also where no_dist tells them that it is one
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
@@ -680,11 +684,12 @@ def copy_processor(ckpt, out):
 
 
 def write_meta(out, stage, args, step, metrics):
-    """meta.json: where the checkpoint comes from."""
+    """README.md and meta.json: where the checkpoint comes from."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     meta = {"stage": stage, "args": vars(args), "step": step, "parent": args.ckpt}
     meta |= {"git_commit": git.stdout.strip() or None, "metrics": metrics}
+    write_card(out, meta)
     write_json(os.path.join(out, "meta.json"), meta)
 
 
@@ -1037,6 +1042,8 @@ def end_step(args, world, parts, progress, last, *skips):
     if due:
         save_state(args.out, world, parts, progress, args.keep)
         world.due = False
+        if world.rank == 0:
+            redraw(args.out)
     if stop and due and not last:
         if world.rank == 0:
             name = signal.Signals(stop).name

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -893,6 +894,21 @@ def test_comparison(compared):
     assert "| trained |" in table and "majority@3" in table
     assert "| mathvision | level | 2 | 1 |" in table
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_generations_has_the_wrong_ones_first(compared):
+    out = compared.out / "one"
+    text = (out / "policy" / "rl.html").read_text()
+    lines = json.loads(re.findall('id="lines">(.*)</script>', text)[0])
+    made = read_jsonl(out / "policy" / "rl.jsonl")
+    assert sorted((line["id"], line["sample"], line["response"]) for line in lines) == sorted(
+        (row["id"], row["sample"], row["response"]) for row in made
+    )
+    accuracy = [line["accuracy"] for line in lines]
+    assert accuracy == sorted(accuracy) and set(accuracy) == {0.0, 1.0}
+    assert all("How many" in line["question"] and line["gold"] for line in lines)
+    pictures = {name for line in lines for name in line["images"]}
+    assert pictures and all((out / "policy" / name).is_file() for name in pictures)
 
 
 def test_resume_repeats_only_what_is_missing(compared, capfd, monkeypatch):

@@ -135,6 +135,18 @@ def test_policy_loss_equals_float64(algo, kl, seed):
 
 
 @pytest.mark.parametrize("algo", CLIPS)
+def test_a_mask_of_integers_is_one_of_booleans(algo):
+    """Other code keeps masks as integers; where() would refuse one."""
+    mask, *columns, advantages = random_batch(algo, 3)
+    logp, old, ref = (column.float() for column in columns)
+    found = []
+    for kind in (torch.bool, torch.long, torch.int32, torch.float32):
+        made = rl.policy_loss(logp, old, advantages.float(), mask.to(kind), algo, ref, 0.1)
+        found.append((made[0].item(), made[1]))
+    assert found == found[:1] * 4
+
+
+@pytest.mark.parametrize("algo", CLIPS)
 def test_micro_batches_with_global_counts_add_up(algo):
     mask, logp, old, ref, advantages = random_batch(algo, 2)
     logp, old, ref, advantages = (x.float() for x in (logp, old, ref, advantages))

@@ -2,18 +2,23 @@
 
 import copy
 import math
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_alone, stock_inputs
+from conftest import ONE, SYSTEM, run_alone, stage, stock_inputs
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForImageTextToText
 
 import rollout
-from data import encode_response
+from data import Example, encode_prompt, encode_response
+from discriminator import load_discriminator, save_discriminator
 from rollout import parse_response, sample, split_segments
-from rows import pack_rows, target_logprobs
+from rows import pack_rows, set_attention, target_logprobs
+from runtime import load_policy
 
 GOOD = "<caption>\n1 red cross\n</caption>\n<think>\n1 + 1 = 2\n</think>\n<answer>\n2\n</answer>"
 
@@ -347,6 +352,114 @@ def test_choose_is_the_inverse_of_the_distribution():
         tokens, logprobs = rollout.choose(p.log().clamp(min=-1e30)[None], torch.tensor([u]), 1.0)
         assert tokens.item() == expected
         assert abs(logprobs.item() - p[expected].log().item()) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------- script
+@pytest.fixture(scope="module")
+def shown(tiny, policy):
+    """A picture, a question, the flags that ask it, and the prompt that they stand for."""
+    example = next(row for row in tiny.examples["rl"] if len(row["images"]) == 1)
+    picture = tiny.folder / example["images"][0]
+    question = example["prompt"][-1]["content"].replace("<image>", "")
+    (tiny.folder / "system.txt").write_text(SYSTEM)
+    flags = ["--ckpt", policy, "--image", picture, "--system-prompt", tiny.folder / "system.txt"]
+    flags += ["--max-new-tokens", 30]
+    turns = [{"role": "user", "content": question}]
+    tools = tiny.tokenizer, tiny.image_processor
+    prompt = encode_prompt(Example("x", turns, [str(picture)]), *tools, system_prompt=SYSTEM)
+    return SimpleNamespace(flags=flags, question=question, prompt=prompt)
+
+
+def texts_of(tiny, rollouts):
+    return [tiny.tokenizer.decode(r.ids[: len(r.ids) - r.finished]) for r in rollouts]
+
+
+def test_the_script_answers_as_generate_does(tiny, policy, shown, capfd):
+    assert stage("rollout", *shown.flags, "--prompt", shown.question) == 0
+    stock = AutoModelForImageTextToText.from_pretrained(policy, dtype=torch.float32)
+    inputs = stock_inputs(shown.prompt, [], stock.config)
+    ids = stock.generate(
+        **inputs, max_new_tokens=30, do_sample=False, suppress_tokens=tiny.banned
+    )[0, len(shown.prompt.input_ids) :].tolist()
+    text = tiny.tokenizer.decode(ids[:-1] if ids[-1] == tiny.eos else ids)
+    assert f"\n{text}\n\nanswer 1: {len(ids)} tokens" in "\n" + capfd.readouterr().out
+
+
+def test_the_script_prints_samples_and_what_both_experts_say(tiny, policy, shown, tmp_path, capfd):
+    """The scores are those of each response alone with its prompt."""
+    disc = load_discriminator(tiny.base)
+    for head in disc.heads.values():
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    save_discriminator(disc, str(tmp_path), ONE, tiny.base)
+    more = ["--samples", 3, "--temperature", 0.7, "--seed", 4, "--disc", tmp_path]
+    assert stage("rollout", *shown.flags, "--prompt", shown.question, *more) == 0
+    model, ends = set_attention(load_policy(policy), "sdpa"), tiny.eos
+    (rollouts,) = sample(
+        model, [shown.prompt], 3, max_new_tokens=30, eos_id=ends, temperature=0.7, seeds=[(4,)]
+    )
+    printed, _, told = capfd.readouterr().out.rpartition("\n\n")
+    assert printed.endswith("\n---\n".join(texts_of(tiny, rollouts)))
+    lines = told.splitlines()
+    assert len(lines) == 3
+    scored = 0
+    for line, made in zip(lines, rollouts):
+        parts = split_segments(made.ids[:-1], tiny.tokenizer) if made.finished else None
+        assert ("D_v" in line) == (parts is not None)
+        if parts:
+            with torch.no_grad():
+                d_v, d_r = disc.scores([shown.prompt], *([(0, part)] for part in parts))
+            assert line.endswith(f", D_v {d_v.item():.3f}, D_r {d_r.item():.3f}")
+            scored += 1
+    assert scored
+
+
+def test_the_script_asks_until_there_is_no_question(shown, monkeypatch, capfd):
+    """One that cannot be asked is said, and does not end it."""
+    questions = iter([shown.question, "<image> and <image>", shown.question, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(questions))
+    assert stage("rollout", *shown.flags) == 0
+    text = capfd.readouterr().out
+    assert text.count("answer 1: ") == 2
+    assert "--prompt: 2 <image> in the text but 1 images" in text
+
+
+def test_samples_appear_while_they_grow(tiny, capsys):
+    """The first by the token, the second from where it is; a character of two tokens at once; what
+    would steer a terminal as a question mark."""
+    stream = rollout.Stream(tiny.tokenizer, [tiny.eos], 2)
+    first, second = (rollout.Slot(0, s, 1, np.zeros(9)) for s in (0, 1))
+    head, tail = tiny.tokenizer("\u00e9", add_special_tokens=False)["input_ids"]
+    red = tiny.tokenizer("red", add_special_tokens=False)["input_ids"]
+    (escape,) = tiny.tokenizer("\x1b", add_special_tokens=False)["input_ids"]
+    seen = []
+    for token, other in [(head, red), (tail, []), (escape, []), (tiny.eos, [])]:
+        first.ids.append(token)
+        second.ids += other
+        stream([first, second], [first] if token == tiny.eos else [])
+        seen.append(capsys.readouterr().out)
+    second.ids.append(tiny.eos)
+    stream([second], [second])
+    assert [*seen, capsys.readouterr().out] == ["", "\u00e9", "?", "\n---\nred", "\n"]
+
+
+WRONG = {
+    "no picture": (["--image", "none.png"], "--image none.png is no picture that can be read: "),
+    "text": (["--image", __file__], "--image .*test_rollout.py is no picture that can be read: "),
+    "greedy": (["--samples", "2", "--temperature", "0"], "--samples > 1 needs --temperature > 0"),
+    "no folder": (["--ckpt", "nowhere"], "--ckpt nowhere: no such folder"),
+    "policy": (["--disc", "POLICY"], "--disc: discriminator .*: neither a folder that align.py"),
+    "pictures": (["--prompt", "<image><image>"], "--prompt: 2 <image> in the text but 1 images"),
+    "token": (["--prompt", "<|image_pad|>"], "--prompt: the text contains <.image_pad.>; write "),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_of_the_script_is_one_line(policy, shown, capfd, name):
+    flags, words = WRONG[name]
+    flags = [policy if flag == "POLICY" else flag for flag in flags]
+    assert stage("rollout", *shown.flags, "--prompt", "?", *flags) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.match(f"rollout.py: error: {words}", line)
 
 
 # -------------------------------------------------------------------------------------------- copy
