@@ -11,10 +11,13 @@ import html
 import json
 import os
 import re
+import time
+from collections import deque
 
 import numpy as np
 
 MOST = 10_000  # rollouts on a page, the newest or the first
+EVERY = 30  # seconds from one drawing to the next, which takes one or two
 
 # ------------------------------------------------------------------------------------------ curves
 PANELS = (
@@ -190,17 +193,21 @@ def save_picture(picture, folder):
     return name
 
 
-def read_lines(path):
-    """Lines of JSON, [] where there is no such file; NaN and infinity, which JavaScript's JSON does
-    not know, as None."""
+def read_lines(path, most=None):
+    """The last so many lines of JSON, [] where there is no such file; NaN and infinity, which
+    JavaScript's JSON does not know, as None."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line, parse_constant=lambda _: None) for line in file]
+        return [json.loads(line, parse_constant=lambda _: None) for line in deque(file, most)]
 
 
-def redraw(out):
-    """`draw`, whose failure is said and ends no run of days."""
+def redraw(out, last=True):
+    """`draw`, whose failure is said and ends no run of days; not yet, but for the `last` time, if
+    it was done a moment ago."""
+    curves = os.path.join(out, "curves.png")
+    if not last and os.path.exists(curves) and time.time() - os.path.getmtime(curves) < EVERY:
+        return
     try:
         draw(out)
     except Exception as error:  # such as a full disk
@@ -212,11 +219,11 @@ def draw(out):
     metrics = read_lines(os.path.join(out, "metrics.jsonl"))
     if len(metrics) > 1:
         draw_curves(metrics, os.path.join(out, "curves.png"))
-    lines = read_lines(os.path.join(out, "rollouts.jsonl"))
+    lines = read_lines(os.path.join(out, "rollouts.jsonl"), MOST)
     if lines:
         name = os.path.basename(os.path.abspath(out))
-        newest = sorted(lines, key=lambda line: -line["step"])[:MOST]
-        note = f"The newest {len(newest)} of {len(lines)} rollouts." if len(lines) > MOST else ""
+        newest = sorted(lines, key=lambda line: -line["step"])
+        note = f"The newest {MOST} rollouts." if len(lines) == MOST else ""
         write_page(os.path.join(out, "rollouts.html"), f"Rollouts of {name}", newest, note)
 
 

@@ -1043,7 +1043,7 @@ def end_step(args, world, parts, progress, last, *skips):
         save_state(args.out, world, parts, progress, args.keep)
         world.due = False
         if world.rank == 0:
-            redraw(args.out)
+            redraw(args.out, last)
     if stop and due and not last:
         if world.rank == 0:
             name = signal.Signals(stop).name

@@ -2,6 +2,7 @@
 in a browser by hand: python tests/browser.py)"""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -53,7 +54,21 @@ def test_the_newest_rollouts_come_first_and_no_more_than_a_page_holds(tmp_path, 
     monkeypatch.setattr(page, "MOST", 3)
     page.redraw(str(tmp_path))
     assert [line["step"] for line in lines_of(tmp_path / "rollouts.html")] == [3, 3, 2]
-    assert "The newest 3 of 6 rollouts" in (tmp_path / "rollouts.html").read_text()
+    assert "The newest 3 rollouts" in (tmp_path / "rollouts.html").read_text()
+
+
+def test_a_run_that_saves_often_does_not_draw_as_often(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in (1, 2)])
+    page.redraw(str(tmp_path), last=False)  # the first
+    begun = (tmp_path / "curves.png").stat().st_mtime_ns
+    page.redraw(str(tmp_path), last=False)
+    assert (tmp_path / "curves.png").stat().st_mtime_ns == begun
+    os.utime(tmp_path / "curves.png", (0, 0))
+    page.redraw(str(tmp_path), last=False)
+    assert (tmp_path / "curves.png").stat().st_mtime_ns > begun
+    os.utime(tmp_path / "curves.png", (2**31, 2**31))
+    page.redraw(str(tmp_path))
+    assert (tmp_path / "curves.png").stat().st_mtime < 2**31
 
 
 def test_what_cannot_be_drawn_is_said_and_ends_nothing(tmp_path, capsys):
