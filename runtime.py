@@ -82,6 +82,8 @@ def about(subject):
         raise
     except Exception as error:  # there is no end to what broken files raise
         why = str(error).partition("\n")[0]
+        if not why or isinstance(error, KeyError):  # whose text is the key alone
+            why = f"{type(error).__name__} {why}".strip()
         raise InputError(f"{subject}: {why}") from error
 
 

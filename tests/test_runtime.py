@@ -66,6 +66,17 @@ def names(paths):
 
 
 # ------------------------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("error, words", [
+    (KeyError("shape"), "KeyError 'shape'"), (AssertionError(), "AssertionError"),
+    (OSError("cut\nhere"), "cut"), (InputError("it is cut"), "it is cut"),
+])  # fmt: skip
+def test_an_error_says_what_it_is_about_and_what_it_is(error, words):
+    with pytest.raises(InputError) as found, runtime.about("--ckpt x"):
+        raise error
+    assert str(found.value) == f"--ckpt x: {words}"
+
+
 @pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA")])
 def test_want_of_memory_is_no_fault_of_what_is_read(error):
     with pytest.raises(type(error)), runtime.about("--ckpt x"), runtime.about("weights"):
