@@ -251,8 +251,6 @@ def figure(path, columns):
 
     drawn, axes = plt.subplots(1, columns, figsize=(4.25 * columns, 3.5))
     yield axes
-    axes[0].legend()
-    axes[-1].legend(fontsize=7)
     drawn.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(drawn)
 
@@ -267,6 +265,7 @@ def write_curve(out, sizes, path):
             before = measure(out, "sampled", "sft")[key].mean()
             axis.axhline(before, color="0.5", ls=":", label="SFT")
             axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log", ylim=(0, 1))
+        axes[0].legend()
 
 
 def write_structure(out, arms, path):
@@ -279,9 +278,10 @@ def write_structure(out, arms, path):
             for name, responses in lines.items():
                 found = [parse_response(line["response"]) for line in responses]
                 words = [len(getattr(blocks, block).split()) for blocks in found if blocks]
-                counts = np.bincount(words, minlength=80)[:80] / len(responses)
+                counts = np.bincount(words, minlength=50)[:50] / len(responses)
                 axis.plot(counts, label=name, ds="steps-mid")
-            axis.set(title=f"words in {block}", ylabel="share of the responses")
+            axis.set(title=f"words in {block}", ylabel="share of the responses", xlim=(20, 50))
+        axes[1].legend(fontsize=8)
 
 
 def write_report(out, align_steps, path):
@@ -292,6 +292,8 @@ def write_report(out, align_steps, path):
         draw_experts(out, axes[1], "ground", "own above another's response")
         draw_curves(out, axes[2], {"align": ("align", 0, "-")}, "alignment")
         draw_curves(out, axes[3], both, "RLVR")
+        axes[0].legend()
+        axes[3].legend(fontsize=7)
 
 
 def rollout_curves(out, arm, data):
