@@ -105,13 +105,13 @@ class WarmUp:
         """Learning rate of the discriminator."""
         return args.warmup_disc_lr if step < self.steps else args.disc_lr
 
-    def watch(self, step, experts, world):
-        """Note how many pairs of `step` the experts have ranked rightly, end the warm-up if that is
-        enough, and say at its end whether it is."""
+    def watch(self, step, shares, world):
+        """Note how many pairs of `step` the experts have told apart, see `told_apart`, end the
+        warm-up if that is enough, and say at its end whether it is."""
         if step >= self.steps:
             return
-        if experts:  # some rollout was valid
-            self.shares = [*self.shares[1 - RECENT :], [experts["acc_v"], experts["acc_r"]]]
+        if shares:  # some rollout was valid
+            self.shares = [*self.shares[1 - RECENT :], shares]
         v, r = np.mean(self.shares or [[0.0, 0.0]], axis=0)
         ready = min(v, r) >= READY
         if self.early and ready and len(self.shares) == RECENT:
@@ -122,6 +122,24 @@ class WarmUp:
                 cure = "give a --disc that is warmed up, a higher --warmup-disc-lr or more steps"
                 said = f"warning: {said}, not {READY}: it will reward noise; {cure}"
             print(said, flush=True)
+
+
+def told_apart(experts, records, args, world):
+    """Share of pairs that each expert ranks rightly among those whose texts differ; 1 where none
+    do: a policy that has learned its teacher by heart leaves nothing to learn. None without pairs.
+    """
+    if not experts:
+        return None
+    valid = [r for r in records if r.segments is not None]
+    equal = [sum(r.segments[k] == r.teacher[k] for r in valid) for k in (0, 1)]
+    if args.disc_variant == "dense":  # one score for both
+        equal = [sum(r.segments == r.teacher for r in valid)] * 2
+    *equal, n = world.sum(*equal, len(valid))
+    shares = []
+    for name, same in zip("vr", equal):
+        right = n * experts[f"acc_{name}"] - same / 2  # a tie counts as half
+        shares.append(float(right / (n - same)) if n > same else 1.0)
+    return shares
 
 
 def start_warm_up(args, world):
@@ -290,7 +308,7 @@ def main():
             update = accumulate_policy_gradient(policy, records, "grpo", args, world)
             if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
-        warm_up.watch(step, experts, world)
+        warm_up.watch(step, told_apart(experts, records, args, world), world)
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),

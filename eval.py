@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_text, encode_prompt
 from data import as_list, load_image, open_source, pixel_flags, read_file, resolve
 from data import system_prompt, to_example, undecoded
-from page import MOST, save_picture, write_page
+from page import MOST, save_pictures, write_page
 from rollout import Rollout, parse_response, sample
 from rows import set_attention
 from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
@@ -890,7 +890,7 @@ def write_wrong_first(job, generations, test_set, args):
         item = generation["item"]
         example = test_set[item]
         if item not in pictures:
-            names = [save_picture(load_image(image), args.folder) for image in example.images]
+            names = save_pictures(map(load_image, example.images), args.folder)
             pictures[item] = [f"../{name}" for name in names]
         line = {name: value for name, value in generation.items() if name not in ("item", "info")}
         lines.append(line | {"question": example.prompt[-1]["content"], "images": pictures[item]})
@@ -997,10 +997,10 @@ def check_args(args):
 def short_names(paths):
     """{path: its last part without extension}, or the whole path as one word where the last parts
     are not different."""
-    last = [os.path.basename(path.rstrip("/")) for path in paths]
+    last = [os.path.basename(os.path.abspath(path)) for path in paths]  # also of . and ..
     last = [re.sub(r"\.(jsonl|parquet)$", "", name) for name in last]
     if len(set(last)) < len(set(paths)):
-        last = [re.sub(r"[^\w.-]+", "_", path).strip("_") for path in paths]
+        last = [re.sub(r"[^\w.-]+", "_", path).strip("_.") for path in paths]
     return dict(zip(paths, last))
 
 
@@ -1027,7 +1027,9 @@ def main():
     inputs = {"--ckpt": [*folders], "--data": args.data, "--bench": copies}
     for out in (args.out, args.folder):
         check_out(out, inputs | {"--system-prompt": args.system_prompt})
-    world = setup(argparse.Namespace(out=args.folder, dtype=args.dtype))
+    settings = argparse.Namespace(out=args.folder, dtype=args.dtype)
+    world = setup(settings)
+    args.dtype = settings.dtype
     for path in folders:
         world.on_first(check_checkpoint, path)
     sets = load_sets(args, world)

@@ -193,6 +193,16 @@ def save_picture(picture, folder):
     return name
 
 
+def save_pictures(pictures, folder):
+    """PIL pictures, which may be read only now -> their paths from `folder`; where one cannot be
+    read or written that is said, and there is none: it ends no run of days."""
+    try:
+        return [save_picture(picture, folder) for picture in pictures]
+    except Exception as error:
+        print(f"warning: a picture for {folder} is not written: {error}", flush=True)
+        return []
+
+
 def read_lines(path, most=None):
     """The last so many lines of JSON, [] where there is no such file; NaN and infinity, which
     JavaScript's JSON does not know, as None."""
@@ -261,7 +271,8 @@ def write_card(out, meta):
     args, parent = meta["args"], meta["parent"]
     sources = args.get("data") or args.get("pairs") or []
     hub = [re.sub(":.*", "", source) for source in sources if is_hub_id(source)]
-    before, discriminator = front_matter(parent), meta["stage"] == "pairs"
+    # what a user has written into the card of OUT stays
+    before, discriminator = front_matter(parent) | front_matter(out), meta["stage"] == "pairs"
     front = {"license": before.get("license", "unknown")}
     base = parent if is_hub_id(parent) else before.get("base_model")
     front |= {"base_model": base} if base else {}
@@ -284,7 +295,9 @@ def write_card(out, meta):
 
 
 def is_hub_id(name):
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", name)) and not os.path.exists(name)
+    """Not a local path, with or without a weight."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(:.*)?", name)
+    return bool(found) and not os.path.exists(found[1]) and not os.path.exists(name)
 
 
 def front_matter(folder):

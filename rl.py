@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import Example, Feed, data_flags, encode_prompt, load_image, look, measure_prompt
 from data import system_prompt
-from page import save_picture
+from page import save_pictures
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
 from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
@@ -310,8 +310,7 @@ def log_rollouts(world, out, step, records, every):
     pictures, lines = {}, []
     for r in records:
         if r.group not in pictures:
-            found = map(load_image, r.example.images)
-            pictures[r.group] = [save_picture(picture, out) for picture in found]
+            pictures[r.group] = save_pictures(map(load_image, r.example.images), out)
         lines.append({"step": step, "id": r.example.id, "question": r.example.prompt[-1]["content"],
                       "gold": r.example.answer, "images": pictures[r.group], "response": r.text,
                       "finished": r.rollout.finished, **r.scores, "advantage": r.advantage})

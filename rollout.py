@@ -10,6 +10,7 @@ Without --prompt it asks for questions. Of the scores that --disc prints only di
 answers to one question mean anything.
 """
 
+import sys
 from codecs import getincrementaldecoder
 from dataclasses import dataclass, field
 from functools import cache
@@ -409,6 +410,7 @@ class Trial:
         for path in args.image:
             with about(f"--image {path} is no picture that can be read"):
                 self.pictures.append(load_image(path))
+                self.image_processor(images=self.pictures[-1:])  # which refuses some shapes
         if args.disc:
             compare_tokenizers(self.tokenizer, args.disc)
             with about("--disc"):  # sdpa: it computes in float32
@@ -464,10 +466,11 @@ def main():
     if args.prompt is not None:
         trial.answer(args.prompt)
         return
+    sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             question = input("\nquestion (an empty one ends): ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             question = ""
         if not question:
             return

@@ -106,6 +106,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
+    def parse_args(self, *args):
+        """Refuses a flag for several values that is given twice: argparse would drop the first."""
+        given = [word.partition("=")[0] for word in sys.argv[1:]]
+        several = [action for action in self._actions if action.nargs in ("+", "*")]
+        for flag in (name for action in several for name in action.option_strings):
+            if given.count(flag) > 1:
+                raise InputError(f"{flag} was given twice: give it once, with all its values")
+        return super().parse_args(*args)
+
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
@@ -257,6 +266,7 @@ def setup(args, global_sizes=()):
     else:
         torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
     world = World(int(os.environ.get("RANK", 0)), size, device, args.dtype)
+    args.dtype = next(name for name, dtype in DTYPES.items() if dtype == world.dtype)  # not auto
     if size > 1 or device.type == "cuda" or world.dtype != torch.float32:
         world.mesh = connect(size, local, device)
     if world.rank == 0 and size > 1:
@@ -270,13 +280,12 @@ def setup(args, global_sizes=()):
 def connect(size, local, device):
     """Start torch.distributed -> mesh [ranks], or on several nodes [nodes, ranks of a node]:
     replicated across nodes, sharded inside."""
-    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
     # an hour: the others wait while one rank has far longer rollouts or writes a checkpoint; a rank
     # that dies ends the others at once, by torchrun
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    # one process alone asks nothing of the environment, which may name some other job's address
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
     shape = (size // local, local) if 1 < local < size else (size,)
     names = ("replicate", "shard")[-len(shape) :]
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -302,6 +311,8 @@ def check_run(args):
     if args.resume and not states:
         raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
     found = None
+    if os.path.exists(os.path.join(args.out, "README.md")):
+        found = "a README.md"
     if os.path.exists(os.path.join(args.out, "config.json")):
         found = "a checkpoint"
     if states:
@@ -757,14 +768,15 @@ def write_rows(path, rows):
 
 
 def start_log(world, out, step):
-    """Begin metrics.jsonl, or after --resume drop the lines of steps that will be repeated -> the
-    last metrics that stay, or {}."""
+    """After --resume drop from the logs the lines of steps that will be repeated -> the last
+    metrics that stay, or {}."""
     rows = []
     if world.rank == 0:
         names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
         for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
             with open(path, encoding="utf-8") as file:  # a killed run may leave half a line
-                rows = [json.loads(line) for line in file if line.endswith("\n")]
+                with about(f"--resume: {path} is damaged"):
+                    rows = [json.loads(line) for line in file if line.endswith("\n")]
             rows = [row for row in rows if row["step"] <= step]
             write_rows(path, rows)
     world.wait()
@@ -978,7 +990,10 @@ def begin(args, world, parts, steps, *skips):
         progress = resume(args, world, parts, steps, skips)
     elif not all_finite(parts, world):
         raise InputErrorOfAll(f"--ckpt {args.ckpt}: weights are not finite")
+    elif world.rank == 0:
+        remove_run(args.out, args.overwrite)
     step = progress["step"]
+    metrics = start_log(world, args.out, step)
     if world.rank == 0:
         for state in find_states(args.out):
             if step_of(state) > step:
@@ -986,13 +1001,23 @@ def begin(args, world, parts, steps, *skips):
         shutil.rmtree(os.path.join(args.out, "bad"), ignore_errors=True)
         if os.path.exists(os.path.join(args.out, "meta.json")):
             os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
-    metrics = start_log(world, args.out, step)
     if args.logger and world.rank == 0:
         world.write = open_logger(args, step)
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.signal(number, lambda number, _: setattr(world, "stop", number))
         CLOSING.callback(signal.signal, number, before)
     return progress, metrics
+
+
+def remove_run(out, finished):
+    """Remove the logs that a former run has left in OUT, with --overwrite its checkpoint, too: what
+    stays would pass for the new run's."""
+    kinds = ["metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "rollouts.html", "curves.png"]
+    kinds += ["README.md", "config.json", "model*.safetensors*"] if finished else []
+    for path in (path for kind in kinds for path in glob(kind, root_dir=out)):
+        os.remove(os.path.join(out, path))
+    for folder in ("pictures", "discriminator") if finished else ():
+        shutil.rmtree(os.path.join(out, folder), ignore_errors=True)
 
 
 def resume(args, world, parts, steps, skips):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import zlib
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,8 +308,7 @@ def test_how_long_the_warm_up_is(capsys, name):
     shares, early, expected = STEPS[name]
     warm_up = align.WarmUp(9, early)
     for step, share in enumerate([*shares, *[WARM] * 9]):
-        experts = dict(zip(("acc_v", "acc_r"), share)) if share else {}
-        warm_up.watch(step, experts, ONE)
+        warm_up.watch(step, share, ONE)
         warm_up = align.WarmUp(**json.loads(json.dumps(asdict(warm_up))))  # as a state keeps it
     assert warm_up.steps == expected
     (line,) = capsys.readouterr().out.splitlines()
@@ -333,6 +333,18 @@ def test_a_warm_up_without_a_flag_ends_by_itself_and_resumes(tiny, policy, tmp_p
     shutil.copytree(tmp_path / "whole" / "state.3", tmp_path / "broken" / "state.3")
     shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "broken")
     assert play(tmp_path / "broken", "--resume") == whole
+
+
+def test_pairs_of_equal_texts_say_nothing_of_an_expert():
+    """Of four pairs two have the teacher's caption, a tie each, and all have its trace."""
+    teacher, other = ([1], [2]), ([3], [2])
+    records = [SimpleNamespace(segments=s, teacher=teacher) for s in (teacher, other, None)]
+    records += records[:2]
+    args = SimpleNamespace(disc_variant="moe")
+    experts = {"acc_v": (0.5 + 1 + 0.5 + 0) / 4, "acc_r": 0.5}
+    assert align.told_apart(experts, records, args, ONE) == [0.5, 1.0]
+    args.disc_variant = "dense"  # one score of both
+    assert align.told_apart({"acc_v": 0.75, "acc_r": 0.75}, records, args, ONE) == [1.0, 1.0]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):

@@ -948,7 +948,11 @@ def test_two_processes_refuse_together(compared, tmp_path):
         (["--data", path], f"{path}:2: image {tmp_path}/a.png cannot be read"),
         (["--seed", 3, "--out", out, "--resume"], "was made with other data or flags (--seed)"),
     ):
-        flags = [*compared.flags, "--out", tmp_path / "out", *flags]
+        begun = compared.flags
+        if "--data" in flags:
+            at = begun.index("--data")
+            begun = begun[:at] + begun[at + 2 :]
+        flags = [*begun, "--out", tmp_path / "out", *flags]
         result = launch("eval.py", *flags, processes=2)
         errors = [line for line in result.stderr.splitlines() if "eval.py: error:" in line]
         assert result.returncode and len(errors) == 1 and words in errors[0], result.stderr[-3000:]
@@ -1047,7 +1051,8 @@ def test_nothing_that_is_read_is_written_over(tiny, tmp_path, capfd, monkeypatch
     write_jsonl(tmp_path / "rows" / "a.jsonl", [{"prompt": "?", "answer": "1"}])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     flags = [str(flag).replace("FILE", "rows/a.jsonl") for flag in flags]
-    assert stage("eval", "--ckpt", "ck", *flags) == 2
+    ckpt = [] if "--ckpt" in flags else ["--ckpt", "ck"]
+    assert stage("eval", *ckpt, *flags) == 2
     error = capfd.readouterr().err
     words = f"is, holds or lies in {words.replace('FILE', 'rows/a.jsonl')}; give another"
     assert error.startswith("eval.py: error: --out ") and error.endswith(f"{words}\n"), error
@@ -1099,3 +1104,10 @@ def test_per_cent_is_right_where_it_is_asked_for_and_else_open(question, accurac
     text = "<caption>a</caption><think>b</think><answer>62%</answer>"
     verdict = E.grade(text, Example("x", [{"role": "user", "content": question}], answer="62"))
     assert (verdict["accuracy"], verdict.get("open", False)) == (accuracy, left_open)
+
+
+def test_a_checkpoint_named_by_dots_keeps_to_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "sub")
+    assert E.short_names([".."]) == {"..": "run"} and E.short_names(["."]) == {".": "sub"}
+    assert set(E.short_names(["..", "../../run"]).values()) & {"..", "."} == set()

@@ -165,3 +165,26 @@ def test_a_card_inherits_and_names_what_lies_on_the_hub(tmp_path):
     child.mkdir()
     page.write_card(str(child), meta | {"parent": str(tmp_path)})  # of Qwen's, two stages on
     assert ModelCard.load(child / "README.md").data.base_model == "Qwen/Qwen3-VL-4B-Instruct"
+
+
+def test_what_a_user_writes_into_the_card_stays(tmp_path, monkeypatch):
+    """The licence, when the run goes on; a local file is no data set of the Hub."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "rows").write_text("")
+    here = os.path.relpath(tmp_path / "a" / "rows", tmp_path)
+    assert page.is_hub_id("owner/name:file.parquet") and page.is_hub_id("owner/name:0.5")
+    monkeypatch.chdir(tmp_path)
+    assert not page.is_hub_id(f"{here}:0.9") and not page.is_hub_id(here)
+    meta = {"stage": "sft", "args": {"data": ["owner/name"]}, "step": 1, "parent": "x"}
+    meta |= {"git_commit": None, "metrics": {}}
+    page.write_card(str(tmp_path), meta)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace('license: "unknown"', 'license: "mit"'))
+    page.write_card(str(tmp_path), meta)
+    assert 'license: "mit"' in card.read_text()
+
+
+def test_a_picture_that_cannot_be_kept_ends_nothing(tmp_path, capsys):
+    (tmp_path / "pictures").write_text("")
+    assert page.save_pictures([noise(np.random.default_rng(0), (8, 8))], str(tmp_path)) == []
+    assert "warning: a picture" in capsys.readouterr().out

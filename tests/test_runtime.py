@@ -1180,3 +1180,43 @@ def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd, monkeypat
     ]
     assert runtime.read_json(tmp_path / "out" / "state.9" / "progress.json")["skips"] == [[0, 3]]
     assert not (tmp_path / "out" / "bad").exists()
+
+
+# ------------------------------------------------------------------------------------------ folders
+def test_overwrite_leaves_nothing_of_the_run_before(tiny, tmp_path, capfd):
+    """Its rollouts, pictures, bad rows and discriminator would pass for the new run's. Without it
+    a folder with a README of somebody's is refused."""
+    out = tmp_path / "out"
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--steps", 1, "--out", out]
+    out.mkdir()
+    (out / "README.md").write_text("my own words")
+    (out / "mine.jsonl").write_text("")
+    assert stage("sft", *flags) == 2 and "holds a README.md" in capfd.readouterr().err
+    for name in ("rollouts.jsonl", "skipped.jsonl"):
+        (out / name).write_text('{"step": 0}\n')
+    for name in ("curves.png", "rollouts.html"):
+        (out / name).write_text("old")
+    for name in ("pictures", "discriminator"):
+        (out / name).mkdir()
+    assert stage("sft", *flags, "--overwrite") == 0
+    left = {path.name for path in out.iterdir()}
+    gone = {"rollouts.jsonl", "skipped.jsonl", "curves.png", "rollouts.html", "pictures"}
+    assert not left & (gone | {"discriminator"}) and "mine.jsonl" in left
+    assert "my own words" not in (out / "README.md").read_text()
+
+
+def test_a_damaged_log_is_named_and_nothing_is_lost(tiny, tmp_path, capfd):
+    out = tmp_path / "out"
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--out", out]
+    assert stage("sft", *flags, "--steps", 1) == 0
+    log = out / "metrics.jsonl"
+    log.write_text("garbage\n" + log.read_text())
+    before = content_of(out)
+    assert stage("sft", *flags, "--steps", 2, "--resume") == 2
+    assert "metrics.jsonl is damaged" in capfd.readouterr().err and content_of(out) == before
+    assert stage("sft", *flags, "--steps", 1, "--overwrite") == 0
+
+
+def test_a_flag_for_several_values_is_given_once(tiny, tmp_path, capfd):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--data", tiny.sft, "--out", tmp_path / "o"]
+    assert stage("sft", *flags) == 2 and "--data was given twice" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Run: pytest tests/test_toy.py     (the picture world, its scores and teachers, its checkpoint)"""
 
+import json
 import re
 import signal
 import subprocess
@@ -459,6 +460,14 @@ def test_rows_are_chosen_by_the_experts(tmp_path):
     alone[2]["reasoning"] = 1
     kept = choose.best([{"id": str(i)} for i in range(4)], alone, 0.75)
     assert [row["id"] for row in kept] == ["0", "1", "3"]
+
+
+def test_the_data_of_another_seed_are_not_gone_on_with(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "made.json").write_text(json.dumps({"seed": 0, **stages.QUICK}))
+    stages.write_data(str(tmp_path), 0, stages.QUICK)
+    with pytest.raises(SystemExit, match="made with another seed"):
+        stages.write_data(str(tmp_path), 1, stages.QUICK)
 
 
 @pytest.mark.slow

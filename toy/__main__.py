@@ -9,13 +9,14 @@ OUT/report.png. What it knows about a run it reads from the files that the run w
 import os
 import time
 
+from runtime import integer
 from toy.report import ARMS, arm_table, expert_table, verdict, write_report
 from toy.stages import FULL, QUICK, STAGES, add_commands, add_tests, parse_args, run_stages
 from toy.stages import write_data
 
 
 def add_flags(add):
-    add("--seed", type=int, default=0, help="of the data, the weights, the order and the sampling")
+    add("--seed", type=integer(0), default=0, help="of data, weights, order and sampling")
 
 
 def main():

@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 from rollout import parse_response
-from runtime import write_json
+from runtime import real, write_json
 from toy.stages import read_jsonl, write_jsonl
 
 
@@ -44,9 +44,12 @@ def best(examples, scores, share):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--data", "--responses", "--scores", "--out", "--seed"):
-        parser.add_argument(flag)
-    parser.add_argument("--keep", type=float)
+    parser.add_argument("--data", required=True)
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--responses")
+    one.add_argument("--scores")
+    parser.add_argument("--keep", type=real(0, 1), default=1.0)
+    parser.add_argument("--out", required=True)
     args, _ = parser.parse_known_args()  # --resume, --overwrite: it begins anew
     rows = read_jsonl(args.data)
     if args.responses:

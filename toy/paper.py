@@ -8,7 +8,7 @@ OUT/figures. All settings were chosen on items of seed 10, which no table shows.
 import os
 import time
 
-from runtime import write_json
+from runtime import integer, write_json
 from toy.report import ARMS, arm_table, diagnosis_table, expert_table, means, verdict
 from toy.report import write_curve, write_report, write_structure
 from toy.stages import ALIGN, CURVE, FULL, GROUND, LOOK, MORE, QUICK, RL, STAGES
@@ -99,7 +99,7 @@ TITLES = {1: "Table 1: alignment before RLVR", 2: "Table 2: controls and ablatio
 
 
 def add_flags(add):
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first has all arms")
+    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="the first has all arms")
 
 
 def arms_of(table, stages=()):

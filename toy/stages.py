@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from runtime import find_states
+from runtime import find_states, integer
 from toy import checkpoint, world
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -118,8 +118,12 @@ def write_look(folder, test, rng):
 
 def write_data(out, seed, sizes):
     """Data sets and the base checkpoint. Each set has its own generator: test items are unseen."""
-    if os.path.exists(os.path.join(out, "base", "preprocessor_config.json")):
-        return
+    made, settings = os.path.join(out, "data", "made.json"), {"seed": seed, **sizes}
+    if os.path.exists(made):
+        with open(made) as file:
+            if json.load(file) == settings:
+                return
+        raise SystemExit(f"toy: {out} was made with another seed or size; give another --out")
     print(f"writing data and the base checkpoint to {out}", flush=True)
     folder = os.path.join(out, "data")
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
@@ -139,6 +143,8 @@ def write_data(out, seed, sizes):
         turns = [turn["content"] for turn in example["prompt"]]
         texts.append("\n".join([*turns, "assistant", example["response"]]))
     checkpoint.make_checkpoint(os.path.join(out, "base"), texts, seed)
+    with open(made, "w") as file:  # last of all
+        json.dump(settings, file)
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -236,11 +242,11 @@ def run_stage(folder, command, args, processes):
         goes_on = find_states(folder) or command[0] == "eval.py"
         command = [*command, "--resume" if goes_on else "--overwrite"]
     launch, said, began = ["python"], "", time.time()
-    if args.processes > 1:
+    if args.processes > 1 and command[0] != "-m":
         launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
     print(f"\n$ {shlex.join(launch + command)}", flush=True)
     name, log = os.path.basename(folder), f"{folder}.log"
-    module = ["-m", "torch.distributed.run"] if args.processes > 1 else []
+    module = ["-m", "torch.distributed.run"] if launch[0] == "torchrun" else []
     command = [sys.executable, *module, *launch[1:], *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if args.jobs > 1:  # a core for each
@@ -281,8 +287,8 @@ def parse_args(doc, out, add_flags):
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     parser.add_argument("--out", default=out, help="folder for everything that is written")
     add_flags(parser.add_argument)
-    parser.add_argument("--processes", type=int, default=1, help="per stage, above 1 by torchrun")
-    parser.add_argument("--jobs", type=int, default=2, help="stages at a time, a thread for each")
+    parser.add_argument("--processes", type=integer(1), default=1, help="per stage, by torchrun")
+    parser.add_argument("--jobs", type=integer(1), default=2, help="at a time, a thread for each")
     parser.add_argument("--quick", action="store_true", help="in minutes; the numbers mean nothing")
     parser.add_argument("--resume", action="store_true", help="continue; repeats no finished stage")
     args = parser.parse_args()
