@@ -491,6 +491,9 @@ def plan(folders, sets, args):
             jobs.append(Job(path, data, file, identity, args.resume and os.path.exists(file)))
             if jobs[-1].kept:
                 check_kept(jobs[-1])
+            elif os.path.exists(file) and not args.overwrite:
+                cure = "--resume to keep it or --overwrite to lose it, or give another --out"
+                raise InputError(f"{file} is there: add {cure}")
     return jobs
 
 
@@ -952,6 +955,7 @@ def parse_args():
     flag("--split", help="of --data, if it has several (default: test; train for the filter)")
     flag("--out", default="eval_out", help="folder to write; the file of --keep-pass-rate")
     flag("--resume", action="store_true", help="keep the generations that are complete in OUT")
+    flag("--overwrite", action="store_true", help="replace those that are there")
     flag("--keep-pass-rate", nargs=2, type=real(0, 1), metavar=("LOW", "HIGH"),
          help="difficulty filter: write the rows of --data with such a pass rate to OUT, a .jsonl")
     group = parser.add_argument_group("sampling")

@@ -1111,3 +1111,13 @@ def test_a_checkpoint_named_by_dots_keeps_to_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run" / "sub")
     assert E.short_names([".."]) == {"..": "run"} and E.short_names(["."]) == {".": "sub"}
     assert set(E.short_names(["..", "../../run"]).values()) & {"..", "."} == set()
+
+
+def test_generations_are_not_replaced_without_a_word(tiny, tmp_path, capfd):
+    flags = ["--ckpt", tiny.base, "--data", tiny.rl, "--max-new-tokens", 2, "--out", tmp_path]
+    assert stage("eval", *flags) == 0
+    before = (tmp_path / "base" / "rl.jsonl").stat().st_mtime_ns
+    assert stage("eval", *flags, "--seed", 1) == 2 and "--overwrite" in capfd.readouterr().err
+    assert (tmp_path / "base" / "rl.jsonl").stat().st_mtime_ns == before
+    assert stage("eval", *flags, "--seed", 1, "--overwrite") == 0
+    assert (tmp_path / "base" / "rl.jsonl").stat().st_mtime_ns > before
