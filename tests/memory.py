@@ -7,7 +7,8 @@ and no content, while torch's MemTracker counts the bytes that are alive. What t
 tensor with content (a loss, a token) is 1.
 
 Prompts have a picture. Every process has its share of the stage's default batch; of its updates one
-pack of --max-tokens is computed, which finds the gradient that an earlier one has left. Attention is the variable-length kernel in bf16, activations are recomputed, as by default on CUDA.
+pack of --max-tokens is computed, which finds the gradient that an earlier one has left. Attention
+is the variable-length kernel in bf16, activations are recomputed, as by default on CUDA.
 
 Not counted: the CUDA context and NCCL (1 to 2 GB), fragmentation, workspaces of kernels; on the
 host Python itself and encoded pictures. GB are 1e9 bytes; a card of '80 GB' has 85.
@@ -21,6 +22,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -227,6 +229,21 @@ def policy_on_meta(config):
     return rows.set_attention(model, "flash")
 
 
+def copy_on_meta(config):
+    """A policy for make_sampler, whose copy.deepcopy and .to are not for fake tensors on meta."""
+    with _disable_current_modes():
+        model = policy_on_meta(config)
+    to = model.to
+
+    def convert(dtype):
+        del model.to
+        with _disable_current_modes():
+            return to(dtype)
+
+    model.to = convert
+    return model
+
+
 def discriminator_on_meta(config):
     """The same of discriminator.load_discriminator."""
     with torch.device("meta"):
@@ -282,7 +299,7 @@ class Stage:
         self.flags = argparse.Namespace(max_tokens=args.max_tokens, temperature=1.0, score_l2=1e-3,
                                         mismatch=0.0, n=self.step.rollouts)
         self.config = qwen_config(model)
-        self.load(stage, qwen_config(args.disc or model))
+        self.load(model, stage)
         self.prompts = [make_prompt(self.config, args.prompt, mode) for _ in range(8)]
 
     @contextmanager
@@ -297,19 +314,22 @@ class Stage:
         """What is alive after the block and was not before."""
         before = self.tracker.now()
         yield
-        self.cell.bytes[names] = self.tracker.now() - before
+        self.cell.bytes[names if len(names) > 1 else names[0]] = self.tracker.now() - before
 
-    def load(self, stage, disc_config):
+    def load(self, model, stage):
         """As the stages' main does, up to the optimizers."""
         policy, world = policy_on_meta(self.config), self.world
-        disc = discriminator_on_meta(disc_config) if stage == "align" else None
+        disc = None
+        if stage == "align":
+            disc = discriminator_on_meta(qwen_config(self.args.disc or model))
         shapes = {name: p.shape for name, p in policy.named_parameters()}
         shapes |= {name: p.shape for name, p in disc.named_parameters()} if disc else {}
         file = Weights(shapes)
         opened = mock.patch.object(runtime, "safe_open", lambda name, framework: file)
         with opened, self.phase("loading"):
             if stage != "sft":
-                with self.adding("replica"):
+                again = SimpleNamespace(deepcopy=lambda _: copy_on_meta(qwen_config(model)))
+                with self.adding("replica"), mock.patch.object(runtime, "copy", again):
                     self.sampler = runtime.make_sampler(policy, world)
             with self.adding("policy", "weights"):
                 units = [*policy.model.language_model.layers, policy.model.visual]
@@ -459,7 +479,7 @@ LINES = {  # of the table: what a Cell knows by which name
     "discriminator, float32": ("discriminator", "weights"),
     "discriminator, moments of AdamW": ("discriminator", "moments"),
     "discriminator, gradient in its update": ("discriminator", "gradient"),
-    "replica to sample from, bf16": ("replica",),
+    "replica to sample from, bf16": "replica",
     "KV cache and prompts in sampling": "KV",
     "activations and gathered layers, policy": ("policy", "activations"),
     "the same, discriminator": ("discriminator", "activations"),
