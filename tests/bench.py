@@ -53,7 +53,7 @@ import align  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 import runtime  # noqa: E402
-from data import mrope_positions  # noqa: E402
+from data import Example, mrope_positions  # noqa: E402
 from rows import ATTENTION, Prompt, banned_ids, set_attention, target_logprobs  # noqa: E402
 from discriminator import Discriminator, bradley_terry  # noqa: E402
 from toy import checkpoint, world  # noqa: E402
@@ -162,7 +162,8 @@ def make_group(config, sizes, prompts=1):
         for _ in range(sizes.N):
             drawn = rollout.Rollout(response(), [0.0] * sizes.R, True)
             segments = cut(drawn.ids), teacher
-            record = rl.Record(group, len(records), None, prompt, drawn, "", *segments)
+            example = Example("", [], response="")
+            record = rl.Record(group, len(records), example, prompt, drawn, "", *segments)
             record.advantage = float(rng.standard_normal(dtype=np.float32))
             records.append(record)
     students = [record.segments for record in records]

@@ -245,8 +245,8 @@ def copy_on_meta(config):
 
 
 def discriminator_on_meta(config):
-    """The same of discriminator.load_discriminator."""
-    with torch.device("meta"):
+    """The same of discriminator.load_discriminator, whose deepcopy knows no fake tensors."""
+    with _disable_current_modes(), torch.device("meta"):
         backbone = rows.set_attention(Qwen3VLModel(config).eval(), "flash")
         disc = discriminator.Discriminator(backbone, "moe", "last")
     runtime.multiply_patches(backbone.visual)
