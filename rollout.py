@@ -466,7 +466,6 @@ def main():
     if args.prompt is not None:
         trial.answer(args.prompt)
         return
-    sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             question = input("\nquestion (an empty one ends): ").strip()
@@ -485,4 +484,5 @@ def main():
 if __name__ == "__main__":
     from runtime import run
 
+    sys.stdin.reconfigure(errors="replace")  # a question may be in any encoding
     run(main)

@@ -27,6 +27,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration  #
 import rollout  # noqa: E402
 import runtime  # noqa: E402
 import sft  # noqa: E402
+import verify  # noqa: E402
 from data import Example, encode_prompt, load_examples  # noqa: E402
 from rows import banned_ids, pack_logprobs, pack_rows, set_attention  # noqa: E402
 from toy import checkpoint  # noqa: E402
@@ -251,6 +252,7 @@ def run_alone(folder, names, script, *arguments):
 def stage(name, *flags):
     """Run a stage in this process as its script would -> exit status."""
     before, sys.argv = sys.argv, [f"{name}.py", *at_once(name, flags)]
+    verify.refusals = 0  # as in a new process
     try:
         runtime.run(importlib.import_module(name).main)
     except SystemExit as end:

@@ -660,7 +660,8 @@ def write_pictures(folder, name, count):
 def probe(tiny, folder, variant, readout):
     """Ground a discriminator on teacher responses alone and probe it -> results.json."""
     data = write_pictures(folder, "data", 48)
-    train = ["--pairs", data, "--ckpt", tiny.base, "--out", folder / variant, "--lr", 1e-2]
+    rate = 1e-2 if readout == "mean" else 3e-3  # a single token bears less
+    train = ["--pairs", data, "--ckpt", tiny.base, "--out", folder / variant, "--lr", rate]
     train += ["--disc-variant", variant, "--readout", readout, "--mismatch", 1, "--batch", 12]
     assert stage("discriminator", *train, "--steps", 60) == 0
     out = folder / f"probe {variant}"

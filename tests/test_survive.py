@@ -122,8 +122,8 @@ SAME = {
 def assert_close(left, right, tolerance=1e-5):
     """Rows with the same texts, and numbers that differ by rounding."""
     for row, other in zip(left, right, strict=True):
-        texts = {key: value for key, value in row.items() if isinstance(value, str)}
-        assert texts == {key: value for key, value in other.items() if isinstance(value, str)}
+        texts = {key: value for key, value in row.items() if isinstance(value, str | list)}
+        assert texts == {key: other[key] for key in texts}
         numbers = (
             {key: value for key, value in r.items() if key not in texts} for r in (row, other)
         )
