@@ -30,7 +30,8 @@ def main():
     print()
     if args.quick:
         print("--quick: every stage ran, but too little to show anything about the method")
-    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"], commands), verdict([out])]
+    tables = [arm_table([out], ARMS, ["sft_rl", "more_rl"], commands)]
+    tables += [] if args.quick else [verdict([out])]
     tables.append(expert_table(out, {"ground": "before the game", "align": "after it"}))
     with open(os.path.join(out, "table.md"), "w") as file:
         file.write("\n".join(tables))
