@@ -52,6 +52,7 @@ STAGES = {
 for sizes in (FULL, QUICK):
     sizes["game"] = sizes["warmup"] + sizes["align"]
     sizes |= {"game+rl": sizes["game"] + sizes["rl"], "16*more": 16 * sizes["more"]}
+    sizes |= {"4*align": 4 * sizes["align"], "10*warmup": 10 * sizes["warmup"]}
 
 
 # --------------------------------------------------------------------------------------- the data
