@@ -106,10 +106,8 @@ class WarmUp:
         return args.warmup_disc_lr if step < self.steps else args.disc_lr
 
     def watch(self, step, shares, world):
-        """Note how many pairs of `step` the experts have told apart, see `told_apart`, end the
-        warm-up if that is enough, and say at its end whether it is."""
-        if step >= self.steps:
-            return
+        """Note what share of the pairs of `step`, one of the warm-up, the experts have told apart,
+        see `told_apart`, end it if that is enough, and say at its end whether it is."""
         if shares:  # some rollout was valid
             self.shares = [*self.shares[1 - RECENT :], shares]
         v, r = np.mean(self.shares or [[0.0, 0.0]], axis=0)
@@ -298,17 +296,17 @@ def main():
         # advantage
         give_advantages(records, scores, args)
         # update discriminator
-        experts, disc_norm = expert_metrics(scores.flatten(0, 1), mismatched), None
-        if experts:  # some rollout was valid
-            play = disc, disc_optimizer, disc_skips, warm_up.lr(step, args)
-            disc_norm = update_discriminator(*play, records, tokenizer, args, world)
+        experts = expert_metrics(scores.flatten(0, 1), mismatched)  # {}: no rollout was valid
+        play = disc, disc_optimizer, disc_skips, warm_up.lr(step, args), records
+        disc_norm = update_discriminator(*play, tokenizer, args, world) if experts else None
         scored_at, update, norm = time.time(), {}, None
         # update policy
         if step >= warm_up.steps:
             update = accumulate_policy_gradient(policy, records, "grpo", args, world)
             if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
-        warm_up.watch(step, told_apart(experts, records, args, world), world)
+        else:
+            warm_up.watch(step, told_apart(experts, records, args, world), world)
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),

@@ -886,9 +886,10 @@ def report(runs, ckpts, sets, args, timed_out):
     print("\n".join(parts))
 
 
-def write_wrong_first(job, generations, test_set, args):
-    """OUT/<checkpoint>/<test set>.html: the generations with their pictures, wrong ones first."""
-    pictures, lines = {}, []
+def write_wrong_first(job, generations, test_set, pictures, args):
+    """OUT/<checkpoint>/<test set>.html: the generations with their pictures, wrong ones first.
+    pictures: {item: their paths} of the test set, to which those are added that are not there."""
+    lines = []
     for generation in sorted(generations, key=lambda one: one["accuracy"])[:MOST]:
         item = generation["item"]
         example = test_set[item]
@@ -1042,6 +1043,7 @@ def main():
     if args.judge:  # a server that is not there is said before an hour of sampling
         world.on_first(ask, JUDGE.format("How much is 1 + 1?", "2", "two"), args)
     runs, loaded = {path: {} for path in folders}, None
+    pictures = {data: {} for data in sets}
     for job in jobs:
         test_set = sets[job.data]
         if job.kept:
@@ -1061,7 +1063,7 @@ def main():
                 write_rows(job.file, generations)
         runs[job.path][job.data] = generations if world.rank == 0 else None
         if world.rank == 0 and not args.keep_pass_rate:
-            write_wrong_first(job, generations, test_set, args)
+            write_wrong_first(job, generations, test_set, pictures[job.data], args)
     timed_out = int(world.sum(timeouts())[0])
     if world.rank == 0 and args.keep_pass_rate:
         keep_rows(*runs.values(), sets, args)

@@ -446,14 +446,14 @@ class Trial:
     @torch.no_grad()
     def scores(self, prompt, segments):
         """What both experts say of well-formed answers, as texts."""
-        from discriminator import visible_prompt
+        from discriminator import make_pairs, row_scores
 
         if not segments or self.disc is None:
             yield from [""] * len(segments)
             return
-        seen = visible_prompt(prompt, self.tokenizer, self.disc.variant)
-        captions, traces = ([(0, part) for part in parts] for parts in zip(*segments))
-        for d_v, d_r in zip(*self.disc.scores([seen], captions, traces)):
+        first, *others = segments  # the first in the teacher's place
+        row = make_pairs(prompt, "", first, others, self.tokenizer, self.disc.variant)
+        for d_v, d_r in row_scores(self.disc, [row]).T.tolist():
             yield f", D_v {d_v:.3f}, D_r {d_r:.3f}"
 
 

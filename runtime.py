@@ -5,7 +5,7 @@ A stage writes one folder, OUT:
     lock                                   held as long as the run lives
     state.STEP/                            all that --resume needs; the newest whole one counts
     metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
-    curves.png, rollouts.html, ...         the same to look at, redrawn with every state
+    curves.png, rollouts.html, ...         the same to look at, redrawn with the states
     config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
     README.md                              its card
     meta.json                              last of all: the stage is finished

@@ -35,6 +35,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -63,23 +64,45 @@ ARGS = argparse.Namespace(max_tokens=16384, disc_variant="moe", score_l2=1e-3, t
 LOWEST = torch.finfo(torch.float32).min
 VOCABULARY = 151936
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s
+SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+               "deepstack_visual_indexes": [5, 11, 17]}  # fmt: skip
+LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+               "deepstack_visual_indexes": [8, 16, 24]}  # fmt: skip
+
+
+@dataclass
+class Shape:
+    """What differs between the sizes of Qwen3-VL."""
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    tied: bool  # embedding and head
+    tower: dict
+
+
 SHAPES = {
-    "2b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-    },
-    "4b": {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-    },
+    "2b": Shape(2048, 28, 16, 6144, True, SMALL_TOWER),
+    "4b": Shape(2560, 36, 32, 9728, True, SMALL_TOWER),
+    "8b": Shape(4096, 36, 32, 12288, False, LARGE_TOWER),
 }
 
 
 # ------------------------------------------------------------------------------------------ setting
+def qwen_config(size):
+    """The config of a Qwen3-VL of one of SHAPES."""
+    shape = SHAPES[size]
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True}  # fmt: skip
+    text = {"vocab_size": VOCABULARY, "hidden_size": shape.hidden,
+            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": shape.ffn,
+            "rope_parameters": rope}  # fmt: skip
+    vision = {**shape.tower, "out_hidden_size": shape.hidden, "num_position_embeddings": 2304}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
+
+
 def build_policy(size, device):
     torch.manual_seed(0)
     if size == "toy":
@@ -87,30 +110,8 @@ def build_policy(size, device):
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.make_checkpoint(folder, texts)
             return runtime.load_policy(folder).to(device)
-    text = {
-        **SHAPES[size],
-        "vocab_size": VOCABULARY,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 24,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_heads": 16,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": text["hidden_size"],
-        "deepstack_visual_indexes": [5, 11, 17],
-    }
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
     with torch.device(device):
-        return Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        return Qwen3VLForConditionalGeneration._from_config(qwen_config(size), dtype=torch.bfloat16)
 
 
 def build(size, device):
@@ -168,6 +169,14 @@ def make_group(config, sizes, prompts=1):
             records.append(record)
     students = [record.segments for record in records]
     return SimpleNamespace(prompt=prompt, records=records, students=students, teacher=teacher)
+
+
+def sample_group(policy, group, sizes):
+    """Draw the responses of a group's records anew, as a stage's rollout does."""
+    prompts = [record.prompt for record in group.records[:: sizes.N]]
+    drawn = rollout.sample(policy.eval(), prompts, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+    for record, one_drawn in zip(group.records, sum(drawn, [])):
+        record.rollout = one_drawn
 
 
 def stocked(model, function, *args, **kwargs):
@@ -491,7 +500,6 @@ def step_phases(setting, sizes, prompts, learn):
     """{name: function} of an alignment step; they hand their results on in `group`."""
     policy, disc, one = setting.policy, setting.disc, setting.one
     group = make_group(policy.config, sizes, prompts)
-    distinct = [group.records[g * sizes.N].prompt for g in range(prompts)]
     optimizers = {}
     if learn:
         optimizers = {model: runtime.make_optimizer(model, 1e-6, 0.01) for model in (policy, disc)}
@@ -501,12 +509,6 @@ def step_phases(setting, sizes, prompts, learn):
             runtime.Skips().step(model, optimizers[model], 1e-6, 1.0, one, 0.0)
         else:
             model.zero_grad()
-
-    def sampling():
-        settings = {"max_new_tokens": sizes.R, "eos_id": -1}
-        drawn = rollout.sample(policy.eval(), distinct, sizes.N, **settings)
-        for record, one_drawn in zip(group.records, sum(drawn, [])):
-            record.rollout = one_drawn
 
     def discriminator():
         half = sizes.R // 2
@@ -527,7 +529,7 @@ def step_phases(setting, sizes, prompts, learn):
         step(policy)
 
     return {
-        "rollout": sampling,
+        "rollout": partial(sample_group, policy, group, sizes),
         "reward + discriminator update": discriminator,
         "policy update": update,
     }
@@ -582,7 +584,7 @@ def parse_args():
         "--only", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="what to measure"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-    parser.add_argument("--size", choices=("toy", *SHAPES), default="toy", help="of the model")
+    parser.add_argument("--size", choices=("toy", "2b", "4b"), default="toy", help="of the model")
     parser.add_argument("--rounds", type=int, default=3, help="of each bench; the median counts")
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ import argparse
 import copy
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -202,13 +203,6 @@ def rl_phases(setting):
     policy, sizes, groups = setting.policy, setting.sizes, setting.groups
     group = bench.make_group(policy.config, sizes, groups)
     optimizer = runtime.make_optimizer(policy, 1e-6, 0.01)
-    prompts = [group.records[g * sizes.N].prompt for g in range(groups)]
-
-    def sample():
-        settings = {"max_new_tokens": sizes.R, "eos_id": -1}
-        drawn = rollout.sample(policy.eval(), prompts, sizes.N, **settings)
-        for record, one_drawn in zip(group.records, sum(drawn, [])):
-            record.rollout = one_drawn
 
     def update():
         records = group.records
@@ -217,6 +211,7 @@ def rl_phases(setting):
 
     work = groups * bench.flops(policy, setting.prompt, [[7] * sizes.R] * sizes.N)
     tokens = groups * sizes.N * sizes.R
+    sample = partial(bench.sample_group, policy, group, sizes)
     lines = {"rl, rollout": (sample, tokens, None)}
     return lines | {"rl, policy update": (update, tokens + groups * sizes.P, work)}
 

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -37,8 +37,7 @@ from torch.distributed.tensor import _sharding_prop  # noqa: E402
 from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
-from transformers import Qwen3VLModel  # noqa: E402
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel  # noqa: E402
 
 import discriminator  # noqa: E402
 import rl  # noqa: E402
@@ -46,26 +45,11 @@ import rollout  # noqa: E402
 import rows  # noqa: E402
 import runtime  # noqa: E402
 import sft  # noqa: E402
+from bench import SHAPES, qwen_config  # noqa: E402
 from data import mrope_positions  # noqa: E402
 
 GB = 1e9
 CPU = torch.device("cpu")
-SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
-               "deepstack_visual_indexes": [5, 11, 17]}  # fmt: skip
-LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
-               "deepstack_visual_indexes": [8, 16, 24]}  # fmt: skip
-
-
-@dataclass
-class Shape:
-    """What differs between the sizes of Qwen3-VL."""
-
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    tied: bool  # embedding and head
-    tower: dict
 
 
 @dataclass
@@ -77,25 +61,7 @@ class Step:
     max_new_tokens: int
 
 
-SHAPES = {
-    "2b": Shape(2048, 28, 16, 6144, True, SMALL_TOWER),
-    "4b": Shape(2560, 36, 32, 9728, True, SMALL_TOWER),
-    "8b": Shape(4096, 36, 32, 12288, False, LARGE_TOWER),
-}
 STAGES = {"sft": Step(128, 1, 0), "align": Step(4, 16, 6144), "rl": Step(32, 16, 8192)}
-
-
-def qwen_config(name):
-    """The config of a Qwen3-VL of --model."""
-    shape = SHAPES[name]
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True}  # fmt: skip
-    text = {"vocab_size": 151936, "hidden_size": shape.hidden,
-            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": shape.ffn,
-            "rope_parameters": rope}  # fmt: skip
-    vision = {**shape.tower, "out_hidden_size": shape.hidden, "num_position_embeddings": 2304}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
 
 
 # ----------------------------------------------------------------------------------- fake tensors

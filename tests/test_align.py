@@ -308,7 +308,8 @@ def test_how_long_the_warm_up_is(capsys, name):
     shares, early, expected = STEPS[name]
     warm_up = align.WarmUp(9, early)
     for step, share in enumerate([*shares, *[WARM] * 9]):
-        warm_up.watch(step, share, ONE)
+        if step < warm_up.steps:
+            warm_up.watch(step, share, ONE)
         warm_up = align.WarmUp(**json.loads(json.dumps(asdict(warm_up))))  # as a state keeps it
     assert warm_up.steps == expected
     (line,) = capsys.readouterr().out.splitlines()

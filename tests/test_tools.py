@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import bench
 import memory
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_memory_of_weights_and_moments(monkeypatch):
     has really taken a step; buffers of the rotary embeddings lie beside the weights."""
     tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
              "deepstack_visual_indexes": [0]}  # fmt: skip
-    monkeypatch.setitem(memory.SHAPES, "2b", memory.Shape(64, 2, 8, 96, True, tower))
+    monkeypatch.setitem(bench.SHAPES, "2b", bench.Shape(64, 2, 8, 96, True, tower))
     args = argparse.Namespace(
         gpus=1, disc=None, prompt=40, response=16, max_tokens=256, slots=4
     )

@@ -168,10 +168,11 @@ def command_of(folder, stage, seed, sizes):
         elif flag in ("--data", "--pairs", "--score", "--probe", "--responses", "--scores"):
             files = flags[flag] = []
             for name, colon, weight in (value.partition(":") for value in values):
-                stage = name.partition("/")[0] if "/" in name else ""
-                needs.update([os.path.join(out, stage)] if stage else [])
-                path = name if stage else os.path.join("data", name)
-                files.append(os.path.join(out, path + ".jsonl") + colon + weight)
+                if "/" in name:
+                    needs.add(os.path.join(out, name.partition("/")[0]))
+                else:
+                    name = f"data/{name}"
+                files.append(os.path.join(out, name + ".jsonl") + colon + weight)
     flags |= {"--out": [folder], "--seed": [str(seed)]}
     words = [word for flag, values in flags.items() for word in (flag, *values)]
     return needs, [*script.split(), *words]
