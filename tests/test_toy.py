@@ -391,6 +391,38 @@ def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
     assert float(cells["p to SFT"]) < 0.01 and found["SFT"]["p to SFT"] == ""
 
 
+def test_who_wins_is_said_of_the_claim_and_of_the_control(tmp_path):
+    """90 % to 50 % of 60 items are told apart, equal shares are not, either way round."""
+    arms = {"sft": 0.5, "sft_rl": 0.5, "align": 0.9, "align_rl": 0.9, "more": 0.9, "more_rl": 0.5}
+    problems = [world.make_problem(np.random.default_rng(i)) for i in range(60)]
+    write_run(tmp_path / "seed0", problems, arms, np.random.default_rng(1))
+    sampled, _, greedy = report.verdict([str(tmp_path / "seed0")]).splitlines()
+    assert sampled.startswith("Accuracy at T = 1: SFT -> RL ")
+    assert greedy.startswith("Accuracy of greedy answers: SFT -> RL ")
+    for line in (sampled, greedy):
+        claim, control, control_rl = line.split("; ")
+        assert ": the game wins (p 0.00" in claim and ": the game wins" in control_rl
+        assert ": not told apart (p " in control
+
+
+def test_what_an_expert_tells_apart_counts_no_equal_texts(tmp_path):
+    """A trace in which no slip fell is the right one: it says nothing."""
+    look, scores = [], []
+    for i in range(4):
+        for variant in ("right", *(v for variants in report.LOOKS.values() for v in variants)):
+            same = variant == "right" or variant == "trace with slips" and i < 3
+            look.append({"id": f"t-{i}/{variant}", "response": "right" if same else variant})
+            score = float(same or i == 0)  # of item 0 it says the same of all
+            scores.append({"id": look[-1]["id"], "perception": score, "reasoning": score})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "scores").mkdir()
+    write_jsonl(tmp_path / "data" / "look.jsonl", look)
+    write_jsonl(tmp_path / "scores" / "scores.jsonl", scores)
+    shares = report.looks(str(tmp_path), "scores")
+    assert shares.pop("trace with slips") == 1.0
+    assert set(shares.values()) == {0.75}
+
+
 def test_what_the_scores_of_rollouts_follow(tmp_path):
     """Correlations within a group, of the later steps; what differs between groups does not count.
     D_v is here the share of right colours plus an offset of the prompt, D_r is the length."""
@@ -486,3 +518,4 @@ def test_stopping_the_toy_ends_its_stages(tmp_path, number):
     processes = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in processes
     assert list((tmp_path / "out" / "sft").glob("state.*"))
+    assert float((tmp_path / "out" / "sft.seconds").read_text()) > 0  # --resume adds to it

@@ -112,21 +112,23 @@ def arm_table(outs, arms, bases, commands):
 
 
 def verdict(outs):
-    """One sentence: does the game or its control, SFT on the same rows, end higher?"""
-    said = []
-    for pair in (("more", "align"), ("more_rl", "align_rl")):
-        found = []
-        for arm in pair:
-            found.append([measure(out, "sampled", arm)["accuracy"] for out in outs])
-        control, game = np.reshape(found, (2, -1))
-        p, wins = p_value(control - game), "the game wins"
-        if p >= 0.05:
-            wins = "not told apart"
-        elif control.mean() > game.mean():
-            wins = "the control wins"
-        shares = [f"{ARMS[arm]} {100 * x.mean():.1f}" for arm, x in zip(pair, (control, game))]
-        said.append(f"{', '.join(shares)}: {wins} (p {p:.3f})")
-    return "Accuracy at T = 1: " + "; ".join(said) + ".\n"
+    """Does RLVR end higher with the game before it, the paper's claim? And the game, or its
+    control, SFT on the same rows? By accuracy, a sentence for T = 1 and one for greedy answers."""
+    sentences = []
+    for run, words in (("sampled", "at T = 1"), ("greedy", "of greedy answers")):
+        said = []
+        for pair in (("sft_rl", "align_rl"), ("more", "align"), ("more_rl", "align_rl")):
+            found = [[measure(out, run, arm)["accuracy"] for out in outs] for arm in pair]
+            base, game = np.reshape(found, (2, -1))
+            p, wins = p_value(base - game), "the game wins"
+            if p >= 0.05:
+                wins = "not told apart"
+            elif base.mean() > game.mean():
+                wins = "the control wins" if pair[0].startswith("more") else "the game loses"
+            shares = [f"{ARMS[arm]} {100 * x.mean():.1f}" for arm, x in zip(pair, (base, game))]
+            said.append(f"{', '.join(shares)}: {wins} (p {p:.3f})")
+        sentences.append(f"Accuracy {words}: {'; '.join(said)}.\n")
+    return "\n".join(sentences)
 
 
 def summary(seeds, key, arm):
@@ -137,16 +139,18 @@ def summary(seeds, key, arm):
 
 # -------------------------------------------------------------------------------------- the experts
 def looks(out, scores):
-    """{variant: share of the test items of which an expert scores the right response higher}."""
-    by_item = {}
-    for line in read_jsonl(out, scores, "scores.jsonl"):
+    """{variant: share of the test items of which an expert scores the right response higher, of
+    those whose variant differs from it}."""
+    by_item, shares = {}, {}
+    texts = read_jsonl(out, "data", "look.jsonl")
+    for line, text in zip(read_jsonl(out, scores, "scores.jsonl"), texts):
         item, _, variant = line["id"].rpartition("/")
-        by_item.setdefault(item, {})[variant] = line
-    shares = {}
+        by_item.setdefault(item, {})[variant] = line | {"response": text["response"]}
     for expert, variants in LOOKS.items():
         for variant in variants:
-            pairs = [(one["right"][expert], one[variant][expert]) for one in by_item.values()]
-            shares[variant] = np.mean([0.5 * (a >= b) + 0.5 * (a > b) for a, b in pairs])
+            pairs = [(one["right"], one[variant]) for one in by_item.values()]
+            differ = [(a, b) for a, b in pairs if a["response"] != b["response"]]
+            shares[variant] = np.mean([a[expert] > b[expert] for a, b in differ])
     return shares
 
 

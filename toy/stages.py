@@ -201,11 +201,16 @@ def minutes_of(folder, commands):
     """What a stage took with those before it, up to SFT; nan where that is not known."""
     if os.path.basename(folder) in ("base", "sft"):
         return 0.0
+    before = sum(minutes_of(need, commands) for need in commands[folder][0])
+    return seconds_of(folder) / 60 + before
+
+
+def seconds_of(folder):
+    """What a stage took, or has taken until it was broken off; nan where that is not known."""
     if not os.path.exists(f"{folder}.seconds"):
         return np.nan
     with open(f"{folder}.seconds") as file:
-        own = float(file.read()) / 60
-    return own + sum(minutes_of(need, commands) for need in commands[folder][0])
+        return float(file.read())
 
 
 def finished(folder):
@@ -240,9 +245,11 @@ def run_stages(commands, args):
 
 def run_stage(folder, command, args, processes):
     """Print the command line and run it; SystemExit where it fails."""
+    earlier = 0.0  # seconds of what it goes on with
     if args.resume and os.path.exists(folder):  # what was broken off before its first state is lost
         goes_on = find_states(folder) or command[0] == "eval.py"
         command = [*command, "--resume" if goes_on else "--overwrite"]
+        earlier = seconds_of(folder) if goes_on else 0.0
     launch, said, began = ["python"], "", time.time()
     if args.processes > 1 and command[0] != "-m":
         launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
@@ -261,12 +268,12 @@ def run_stage(folder, command, args, processes):
                 said = said or f": {line.strip()}"
             if worth_printing(line):
                 print(f"{name}: {line}", end="", flush=True)
+    seconds = time.time() - began + earlier
+    with open(f"{folder}.seconds", "w") as file:  # of a broken stage too: --resume adds to it
+        file.write(f"{seconds:.0f}\n")
     if process.returncode:
         status = f"failed with status {process.returncode}{said}"
         raise SystemExit(f"toy: {name} {status}; its output is in {log}")
-    seconds = time.time() - began
-    with open(f"{folder}.seconds", "w") as file:
-        file.write(f"{seconds:.0f}\n")
     print(f"[{name}] {seconds:.0f} s", flush=True)
 
 
