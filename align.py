@@ -180,7 +180,7 @@ def score_records(disc, records, tokenizer, args, world, step=0):
         rows[group] = make_pairs(first.prompt, first.example.response, first.teacher, students,
                                  tokenizer, disc.variant)
     if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
-        add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
+        add_mismatched(rows, world, tokenizer, disc.readout if args.mismatch > 0 else None)
     scores = torch.full((len(records), 4), math.nan)
     scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
     return scores, torch.cat(world.gather(mismatched))
