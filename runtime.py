@@ -3,7 +3,8 @@
 A stage writes one folder, OUT:
 
     lock                                   held as long as the run lives
-    state.STEP/                            all that --resume needs; the newest whole one counts
+    state.STEP/                            all that --resume needs, the newest whole one counts;
+                                           each is an ordinary Hugging Face checkpoint as well
     metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
     curves.png, rollouts.html, ...         the same to look at, redrawn with the states
     config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
@@ -468,6 +469,8 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     with about(f"{flag} {path}"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
+        if not os.path.isfile(file) and (states := find_states(path)):
+            raise ValueError(f"an unfinished run: give one of its states, such as {states[0]}")
         with about("config.json"):
             config = read_json(file)
             kind, quantised = config.get("model_type"), config.get("quantization_config")
@@ -665,21 +668,29 @@ def choose_attention(name, world):
 
 
 def save(model, out, world, stage, args, step, metrics):
-    """Write OUT as an ordinary checkpoint that from_pretrained loads: weights in the compute dtype,
-    the tokenizer and processor files of the parent, and, last of all, meta.json, whose presence
-    says that the stage is finished."""
+    """Write OUT as an ordinary checkpoint, and, last of all, meta.json, whose presence says that
+    the stage is finished."""
+    write_checkpoint(model, out, world, args.ckpt)
+    if world.rank == 0:
+        with writing(out):
+            write_meta(out, stage, args, step, metrics)
+        print(f"saved {out}", flush=True)
+    world.wait()
+
+
+def write_checkpoint(model, out, world, ckpt):
+    """Write what from_pretrained loads: weights in the compute dtype, the tokenizer and processor
+    files of `ckpt`, the parent. All ranks must call it."""
     weights = full_weights(model)
     if world.rank == 0:
         weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
         if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
             weights.pop("lm_head.weight", None)
-        model.config.dtype = world.dtype
         with writing(out):
             model.save_pretrained(out, state_dict=weights)
-            copy_processor(args.ckpt, out)
-            write_meta(out, stage, args, step, metrics)
-        print(f"saved {out}", flush=True)
-    world.wait()
+            model.config.dtype = world.dtype  # save_pretrained has written that of the masters
+            model.config.save_pretrained(out)
+            copy_processor(ckpt, out)
 
 
 def copy_processor(ckpt, out):
@@ -689,7 +700,8 @@ def copy_processor(ckpt, out):
         for part in load_tokenizer(ckpt):
             part.save_pretrained(out)
         return
-    others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics")
+    others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
+              "progress", "manifest")
     for name in os.listdir(ckpt):
         stem, kind = name.split(".")[0], os.path.splitext(name)[1]
         if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
@@ -813,11 +825,14 @@ def step_of(state):
     return int(state.rpartition(".")[2])
 
 
-def save_state(out, world, parts, progress, keep=1):
+def save_state(out, world, parts, progress, keep=1, ckpt=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
     then renamed; the newest `keep` states stay. parts: {name: (model, optimizer)}; progress:
     JSON-able counters. Sampling needs no generator state: its random numbers depend on (seed, step,
-    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full."""
+    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full.
+
+    ckpt: the checkpoint that the run started from. Then the state is a checkpoint, too, of its
+    first part, and holds one of each other part in a folder."""
     new, path = os.path.join(out, "state.new"), os.path.join(out, f"state.{progress['step']}")
     if world.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -825,9 +840,15 @@ def save_state(out, world, parts, progress, keep=1):
     states = state_dicts(parts)
     with writing(new):
         dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
+        for name, (model, _) in parts.items() if ckpt else ():
+            folder = new if name == next(iter(parts)) else os.path.join(new, name)
+            write = getattr(model, "write_checkpoint", partial(write_checkpoint, model))
+            write(folder, world, ckpt)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
-        files = checksums(new, world.gather(sorted(os.listdir(new)))[0], world)
+        names = glob("**", root_dir=new, recursive=True, include_hidden=True)
+        names = [name for name in sorted(names) if os.path.isfile(os.path.join(new, name))]
+        files = checksums(new, world.gather(names)[0], world)
         if world.rank == 0:
             write_json(os.path.join(new, "manifest.json"), files)
     if world.rank == 0:
@@ -856,6 +877,17 @@ def checksums(folder, names, world):
         except OSError:
             mine[name] = None
     return {name: found for part in world.gather(mine) for name, found in part.items()}
+
+
+def read_manifest(folder):
+    """{file: checksum} of the state that a folder is or, as state.9/discriminator, lies in; {} of
+    any other folder."""
+    folder = os.path.abspath(folder)
+    above = os.path.dirname(folder)
+    state = above if above in find_states(os.path.dirname(above)) else folder
+    if not os.path.isfile(path := os.path.join(state, "manifest.json")):
+        return {}
+    return {os.path.join(state, name): found for name, found in read_json(path).items()}
 
 
 def whole_state(out, world):
@@ -940,12 +972,17 @@ def run(main):
 
 def fingerprint(path):
     """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes, all
-    content."""
+    content. Raises InputError for a damaged state."""
     kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
     if os.path.isdir(path):
+        others = ("meta.json", "progress.json", "manifest.json")
         names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
-        paths = [os.path.join(path, name) for name in names if name != "meta.json"]
+        paths = [os.path.join(path, name) for name in names if name not in others]
     found = [(os.path.relpath(p, path), checksum(p)) for p in paths]
+    manifest = read_manifest(path)
+    for file, (_, content) in zip(paths, found):
+        if content != manifest.get(os.path.abspath(file), content):
+            raise InputError(f"{path}: the state is damaged ({os.path.basename(file)})")
     return f"content {zlib.crc32(repr(found).encode()):08x}"
 
 
@@ -1067,7 +1104,7 @@ def end_step(args, world, parts, progress, last, *skips):
             f"{args.out}/bad/state.{step}, the states in {args.out} are untouched"
         )
     if due:
-        save_state(args.out, world, parts, progress, args.keep)
+        save_state(args.out, world, parts, progress, args.keep, args.ckpt)
         world.due = False
         if world.rank == 0:
             redraw(args.out, last)
