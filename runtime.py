@@ -409,8 +409,9 @@ def full_weights(model):
 
 # --------------------------------------------------------------------------------------- optimizer
 def make_optimizer(model, lr, weight_decay):
-    """AdamW over all parameters; fused: one pass over them instead of a dozen."""
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    """AdamW over all parameters that are trained; fused: one pass over them instead of a dozen."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, weight_decay=weight_decay, fused=True)
 
 
 def cosine(step, total, peak, warmup):
@@ -851,6 +852,7 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
         files = checksums(new, world.gather(names)[0], world)
         if world.rank == 0:
             write_json(os.path.join(new, "manifest.json"), files)
+    world.wait()  # `writing` is done with the folder on every rank
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)

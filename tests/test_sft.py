@@ -4,7 +4,10 @@ import argparse
 from itertools import islice
 
 import pytest
-from conftest import ONE, assert_same_grads, grads, read_jsonl, stock_logprobs, write_jsonl
+import torch
+from conftest import ONE, assert_same_grads, grads, launch, read_jsonl, stage, stock_logprobs
+from conftest import untimed, write_jsonl
+from safetensors.torch import load_file
 
 from data import Example, Feed, load_examples, look, mixed_order, order
 import sft
@@ -148,3 +151,50 @@ def test_every_turn_of_the_assistant_is_trained(tiny):
         sum(len(i) for _, i in pairs),
     ]
     assert list(sft.measure_demonstration(example, *tools)) == lengths
+
+
+# ------------------------------------------------------------------------------------------- frozen
+@pytest.mark.parametrize("processes, more", [
+    (0, []), (0, ["--checkpointing"]), (0, ["--dtype", "bf16"]),
+    pytest.param(2, ["--checkpointing"], marks=pytest.mark.slow),
+    pytest.param(2, ["--dtype", "bf16"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_frozen_vision_tower_stays_as_it_is(tiny, tmp_path, processes, more):
+    """Bitwise, mergers and all, whatever the weight decay, also after --resume; the first step
+    moves all other weights as it does where nothing is frozen."""
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--lr", 1e-3, *more]
+    flags += ["--weight-decay", 0.5, "--clip", 1e9]  # so large that no norm matters
+
+    def run(name, *flags_of_run):
+        arguments = [*flags, "--out", tmp_path / name, *flags_of_run]
+        ran = launch("sft.py", *arguments, processes=processes)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return load_file(tmp_path / name / "model.safetensors")
+
+    base, free = load_file(f"{tiny.base}/model.safetensors"), run("free", "--steps", 1)
+    once = run("once", "--steps", 1, "--freeze", "vision")
+    assert once.keys() == base.keys()
+    frozen = {name for name in base if name.startswith("model.visual.")}
+    assert {name.split(".")[2] for name in frozen} >= {"merger", "deepstack_merger_list", "blocks"}
+    for name in base:
+        expected = base[name].to(once[name].dtype) if name in frozen else free[name]
+        assert torch.equal(once[name], expected), name
+        if name not in frozen and base[name].ndim == 2:  # bf16 does not show a step of a norm of 1
+            assert not torch.equal(once[name], base[name].to(once[name].dtype))
+    whole = run("whole", "--steps", 4, "--freeze", "vision", "--save-every", 2, "--keep", 2)
+    (tmp_path / "whole" / "state.4").rename(tmp_path / "taken away")
+    log = untimed(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    again = run("whole", "--steps", 4, "--freeze", "vision", "--save-every", 2, "--resume")
+    assert untimed(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == log and len(log) == 4
+    assert all(torch.equal(again[name], whole[name]) for name in base)
+    assert all(torch.equal(whole[name], base[name].to(whole[name].dtype)) for name in frozen)
+
+
+def test_another_freeze_is_another_run(tiny, tmp_path, capfd):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--out", tmp_path / "out"]
+    assert stage("sft", *flags, "--steps", 1) == 0
+    capfd.readouterr()
+    assert stage("sft", *flags, "--steps", 2, "--resume", "--freeze", "vision") == 2
+    assert "made with --freeze None, not vision" in capfd.readouterr().err
+    assert stage("sft", *flags, "--steps", 2, "--resume", "--freeze", "tower") == 2
+    assert "invalid choice: 'tower'" in capfd.readouterr().err
