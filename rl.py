@@ -8,7 +8,7 @@ GSPO are rows of a table.
 
 DAPO (2503.14476): clip-higher, token mean, groups whose accuracy is all 0 or all 1 are replaced by
 more sampling, soft penalty for overlong responses. There is no KL and no reference model unless
---kl > 0.
+--kl > 0. --reward FILE.py:FUNCTION puts a function in the place of (5).
 
 Deviations from the authors' scripts: (1) they do one update per rollout batch, where rho is exactly
 1 and every clip is inert; that is the default here too, and --updates-per-rollout K splits the
@@ -23,7 +23,11 @@ there too; (5) 1e-6 is added to the std of a group, as by verl; TRL adds 1e-4.
 """
 
 import argparse
+import importlib.util
+import math
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,10 +40,10 @@ from data import system_prompt
 from page import save_pictures
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
-from runtime import end_step, eos_ids, identify, integer, load_policy, load_tokenizer, log
-from runtime import make_optimizer, make_sampler, most, quote, real, refresh, run, save, setup
-from runtime import shard
+from runtime import InputError, InputErrorOfAll, Parser, Skips, about, append_rows, begin
+from runtime import choose_attention, common_flags, end_step, eos_ids, identify, integer
+from runtime import load_policy, load_tokenizer, log, make_optimizer, make_sampler, most, quote
+from runtime import real, refresh, run, save, setup, shard
 from verify import timeouts, verify, with_percent
 
 ALGOS = {
@@ -374,6 +378,9 @@ def rollout_flags(parser, prompts, max_new_tokens):
 
 
 # ------------------------------------------------------------------------------------------- RL
+REWARD_SECONDS = 10  # for a call of --reward
+
+
 def parse_args():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw)
@@ -393,12 +400,22 @@ def parse_args():
     parser.add_argument("--overlong-buffer", type=integer(0), default=None,
                         help="tokens before the limit that are penalised (dapo; default: half of "
                         "--max-new-tokens, at most 4096)")
+    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", default=None,
+                        help="own reward in place of (5): FUNCTION(response, answer, row) gives a "
+                        "number; answer and row (a dict) are those of --data; a call that fails or "
+                        f"takes {REWARD_SECONDS} s is worth 0 and counted")
     parser.add_argument("--kl", type=real(0), default=0.0,
                         help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
     common_flags(parser, "rl")
     data_flags(parser)
     args = parser.parse_args()
+    args.reward_function = None
+    if args.reward:  # a file of which the content counts, and a name
+        given = args.reward
+        args.reward, _, args.reward_function = given.rpartition(":")
+        if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):
+            raise InputError(f"--reward {given}: a FILE.py:FUNCTION that is there is needed")
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide "
                          f"--prompts {args.prompts}")
@@ -411,18 +428,73 @@ def parse_args():
 
 
 def measure_problem(example, *tools):
-    """`measure_prompt`, and a row without an answer is of no use."""
-    if not example.answer:
+    """`measure_prompt`, and a row without an answer is of no use, but to a reward of one's own."""
+    if not example.answer and not tools[-1].reward:
         raise InputError(f"{example.id}: the row has no answer to verify against "
                          "(column answer or reward_model)")
     return measure_prompt(example, *tools)
 
 
-def give_rewards(records, args):
-    """(5) for each record, with DAPO's soft penalty for overlong responses."""
+class OwnReward:
+    """The function of --reward, called with a response as it was sampled, without the EOS, the gold
+    answer (None where there is none) and the row of the data set. What is no finite number, raises
+    or takes too long is worth 0 and counted; its clock makes that depend on the machine."""
+
+    def __init__(self, args):
+        self.name = f"--reward {args.reward}:{args.reward_function}"
+        self.calls, self.errors, self.first = 0, 0, None
+        with about(self.name):
+            sys.path.append(os.path.dirname(os.path.abspath(args.reward)))  # as of any script
+            spec = importlib.util.spec_from_file_location("own_reward", args.reward)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.function = getattr(module, args.reward_function)
+            if not callable(self.function):
+                raise TypeError(f"{args.reward_function} is no function")
+
+    def __call__(self, record):
+        example, self.calls = record.example, self.calls + 1
+        try:
+            signal.signal(signal.SIGALRM, self.stop)
+            signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
+            try:
+                value = float(self.function(record.text, example.answer, example.row))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no finite number")
+            return value
+        except Exception as error:  # there is no end to what it may raise
+            self.errors += 1
+            if self.first is None:
+                self.first = f"{self.name}: {example.id}: {type(error).__name__}: {error}"
+                print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
+            return 0.0
+
+    @staticmethod
+    def stop(*_):
+        raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
+
+    def count(self, world):
+        """Calls that have failed so far, on all ranks. Raises InputErrorOfAll where none has not:
+        there is nothing to learn from."""
+        calls, errors = world.sum(self.calls, self.errors)
+        if errors == calls > 0:
+            first = next(filter(None, world.gather(self.first)))
+            raise InputErrorOfAll(f"{first} (as all {int(calls)} calls of the first step)")
+        return int(errors)
+
+
+def give_rewards(records, own, args):
+    """(5) or, where it is given, one's own reward for each record, with DAPO's soft penalty for
+    overlong responses."""
     for r in records:
         golds = with_percent(r.example.answer, r.example.prompt[-1]["content"])
         r.scores = reward(r.text, golds, r.example.options)
+        if own:
+            r.scores["score"] = own(r)
+        if not r.example.answer:
+            r.scores.pop("accuracy")
         r.reward = r.scores["score"]
         if ALGOS[args.algo]["overlong"]:
             length = len(r.rollout.ids)
@@ -430,17 +502,22 @@ def give_rewards(records, args):
         r.scores["reward"] = r.reward
 
 
-def keep_informative(records, draw, args, world):
-    """DAPO's dynamic sampling: groups in which every rollout is right or every one is wrong teach
-    nothing and leave the batch, and draw() gives as many rollouts again, until the batch is full.
-    The other algorithms keep what they have. -> (this rank's records, metrics of all ranks)"""
+def keep_informative(records, draw, own, args, world):
+    """DAPO's dynamic sampling: groups in which every rollout is right or every one is wrong, or all
+    have the same reward of one's own, teach nothing and leave the batch, and draw() gives as many
+    rollouts again, until the batch is full. The other algorithms keep what they have. -> (this
+    rank's records, metrics of all ranks)"""
     dynamic = ALGOS[args.algo]["dynamic"]
     kept, groups, metrics = [], 0, {"gen_batches": 0}
     while True:
-        accuracy = gather_table(records, [[r.scores["accuracy"]] for r in records], args, world)
-        metrics.setdefault("accuracy", accuracy.mean().item())  # of the first, unfiltered round
-        shares = accuracy.mean((1, 2)).tolist()  # [B]
-        use = [g for g, share in enumerate(shares) if not dynamic or 0 < share < 1]
+        scores = [[r.scores.get("accuracy", math.nan), r.scores["score"]] for r in records]
+        table = gather_table(records, scores, args, world)  # [B, N, 2]
+        accuracy, score = table[..., 0], table[..., -1]
+        mean = accuracy.nanmean().item()  # of the first, unfiltered round
+        metrics.setdefault("accuracy", None if math.isnan(mean) else mean)
+        told = score if own else accuracy
+        differ = (told.amax(1) > told.amin(1)).tolist()  # [B]
+        use = [g for g, informative in enumerate(differ) if informative or not dynamic]
         renumbered = {g: groups + i for i, g in enumerate(use[: args.prompts - groups])}
         for r in records:
             if r.group in renumbered:
@@ -454,7 +531,7 @@ def keep_informative(records, draw, args, world):
         if full or not dynamic:
             return kept, {**metrics, "groups": groups}
         records = draw()
-        give_rewards(records, args)
+        give_rewards(records, own, args)
 
 
 def reward_metrics(records, world):
@@ -489,6 +566,7 @@ def update_policy(policy, reference, optimizer, records, skips, step, args, worl
 
 def main():
     args = parse_args()
+    own = OwnReward(args) if args.reward else None
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system, attn = system_prompt(args), choose_attention(args.attn, world)
@@ -518,8 +596,9 @@ def main():
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)
         sampled = draw()
         # reward
-        give_rewards(sampled, args)
-        records, metrics = keep_informative(sampled, draw, args, world)
+        give_rewards(sampled, own, args)
+        records, metrics = keep_informative(sampled, draw, own, args, world)
+        metrics |= {"reward_errors": own.count(world)} if own else {}
         sampled_at = time.time()
         show_first(world, step, sampled, tokenizer)
         # advantage

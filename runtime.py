@@ -91,7 +91,7 @@ def about(subject):
 # ------------------------------------------------------------------------------------------- flags
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
-PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
+PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: the content counts,
 SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
         "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
@@ -176,7 +176,8 @@ def compute_flags(add):
 
 def flag_of(name):
     """An attribute of the parsed arguments -> its flag."""
-    return {"n": "--rollouts", "stage": "stage"}.get(name, "--" + name.replace("_", "-"))
+    others = {"n": "--rollouts", "stage": "stage", "reward_function": "--reward"}
+    return others.get(name, "--" + name.replace("_", "-"))
 
 
 # --------------------------------------------------------------------------------------- processes
