@@ -21,8 +21,9 @@ EVERY = 30  # seconds from one drawing to the next, which takes one or two
 
 # ------------------------------------------------------------------------------------------ curves
 PANELS = (
-    ("loss",), ("reward", "accuracy", "format"), ("valid",), ("gap_v", "gap_r"), ("acc_v", "acc_r"),
-    ("loss_v", "loss_r"), ("score_v", "score_r"), ("ground_v", "ground_r"), ("entropy",), ("kl",),
+    ("loss",), ("reward", "accuracy", "format", "eval_accuracy"), ("valid",), ("gap_v", "gap_r"),
+    ("acc_v", "acc_r"), ("loss_v", "loss_r"), ("score_v", "score_r"), ("ground_v", "ground_r"),
+    ("entropy",), ("kl",),
     ("drift",), ("clipped",), ("length",), ("finished",), ("grad_norm", "disc_grad_norm"),
     ("lr",), ("dropped", "bad", "skipped_steps", "reward_timeouts"), ("groups", "gen_batches"),
     ("seconds", "seconds_rollout", "seconds_disc"),

@@ -35,8 +35,8 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Example, Feed, data_flags, encode_prompt, load_image, look, measure_prompt
-from data import system_prompt
+from data import Example, Examples, Feed, attempt_all, data_flags, encode_prompt, load_image, look
+from data import measure_prompt, open_source, system_prompt
 from page import save_pictures
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
@@ -154,8 +154,8 @@ def sampled_here(count, args, world):
     return [divmod(i, args.n) for i in world.share([1] * count * args.n)]
 
 
-def prompt_feed(found, tokenizer, image_processor, system, args, world, progress):
-    """A Feed of prompts; each rank encodes those that it will sample from."""
+def prompt_feed(found, tokenizer, image_processor, system, args, world, progress, steps):
+    """A Feed of prompts for so many steps; each rank encodes those that it will sample from."""
 
     def encode(example):
         return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
@@ -163,7 +163,9 @@ def prompt_feed(found, tokenizer, image_processor, system, args, world, progress
     def need(indices):
         return sorted({place for place, _ in sampled_here(len(indices), args, world)})
 
-    return Feed(found, encode, args, world, progress, need)
+    feed = Feed(found, encode, args, world, progress, need)
+    feed.plan(steps, args.prompts)
+    return feed
 
 
 def sample_records(sampler, feed, tokenizer, args, world, step):
@@ -184,7 +186,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         eos_id=eos_ids(tokenizer, sampler), temperature=args.temperature,
         seeds=[(args.seed, step, feed.position, place) for place in prompts],
         samples=list(numbers.values()), slots=args.slots, max_tokens=args.max_tokens,
-        compiled=world.device.type == "cuda" if args.compile is None else args.compile,
+        compiled=compiles(args, world),
     )
     drawn = []
     for prompt, part in zip(prompts.values(), rollouts):
@@ -200,6 +202,11 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         text = tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
         records.append(Record(group, index, example, prompts[place], rollout, text))
     return records
+
+
+def compiles(args, world):
+    """Whether the decode step is compiled."""
+    return world.device.type == "cuda" if args.compile is None else args.compile
 
 
 def gather_table(records, values, args, world):
@@ -377,6 +384,73 @@ def rollout_flags(parser, prompts, max_new_tokens):
                        help="steps between entries in rollouts.jsonl; 0: never")
 
 
+class Validation:
+    """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
+    rows are looked at before a model is loaded. Raises InputErrorOfAll for one that cannot be used:
+    leaving it out would change the score."""
+
+    def __init__(self, tools, world):
+        self.tools, self.world, self.examples = tools, world, []
+        args = tools[-1]
+        if not args.eval_every:
+            return
+        try:
+            files = [open_source(source, None, "test") for source in args.eval_data]
+        except InputError as error:
+            raise InputErrorOfAll(f"--eval-data: {error}") from error
+        self.examples = Examples(sum(files, []))
+        for block in attempt_all(self.measure, self.examples, world):
+            for i, _, why in block:
+                if why:
+                    where = "{}:{}".format(*self.examples.where(i))
+                    raise InputErrorOfAll(f"--eval-data: {where}: {why}")
+
+    def measure(self, example):
+        if not example.answer:
+            raise InputError("the row has no answer to verify against (column answer or "
+                             "reward_model)")
+        return measure_prompt(example, *self.tools)
+
+    def __call__(self, sampler, policy, step):
+        """{"eval_accuracy": share of right answers} after a step (from 1) that is due, else {}."""
+        tokenizer, image_processor, system, args = self.tools
+        if not args.eval_every or step % args.eval_every:
+            return {}
+        refresh(sampler, policy)
+        right, mine = 0, self.world.share([1] * len(self.examples))
+        for start in range(0, len(mine), args.slots):  # so many prompts are kept encoded at a time
+            examples = [self.examples[i] for i in mine[start : start + args.slots]]
+            prompts = [encode_prompt(example, tokenizer, image_processor, None, system)
+                       for example in examples]
+            rollouts = sample(
+                sampler, prompts, 1, max_new_tokens=args.max_new_tokens, temperature=0.0,
+                eos_id=eos_ids(tokenizer, sampler), slots=args.slots, max_tokens=args.max_tokens,
+                compiled=compiles(args, self.world),
+            )
+            for example, (rollout,) in zip(examples, rollouts):
+                text = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
+                right += reward_of(text, example)["accuracy"]
+        return {"eval_accuracy": self.world.sum(right)[0] / len(self.examples)}
+
+
+def validation_flags(parser):
+    group = parser.add_argument_group("validation")
+    group.add_argument("--eval-every", type=integer(0), default=0,
+                       help="steps between greedy accuracies on --eval-data; 0: never")
+    group.add_argument("--eval-data", nargs="+", default=None, help="prompts and answers")
+
+
+def check_validation(args):
+    if bool(args.eval_every) != bool(args.eval_data):
+        raise InputError("--eval-every and --eval-data need each other")
+
+
+def reward_of(text, example):
+    """(5) for a response to an example."""
+    golds = with_percent(example.answer, example.prompt[-1]["content"])
+    return reward(text, golds, example.options)
+
+
 # ------------------------------------------------------------------------------------------- RL
 REWARD_SECONDS = 10  # for a call of --reward
 
@@ -407,9 +481,11 @@ def parse_args():
     parser.add_argument("--kl", type=real(0), default=0.0,
                         help="coefficient of the k3 penalty towards --ckpt; 0: none")
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
+    validation_flags(parser)
     common_flags(parser, "rl")
     data_flags(parser)
     args = parser.parse_args()
+    check_validation(args)
     args.reward_function = None
     if args.reward:  # a file of which the content counts, and a name
         given = args.reward
@@ -489,8 +565,7 @@ def give_rewards(records, own, args):
     """(5) or, where it is given, one's own reward for each record, with DAPO's soft penalty for
     overlong responses."""
     for r in records:
-        golds = with_percent(r.example.answer, r.example.prompt[-1]["content"])
-        r.scores = reward(r.text, golds, r.example.options)
+        r.scores = reward_of(r.text, r.example)
         if own:
             r.scores["score"] = own(r)
         if not r.example.answer:
@@ -572,6 +647,7 @@ def main():
     system, attn = system_prompt(args), choose_attention(args.attn, world)
     tools = tokenizer, image_processor, system, args
     found = look(args.data, lambda example: measure_problem(example, *tools), args, world)
+    validate = Validation(tools, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
     policy = set_attention(load_policy(args.ckpt, world=world), attn)
     sampler, reference = make_sampler(policy, world), None
@@ -584,8 +660,7 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, args.steps, skips)
-    feed = prompt_feed(found, *tools, world, progress)
-    feed.plan(args.steps, args.prompts)
+    feed = prompt_feed(found, *tools, world, progress, args.steps)
     warn = Warn(world)
 
     for step in range(progress["step"], args.steps):
@@ -607,14 +682,13 @@ def main():
         for r in records:
             r.advantage = advantages[r.index]
         # update policy
-        update, norm = update_policy(
-            policy, reference, optimizer, records, skips, step, args, world
-        )
+        players = policy, reference, optimizer
+        update, norm = update_policy(*players, records, skips, step, args, world)
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,
-                   "grad_norm": norm, **rollout_metrics(records, world),
-                   **feed.counts, "skipped_steps": skips.total,
+                   "grad_norm": norm, **rollout_metrics(records, world), **feed.counts,
+                   **validate(sampler, policy, step + 1), "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)

@@ -92,9 +92,10 @@ def about(subject):
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
 PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: the content counts,
-SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
+SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
+# these change no number
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
-        "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
+        "eval_every", "checkpointing", "compile", "resume", "overwrite", "out")
 
 
 class Parser(argparse.ArgumentParser):

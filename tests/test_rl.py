@@ -428,6 +428,60 @@ def test_a_reward_belongs_to_the_run(tiny, policy, own, tmp_path, capfd):
     assert stage("rl", *flags, "--reward", f"{moved}:length", "--resume") == 0
 
 
+# ------------------------------------------------------------------------------------- validation
+@pytest.mark.parametrize("script, processes", [
+    ("rl", 1), ("align", 1), pytest.param("rl", 2, marks=pytest.mark.slow),
+    pytest.param("align", 2, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_validation_says_what_eval_says_of_the_state(tiny, policy, tmp_path, script, processes):
+    """And changes nothing of the run."""
+    flags = ["--ckpt", policy, "--data", getattr(tiny, script), "--prompts", 2, "--rollouts", 4]
+    flags += ["--lr", 1e-3, "--max-new-tokens", 24, "--steps", 4, "--save-every", 2, "--keep", 2]
+    logs = []
+    for name, more in (("with", ["--eval-every", 2, "--eval-data", tiny.sft]), ("without", [])):
+        arguments = [*flags, "--out", tmp_path / name, *more]
+        if processes == 1:
+            assert stage(script, *arguments) == 0
+        else:
+            ran = launch(f"{script}.py", *arguments, processes=processes)
+            assert ran.returncode == 0, ran.stderr[-3000:]
+        logs.append(untimed(read_jsonl(tmp_path / name / "metrics.jsonl")))
+    found = {line["step"]: line.pop("eval_accuracy") for line in logs[0] if "eval_accuracy" in line}
+    assert logs[0] == logs[1] and found.keys() == {2, 4}
+    states = [tmp_path / "with" / f"state.{step}" for step in found]
+    asked = ["--data", tiny.sft, "--max-new-tokens", 24, "--temperature", 0]
+    assert stage("eval", "--ckpt", *states, *asked, "--out", tmp_path / "eval") == 0
+    for state, share in zip(states, found.values()):
+        rows = read_jsonl(tmp_path / "eval" / state.name / "sft.jsonl")
+        right = [row["accuracy"] for row in rows]
+        assert len(rows) == 24 and share == pytest.approx(np.mean(right))
+    assert 0 < max(found.values()) < 1
+
+
+def test_validation_needs_rows_that_can_all_be_used(tiny, policy, tmp_path, capfd):
+    bad = [dict(row, images=[], prompt="How many?") for row in tiny.examples["rl"]]
+    bad[3].pop("answer")
+    bad[3].pop("response")
+    cases = {
+        "--eval-every and --eval-data need each other": ["--eval-every", 1],
+        f"--eval-data: {tmp_path}/bad.jsonl:4: the row has no answer": [
+            "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "bad.jsonl", bad)
+        ],
+        "--eval-data: nowhere.jsonl: no such file": ["--eval-every", 1, "--eval-data",
+                                                     "nowhere.jsonl"],
+        f"is, holds or lies in --eval-data {tmp_path}/out": [
+            "--eval-every", 1, "--eval-data", tmp_path / "out"],
+    }  # fmt: skip
+    (tmp_path / "out").mkdir()
+    for script in ("rl", "align"):
+        flags = ["--ckpt", policy, "--data", getattr(tiny, script), "--out", tmp_path / "out"]
+        for words, more in cases.items():
+            capfd.readouterr()
+            assert stage(script, *flags, "--steps", 1, *more) == 2
+            lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+            assert len(lines) == 1 and words in lines[0]
+
+
 # --------------------------------------------------------------------------------------- to copy
 ALONE = """
 import torch
