@@ -40,10 +40,10 @@ from data import measure_prompt, open_source, system_prompt
 from page import save_pictures
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, InputErrorOfAll, Parser, Skips, about, append_rows, begin
+from runtime import InputError, InputErrorOfAll, Parser, Skips, about, add_lora, append_rows, begin
 from runtime import choose_attention, common_flags, end_step, eos_ids, identify, integer
-from runtime import load_policy, load_tokenizer, log, make_optimizer, make_sampler, most, quote
-from runtime import real, refresh, run, save, setup, shard
+from runtime import load_policy, load_tokenizer, log, lora_flag, make_optimizer, make_sampler
+from runtime import most, quote, real, refresh, run, save, setup, shard, start_lora
 from verify import timeouts, verify, with_percent
 
 ALGOS = {
@@ -480,6 +480,7 @@ def parse_args():
                         f"takes {REWARD_SECONDS} s is worth 0 and counted")
     parser.add_argument("--kl", type=real(0), default=0.0,
                         help="coefficient of the k3 penalty towards --ckpt; 0: none")
+    lora_flag(parser)
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
     validation_flags(parser)
     common_flags(parser, "rl")
@@ -650,9 +651,11 @@ def main():
     validate = Validation(tools, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
     policy = set_attention(load_policy(args.ckpt, world=world), attn)
+    add_lora(policy, args.lora, world)
     sampler, reference = make_sampler(policy, world), None
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
     shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
+    start_lora(policy, args.seed)
     if args.kl > 0:
         reference = set_attention(load_policy(args.ckpt, world=world), attn)
         units = [*reference.model.language_model.layers, reference.model.visual]
@@ -665,7 +668,6 @@ def main():
 
     for step in range(progress["step"], args.steps):
         began = time.time()
-
         # rollout
         refresh(sampler, policy)  # they come from the newest weights
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
@@ -173,6 +173,12 @@ def compute_flags(add):
         "CUDA")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation and of weights "
         "that are handed on; auto: bf16 on CUDA")
+
+
+def lora_flag(parser):
+    parser.add_argument("--lora", type=integer(0), default=0, metavar="RANK",
+                        help="train adapters of this rank on the matrices of the decoder layers, "
+                        "all else frozen; they want ten times the --lr; what is saved is merged")
 
 
 def flag_of(name):
@@ -382,6 +388,52 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
     setattr(model, forward.__name__, MethodType(forward, model))
     register_fsdp_forward_method(model, forward.__name__)
     return model
+
+
+class LoraLinear(torch.nn.Linear):
+    """W x + 2 B A x with W frozen (LoRA, arXiv 2106.09685, alpha twice the rank)."""
+
+    def forward(self, x):
+        low = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.weight, self.bias) + 2 * low
+
+
+def add_lora(model, rank, world):
+    """Freeze a policy, in world.dtype, and give every matrix of its decoder layers A [rank, n] and
+    B [m, rank], float32; before anything is made of the model. `start_lora` fills them. rank 0:
+    nothing."""
+    if not rank:
+        return
+    model.requires_grad_(False).to(world.dtype)
+    for linear in model.model.language_model.layers.modules():
+        if type(linear) is torch.nn.Linear:
+            linear.__class__, device = LoraLinear, linear.weight.device
+            a, b = ((rank, linear.in_features), (linear.out_features, rank))
+            linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
+            linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
+
+
+@torch.no_grad()
+def start_lora(model, seed):
+    """Fill A as torch fills a matrix, alike on any number of processes; B stays 0, so that training
+    starts from the checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_a"):
+            whole = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            whole = whole.to(parameter.device) / math.sqrt(parameter.shape[1])
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = distribute_tensor(whole, mesh, placements)
+            parameter.copy_(whole)
+
+
+def merge_lora(weights):
+    """{name: tensor} of a model with adapters -> of one without them: W + 2 B A."""
+    for name in [name for name in weights if name.endswith("lora_a")]:
+        a, b = weights.pop(name), weights.pop(name[:-1] + "b")
+        name = name.replace("lora_a", "weight")
+        weights[name] = weights[name].float() + 2 * b @ a
 
 
 def make_sampler(model, world):
@@ -686,6 +738,7 @@ def write_checkpoint(model, out, world, ckpt):
     files of `ckpt`, the parent. All ranks must call it."""
     weights = full_weights(model)
     if world.rank == 0:
+        merge_lora(weights)
         weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
         if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
             weights.pop("lm_head.weight", None)

@@ -25,9 +25,9 @@ from data import Feed, data_flags, encode_prompt, encode_response, look, measure
 from data import system_prompt
 from rollout import parse_response
 from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine
-from runtime import end_step, identify, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import most, real, run, save, setup, shard
+from runtime import InputError, Parser, Skips, add_lora, begin, choose_attention, common_flags
+from runtime import cosine, end_step, identify, integer, load_policy, load_tokenizer, log
+from runtime import lora_flag, make_optimizer, most, real, run, save, setup, shard, start_lora
 
 
 def parse_args():
@@ -48,6 +48,7 @@ def parse_args():
                         help="cut them instead (a prompt is never cut)")
     parser.add_argument("--freeze", choices=("vision",), default=None,
                         help="leave the vision tower with its mergers as it is, as the authors do")
+    lora_flag(parser)
     common_flags(parser, "sft")
     data_flags(parser)
     return parser.parse_args()
@@ -150,8 +151,10 @@ def main():
     policy = set_attention(load_policy(args.ckpt, world=world), attn).train()
     if args.freeze:
         policy.model.visual.requires_grad_(False)  # a unit of its own, in which all are alike
+    add_lora(policy, args.lora, world)
     units = [*policy.model.language_model.layers, policy.model.visual]  # then the rest, as the root
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
+    start_lora(policy, args.seed)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, steps, skips)
