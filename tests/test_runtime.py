@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
-from conftest import stock_logprobs, untimed
+from conftest import stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -827,6 +827,21 @@ def test_a_state_is_the_checkpoint_that_the_run_would_have_saved(
         for name in "01"
     )
     assert first | {"out": second["out"]} == second
+
+
+def test_a_state_of_the_warm_up_is_a_discriminator(tiny, policy, tmp_path):
+    """The one that the run would have saved, for align.py --disc."""
+    pair = {"question": "How many?", "teacher_caption": "1 red", "teacher_cot": "<think>a</think>"}
+    pair |= {"student_caption": "2 red", "student_cot": "<think>b</think>", "answer": "odd"}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair] * 4)
+    flags = ["--pairs", pairs, "--ckpt", tiny.base, "--batch", 2, "--save-every", 1, "--lr", 1e-3]
+    assert stage("discriminator", *flags, "--out", tmp_path / "disc") == 0
+    whole, state = tmp_path / "disc", tmp_path / "disc" / "state.2"
+    assert same_weights(whole / "model.safetensors", state / "model.safetensors")
+    assert runtime.fingerprint(str(whole)) == runtime.fingerprint(str(state))
+    game = ["--data", tiny.align, "--prompts", 1, "--rollouts", 2, "--max-new-tokens", 8]
+    flags = ["--ckpt", policy, "--disc", state, "--out", tmp_path / "out", "--steps", 1, *game]
+    assert stage("align", *flags) == 0
 
 
 def test_every_script_takes_a_state(tiny, tmp_path, capfd):
