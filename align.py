@@ -38,8 +38,9 @@ from data import data_flags, encode_response, look, measure_prompt, system_promp
 from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched
 from discriminator import check_grounding, compare_tokenizers, expert_metrics, grounding_flags
 from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
-from rl import Warn, accumulate_policy_gradient, gather_table, log_rollouts, prompt_feed
-from rl import rollout_flags, rollout_metrics, sample_records, show_first
+from rl import Validation, Warn, accumulate_policy_gradient, check_validation, gather_table
+from rl import log_rollouts, prompt_feed, rollout_flags, rollout_metrics, sample_records, show_first
+from rl import validation_flags
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
@@ -246,10 +247,12 @@ def parse_args():
     group.add_argument("--invalid-penalty", type=real(0), default=1.5,
                        help="advantage of a broken format is minus this")
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
+    validation_flags(parser)
     common_flags(parser, "align")
     data_flags(parser)
     args = parser.parse_args()
     check_grounding(args, "--prompts", args.prompts)
+    check_validation(args)
     return args
 
 
@@ -269,6 +272,7 @@ def main():
     compare_tokenizers(tokenizer, args.disc)
     tools = tokenizer, image_processor, system_prompt(args), args
     found = look(args.data, lambda example: measure_taught(example, *tools), args, world)
+    validate = Validation(tools, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
     policy, sampler, disc = load_players(args, choose_attention(args.attn, world), world)
     shard(policy, [*policy.model.language_model.layers, policy.model.visual], world,
@@ -280,8 +284,7 @@ def main():
     parts = {"policy": (policy, optimizer), "discriminator": (disc, disc_optimizer)}
     skips, disc_skips, warn, warm_up = Skips(), Skips(), Warn(world), start_warm_up(args, world)
     progress, metrics = begin(args, world, parts, warm_up.total(args), skips, disc_skips)
-    feed = prompt_feed(found, *tools, world, progress)
-    feed.plan(warm_up.total(args), args.prompts)
+    feed = prompt_feed(found, *tools, world, progress, warm_up.total(args))
     while (step := progress["step"]) < warm_up.total(args):
         began = time.time()
         # rollout
@@ -310,8 +313,8 @@ def main():
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),
-                   **experts, **update, "grad_norm": norm, "disc_grad_norm": disc_norm,
-                   **rollout_metrics(records, world), **feed.counts,
+                   **experts, **update, "grad_norm": norm, **validate(sampler, policy, step + 1),
+                   "disc_grad_norm": disc_norm, **rollout_metrics(records, world), **feed.counts,
                    "skipped_steps": skips.total + disc_skips.total,
                    **seconds(rollout=sampled_at - began, disc=scored_at - sampled_at, began=began)}
         log(world, args.out, metrics)

@@ -100,6 +100,7 @@ class Example:
     options: list[str] = field(default_factory=list)  # texts of the choices, A first
     digits: int | None = None  # numbers are compared after rounding to so many decimals
     info: dict = field(default_factory=dict)  # what a report groups by
+    row: dict | None = field(default=None, repr=False)  # as it stands in the data set
 
 
 class Examples(Sequence):
@@ -419,7 +420,7 @@ def to_example(row, where, base=""):
         options = []
     name = str(row.get("id") or where).encode("utf-8", "backslashreplace").decode()
     return Example(name, messages, [resolve(image, base) for image in images],
-                   without_eos(response), answer, without_eos(rejected), options)
+                   without_eos(response), answer, without_eos(rejected), options, row=row)
 
 
 def read_chat(row):

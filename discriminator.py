@@ -139,6 +139,10 @@ class Discriminator(nn.Module):
             self.heads[name] = nn.Linear(size, 1, bias=False, dtype=torch.float32)
             nn.init.zeros_(self.heads[name].weight)
 
+    def write_checkpoint(self, out, world, ckpt):
+        """`save_discriminator`, as runtime.save_state calls it."""
+        save_discriminator(self, out, world, ckpt)
+
     def keep_logits(self, router, inputs, output):
         if len(self.routed) < self.routers:  # full when backward recomputes activations
             self.routed.append(output[0])

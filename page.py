@@ -21,11 +21,12 @@ EVERY = 30  # seconds from one drawing to the next, which takes one or two
 
 # ------------------------------------------------------------------------------------------ curves
 PANELS = (
-    ("loss",), ("reward", "accuracy", "format"), ("valid",), ("gap_v", "gap_r"), ("acc_v", "acc_r"),
-    ("loss_v", "loss_r"), ("score_v", "score_r"), ("ground_v", "ground_r"), ("entropy",), ("kl",),
+    ("loss",), ("reward", "accuracy", "format", "eval_accuracy"), ("valid",), ("gap_v", "gap_r"),
+    ("acc_v", "acc_r"), ("loss_v", "loss_r"), ("score_v", "score_r"), ("ground_v", "ground_r"),
+    ("entropy",), ("kl",),
     ("drift",), ("clipped",), ("length",), ("finished",), ("grad_norm", "disc_grad_norm"),
-    ("lr",), ("dropped", "bad", "skipped_steps", "reward_timeouts"), ("groups", "gen_batches"),
-    ("seconds", "seconds_rollout", "seconds_disc"),
+    ("lr",), ("dropped", "bad", "skipped_steps", "reward_timeouts", "reward_errors"),
+    ("groups", "gen_batches"), ("seconds", "seconds_rollout", "seconds_disc"),
 )  # fmt: skip
 HEALTHY = {  # as README's table "What the numbers mean" says
     "valid": (0.9, 1), "acc_v": (0.5, 1), "loss_v": (0, 0.693), "ground_v": (0.8, 1),

@@ -8,7 +8,7 @@ GSPO are rows of a table.
 
 DAPO (2503.14476): clip-higher, token mean, groups whose accuracy is all 0 or all 1 are replaced by
 more sampling, soft penalty for overlong responses. There is no KL and no reference model unless
---kl > 0.
+--kl > 0. --reward FILE.py:FUNCTION puts a function in the place of (5).
 
 Deviations from the authors' scripts: (1) they do one update per rollout batch, where rho is exactly
 1 and every clip is inert; that is the default here too, and --updates-per-rollout K splits the
@@ -23,7 +23,11 @@ there too; (5) 1e-6 is added to the std of a group, as by verl; TRL adds 1e-4.
 """
 
 import argparse
+import importlib.util
+import math
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,15 +35,15 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Example, Feed, data_flags, encode_prompt, load_image, look, measure_prompt
-from data import system_prompt
+from data import Example, Examples, Feed, attempt_all, data_flags, encode_prompt, load_image, look
+from data import measure_prompt, open_source, system_prompt
 from page import save_pictures
 from rollout import SLOT_TOKENS, Rollout, parse_response, sample
 from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, Parser, Skips, append_rows, begin, choose_attention, common_flags
-from runtime import end_step, eos_ids, identify, integer, load_policy, load_tokenizer, log
-from runtime import make_optimizer, make_sampler, most, quote, real, refresh, run, save, setup
-from runtime import shard
+from runtime import InputError, InputErrorOfAll, Parser, Skips, about, add_lora, append_rows, begin
+from runtime import choose_attention, common_flags, end_step, eos_ids, identify, integer
+from runtime import load_policy, load_tokenizer, log, lora_flag, make_optimizer, make_sampler
+from runtime import most, quote, real, refresh, run, save, setup, shard, start_lora
 from verify import timeouts, verify, with_percent
 
 ALGOS = {
@@ -150,8 +154,8 @@ def sampled_here(count, args, world):
     return [divmod(i, args.n) for i in world.share([1] * count * args.n)]
 
 
-def prompt_feed(found, tokenizer, image_processor, system, args, world, progress):
-    """A Feed of prompts; each rank encodes those that it will sample from."""
+def prompt_feed(found, tokenizer, image_processor, system, args, world, progress, steps):
+    """A Feed of prompts for so many steps; each rank encodes those that it will sample from."""
 
     def encode(example):
         return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
@@ -159,7 +163,9 @@ def prompt_feed(found, tokenizer, image_processor, system, args, world, progress
     def need(indices):
         return sorted({place for place, _ in sampled_here(len(indices), args, world)})
 
-    return Feed(found, encode, args, world, progress, need)
+    feed = Feed(found, encode, args, world, progress, need)
+    feed.plan(steps, args.prompts)
+    return feed
 
 
 def sample_records(sampler, feed, tokenizer, args, world, step):
@@ -180,7 +186,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         eos_id=eos_ids(tokenizer, sampler), temperature=args.temperature,
         seeds=[(args.seed, step, feed.position, place) for place in prompts],
         samples=list(numbers.values()), slots=args.slots, max_tokens=args.max_tokens,
-        compiled=world.device.type == "cuda" if args.compile is None else args.compile,
+        compiled=compiles(args, world),
     )
     drawn = []
     for prompt, part in zip(prompts.values(), rollouts):
@@ -196,6 +202,11 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         text = tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
         records.append(Record(group, index, example, prompts[place], rollout, text))
     return records
+
+
+def compiles(args, world):
+    """Whether the decode step is compiled."""
+    return world.device.type == "cuda" if args.compile is None else args.compile
 
 
 def gather_table(records, values, args, world):
@@ -373,7 +384,77 @@ def rollout_flags(parser, prompts, max_new_tokens):
                        help="steps between entries in rollouts.jsonl; 0: never")
 
 
+class Validation:
+    """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
+    rows are looked at before a model is loaded. Raises InputErrorOfAll for one that cannot be used:
+    leaving it out would change the score."""
+
+    def __init__(self, tools, world):
+        self.tools, self.world, self.examples = tools, world, []
+        args = tools[-1]
+        if not args.eval_every:
+            return
+        try:
+            files = [open_source(source, None, "test") for source in args.eval_data]
+        except InputError as error:
+            raise InputErrorOfAll(f"--eval-data: {error}") from error
+        self.examples = Examples(sum(files, []))
+        for block in attempt_all(self.measure, self.examples, world):
+            for i, _, why in block:
+                if why:
+                    where = "{}:{}".format(*self.examples.where(i))
+                    raise InputErrorOfAll(f"--eval-data: {where}: {why}")
+
+    def measure(self, example):
+        if not example.answer:
+            raise InputError("the row has no answer to verify against (column answer or "
+                             "reward_model)")
+        return measure_prompt(example, *self.tools)
+
+    def __call__(self, sampler, policy, step):
+        """{"eval_accuracy": share of right answers} after a step (from 1) that is due, else {}."""
+        tokenizer, image_processor, system, args = self.tools
+        if not args.eval_every or step % args.eval_every:
+            return {}
+        refresh(sampler, policy)
+        right, mine = 0, self.world.share([1] * len(self.examples))
+        for start in range(0, len(mine), args.slots):  # so many prompts are kept encoded at a time
+            examples = [self.examples[i] for i in mine[start : start + args.slots]]
+            prompts = [encode_prompt(example, tokenizer, image_processor, None, system)
+                       for example in examples]
+            rollouts = sample(
+                sampler, prompts, 1, max_new_tokens=args.max_new_tokens, temperature=0.0,
+                eos_id=eos_ids(tokenizer, sampler), slots=args.slots, max_tokens=args.max_tokens,
+                compiled=compiles(args, self.world),
+            )
+            for example, (rollout,) in zip(examples, rollouts):
+                text = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
+                right += reward_of(text, example)["accuracy"]
+        return {"eval_accuracy": self.world.sum(right)[0] / len(self.examples)}
+
+
+def validation_flags(parser):
+    group = parser.add_argument_group("validation")
+    group.add_argument("--eval-every", type=integer(0), default=0,
+                       help="steps between greedy accuracies on --eval-data; 0: never")
+    group.add_argument("--eval-data", nargs="+", default=None, help="prompts and answers")
+
+
+def check_validation(args):
+    if bool(args.eval_every) != bool(args.eval_data):
+        raise InputError("--eval-every and --eval-data need each other")
+
+
+def reward_of(text, example):
+    """(5) for a response to an example."""
+    golds = with_percent(example.answer, example.prompt[-1]["content"])
+    return reward(text, golds, example.options)
+
+
 # ------------------------------------------------------------------------------------------- RL
+REWARD_SECONDS = 10  # for a call of --reward
+
+
 def parse_args():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw)
@@ -393,12 +474,25 @@ def parse_args():
     parser.add_argument("--overlong-buffer", type=integer(0), default=None,
                         help="tokens before the limit that are penalised (dapo; default: half of "
                         "--max-new-tokens, at most 4096)")
+    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", default=None,
+                        help="own reward in place of (5): FUNCTION(response, answer, row) gives a "
+                        "number; answer and row (a dict) are those of --data; a call that fails or "
+                        f"takes {REWARD_SECONDS} s is worth 0 and counted")
     parser.add_argument("--kl", type=real(0), default=0.0,
                         help="coefficient of the k3 penalty towards --ckpt; 0: none")
+    lora_flag(parser)
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
+    validation_flags(parser)
     common_flags(parser, "rl")
     data_flags(parser)
     args = parser.parse_args()
+    check_validation(args)
+    args.reward_function = None
+    if args.reward:  # a file of which the content counts, and a name
+        given = args.reward
+        args.reward, _, args.reward_function = given.rpartition(":")
+        if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):
+            raise InputError(f"--reward {given}: a FILE.py:FUNCTION that is there is needed")
     if args.prompts % args.updates_per_rollout:
         raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide "
                          f"--prompts {args.prompts}")
@@ -411,18 +505,72 @@ def parse_args():
 
 
 def measure_problem(example, *tools):
-    """`measure_prompt`, and a row without an answer is of no use."""
-    if not example.answer:
+    """`measure_prompt`, and a row without an answer is of no use, but to a reward of one's own."""
+    if not example.answer and not tools[-1].reward:
         raise InputError(f"{example.id}: the row has no answer to verify against "
                          "(column answer or reward_model)")
     return measure_prompt(example, *tools)
 
 
-def give_rewards(records, args):
-    """(5) for each record, with DAPO's soft penalty for overlong responses."""
+class OwnReward:
+    """The function of --reward, called with a response as it was sampled, without the EOS, the gold
+    answer (None where there is none) and the row of the data set. What is no finite number, raises
+    or takes too long is worth 0 and counted; its clock makes that depend on the machine."""
+
+    def __init__(self, args):
+        self.name = f"--reward {args.reward}:{args.reward_function}"
+        self.calls, self.errors, self.first = 0, 0, None
+        with about(self.name):
+            sys.path.append(os.path.dirname(os.path.abspath(args.reward)))  # as of any script
+            spec = importlib.util.spec_from_file_location("own_reward", args.reward)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.function = getattr(module, args.reward_function)
+            if not callable(self.function):
+                raise TypeError(f"{args.reward_function} is no function")
+
+    def __call__(self, record):
+        example, self.calls = record.example, self.calls + 1
+        try:
+            signal.signal(signal.SIGALRM, self.stop)
+            signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
+            try:
+                value = float(self.function(record.text, example.answer, example.row))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no finite number")
+            return value
+        except Exception as error:  # there is no end to what it may raise
+            self.errors += 1
+            if self.first is None:
+                self.first = f"{self.name}: {example.id}: {type(error).__name__}: {error}"
+                print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
+            return 0.0
+
+    @staticmethod
+    def stop(*_):
+        raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
+
+    def count(self, world):
+        """Calls that have failed so far, on all ranks. Raises InputErrorOfAll where none has not:
+        there is nothing to learn from."""
+        calls, errors = world.sum(self.calls, self.errors)
+        if errors == calls > 0:
+            first = next(filter(None, world.gather(self.first)))
+            raise InputErrorOfAll(f"{first} (as all {int(calls)} calls of the first step)")
+        return int(errors)
+
+
+def give_rewards(records, own, args):
+    """(5) or, where it is given, one's own reward for each record, with DAPO's soft penalty for
+    overlong responses."""
     for r in records:
-        golds = with_percent(r.example.answer, r.example.prompt[-1]["content"])
-        r.scores = reward(r.text, golds, r.example.options)
+        r.scores = reward_of(r.text, r.example)
+        if own:
+            r.scores["score"] = own(r)
+        if not r.example.answer:
+            r.scores.pop("accuracy")
         r.reward = r.scores["score"]
         if ALGOS[args.algo]["overlong"]:
             length = len(r.rollout.ids)
@@ -430,17 +578,22 @@ def give_rewards(records, args):
         r.scores["reward"] = r.reward
 
 
-def keep_informative(records, draw, args, world):
-    """DAPO's dynamic sampling: groups in which every rollout is right or every one is wrong teach
-    nothing and leave the batch, and draw() gives as many rollouts again, until the batch is full.
-    The other algorithms keep what they have. -> (this rank's records, metrics of all ranks)"""
+def keep_informative(records, draw, own, args, world):
+    """DAPO's dynamic sampling: groups in which every rollout is right or every one is wrong, or all
+    have the same reward of one's own, teach nothing and leave the batch, and draw() gives as many
+    rollouts again, until the batch is full. The other algorithms keep what they have. -> (this
+    rank's records, metrics of all ranks)"""
     dynamic = ALGOS[args.algo]["dynamic"]
     kept, groups, metrics = [], 0, {"gen_batches": 0}
     while True:
-        accuracy = gather_table(records, [[r.scores["accuracy"]] for r in records], args, world)
-        metrics.setdefault("accuracy", accuracy.mean().item())  # of the first, unfiltered round
-        shares = accuracy.mean((1, 2)).tolist()  # [B]
-        use = [g for g, share in enumerate(shares) if not dynamic or 0 < share < 1]
+        scores = [[r.scores.get("accuracy", math.nan), r.scores["score"]] for r in records]
+        table = gather_table(records, scores, args, world)  # [B, N, 2]
+        accuracy, score = table[..., 0], table[..., -1]
+        mean = accuracy.nanmean().item()  # of the first, unfiltered round
+        metrics.setdefault("accuracy", None if math.isnan(mean) else mean)
+        told = score if own else accuracy
+        differ = (told.amax(1) > told.amin(1)).tolist()  # [B]
+        use = [g for g, informative in enumerate(differ) if informative or not dynamic]
         renumbered = {g: groups + i for i, g in enumerate(use[: args.prompts - groups])}
         for r in records:
             if r.group in renumbered:
@@ -454,7 +607,7 @@ def keep_informative(records, draw, args, world):
         if full or not dynamic:
             return kept, {**metrics, "groups": groups}
         records = draw()
-        give_rewards(records, args)
+        give_rewards(records, own, args)
 
 
 def reward_metrics(records, world):
@@ -489,16 +642,20 @@ def update_policy(policy, reference, optimizer, records, skips, step, args, worl
 
 def main():
     args = parse_args()
+    own = OwnReward(args) if args.reward else None
     world = setup(args, {"--prompts x --rollouts": args.prompts * args.n})
     tokenizer, image_processor = load_tokenizer(args.ckpt, args)
     system, attn = system_prompt(args), choose_attention(args.attn, world)
     tools = tokenizer, image_processor, system, args
     found = look(args.data, lambda example: measure_problem(example, *tools), args, world)
+    validate = Validation(tools, world)
     identify(args, world, found.identity)  # a --resume of another run ends here
     policy = set_attention(load_policy(args.ckpt, world=world), attn)
+    add_lora(policy, args.lora, world)
     sampler, reference = make_sampler(policy, world), None
     units = [*policy.model.language_model.layers, policy.model.visual]  # the rest is the root
     shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
+    start_lora(policy, args.seed)
     if args.kl > 0:
         reference = set_attention(load_policy(args.ckpt, world=world), attn)
         units = [*reference.model.language_model.layers, reference.model.visual]
@@ -506,20 +663,19 @@ def main():
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, args.steps, skips)
-    feed = prompt_feed(found, *tools, world, progress)
-    feed.plan(args.steps, args.prompts)
+    feed = prompt_feed(found, *tools, world, progress, args.steps)
     warn = Warn(world)
 
     for step in range(progress["step"], args.steps):
         began = time.time()
-
         # rollout
         refresh(sampler, policy)  # they come from the newest weights
         draw = partial(sample_records, sampler, feed, tokenizer, args, world, step)
         sampled = draw()
         # reward
-        give_rewards(sampled, args)
-        records, metrics = keep_informative(sampled, draw, args, world)
+        give_rewards(sampled, own, args)
+        records, metrics = keep_informative(sampled, draw, own, args, world)
+        metrics |= {"reward_errors": own.count(world)} if own else {}
         sampled_at = time.time()
         show_first(world, step, sampled, tokenizer)
         # advantage
@@ -528,14 +684,13 @@ def main():
         for r in records:
             r.advantage = advantages[r.index]
         # update policy
-        update, norm = update_policy(
-            policy, reference, optimizer, records, skips, step, args, world
-        )
+        players = policy, reference, optimizer
+        update, norm = update_policy(*players, records, skips, step, args, world)
         # log
         progress = {"step": step + 1, **feed.progress()}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,
-                   "grad_norm": norm, **rollout_metrics(records, world),
-                   **feed.counts, "skipped_steps": skips.total,
+                   "grad_norm": norm, **rollout_metrics(records, world), **feed.counts,
+                   **validate(sampler, policy, step + 1), "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)

@@ -3,7 +3,8 @@
 A stage writes one folder, OUT:
 
     lock                                   held as long as the run lives
-    state.STEP/                            all that --resume needs; the newest whole one counts
+    state.STEP/                            all that --resume needs, the newest whole one counts;
+                                           each is an ordinary Hugging Face checkpoint as well
     metrics.jsonl, rollouts.jsonl, ...     the logs, one line at a time
     curves.png, rollouts.html, ...         the same to look at, redrawn with the states
     config.json, model.safetensors, ...    at the end: an ordinary Hugging Face checkpoint
@@ -46,7 +47,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
@@ -90,10 +91,11 @@ def about(subject):
 # ------------------------------------------------------------------------------------------- flags
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
-PATHS = ("ckpt", "disc", "system_prompt")  # flags for what is read: of these the content counts,
-SOURCES = ("data", "pairs", "score", "probe")  # and what lies here the stage knows
+PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: the content counts,
+SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
+# these change no number
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
-        "checkpointing", "compile", "resume", "overwrite", "out")  # these change no number
+        "eval_every", "checkpointing", "compile", "resume", "overwrite", "out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -173,9 +175,16 @@ def compute_flags(add):
         "that are handed on; auto: bf16 on CUDA")
 
 
+def lora_flag(parser):
+    parser.add_argument("--lora", type=integer(0), default=0, metavar="RANK",
+                        help="train adapters of this rank on the matrices of the decoder layers, "
+                        "all else frozen; they want ten times the --lr; what is saved is merged")
+
+
 def flag_of(name):
     """An attribute of the parsed arguments -> its flag."""
-    return {"n": "--rollouts", "stage": "stage"}.get(name, "--" + name.replace("_", "-"))
+    others = {"n": "--rollouts", "stage": "stage", "reward_function": "--reward"}
+    return others.get(name, "--" + name.replace("_", "-"))
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -381,6 +390,52 @@ def shard(model, units, world, forward, float32=(), checkpointing=None):
     return model
 
 
+class LoraLinear(torch.nn.Linear):
+    """W x + 2 B A x with W frozen (LoRA, arXiv 2106.09685, alpha twice the rank)."""
+
+    def forward(self, x):
+        low = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.weight, self.bias) + 2 * low
+
+
+def add_lora(model, rank, world):
+    """Freeze a policy, in world.dtype, and give every matrix of its decoder layers A [rank, n] and
+    B [m, rank], float32; before anything is made of the model. `start_lora` fills them. rank 0:
+    nothing."""
+    if not rank:
+        return
+    model.requires_grad_(False).to(world.dtype)
+    for linear in model.model.language_model.layers.modules():
+        if type(linear) is torch.nn.Linear:
+            linear.__class__, device = LoraLinear, linear.weight.device
+            a, b = ((rank, linear.in_features), (linear.out_features, rank))
+            linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
+            linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
+
+
+@torch.no_grad()
+def start_lora(model, seed):
+    """Fill A as torch fills a matrix, alike on any number of processes; B stays 0, so that training
+    starts from the checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_a"):
+            whole = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            whole = whole.to(parameter.device) / math.sqrt(parameter.shape[1])
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = distribute_tensor(whole, mesh, placements)
+            parameter.copy_(whole)
+
+
+def merge_lora(weights):
+    """{name: tensor} of a model with adapters -> of one without them: W + 2 B A."""
+    for name in [name for name in weights if name.endswith("lora_a")]:
+        a, b = weights.pop(name), weights.pop(name[:-1] + "b")
+        name = name.replace("lora_a", "weight")
+        weights[name] = weights[name].float() + 2 * b @ a
+
+
 def make_sampler(model, world):
     """The model to sample from, made before the policy is sharded: the policy itself where it stays
     whole, else a replica in the compute dtype, whose weights `refresh` fills. Sampling never runs
@@ -408,8 +463,9 @@ def full_weights(model):
 
 # --------------------------------------------------------------------------------------- optimizer
 def make_optimizer(model, lr, weight_decay):
-    """AdamW over all parameters; fused: one pass over them instead of a dozen."""
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    """AdamW over all parameters that are trained; fused: one pass over them instead of a dozen."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, weight_decay=weight_decay, fused=True)
 
 
 def cosine(step, total, peak, warmup):
@@ -468,6 +524,8 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     with about(f"{flag} {path}"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
+        if not os.path.isfile(file) and (states := find_states(path)):
+            raise ValueError(f"an unfinished run: give one of its states, such as {states[0]}")
         with about("config.json"):
             config = read_json(file)
             kind, quantised = config.get("model_type"), config.get("quantization_config")
@@ -665,21 +723,30 @@ def choose_attention(name, world):
 
 
 def save(model, out, world, stage, args, step, metrics):
-    """Write OUT as an ordinary checkpoint that from_pretrained loads: weights in the compute dtype,
-    the tokenizer and processor files of the parent, and, last of all, meta.json, whose presence
-    says that the stage is finished."""
-    weights = full_weights(model)
+    """Write OUT as an ordinary checkpoint, and, last of all, meta.json, whose presence says that
+    the stage is finished."""
+    write_checkpoint(model, out, world, args.ckpt)
     if world.rank == 0:
-        weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
-        if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
-            weights.pop("lm_head.weight", None)
-        model.config.dtype = world.dtype
         with writing(out):
-            model.save_pretrained(out, state_dict=weights)
-            copy_processor(args.ckpt, out)
             write_meta(out, stage, args, step, metrics)
         print(f"saved {out}", flush=True)
     world.wait()
+
+
+def write_checkpoint(model, out, world, ckpt):
+    """Write what from_pretrained loads: weights in the compute dtype, the tokenizer and processor
+    files of `ckpt`, the parent. All ranks must call it."""
+    weights = full_weights(model)
+    if world.rank == 0:
+        merge_lora(weights)
+        weights = {name: tensor.to(world.dtype) for name, tensor in weights.items()}
+        if model.config.tie_word_embeddings:  # sharded or converted copies share no memory any more
+            weights.pop("lm_head.weight", None)
+        with writing(out):
+            model.save_pretrained(out, state_dict=weights)
+            model.config.dtype = world.dtype  # save_pretrained has written that of the masters
+            model.config.save_pretrained(out)
+            copy_processor(ckpt, out)
 
 
 def copy_processor(ckpt, out):
@@ -689,7 +756,8 @@ def copy_processor(ckpt, out):
         for part in load_tokenizer(ckpt):
             part.save_pretrained(out)
         return
-    others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics")
+    others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
+              "progress", "manifest")
     for name in os.listdir(ckpt):
         stem, kind = name.split(".")[0], os.path.splitext(name)[1]
         if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
@@ -813,11 +881,14 @@ def step_of(state):
     return int(state.rpartition(".")[2])
 
 
-def save_state(out, world, parts, progress, keep=1):
+def save_state(out, world, parts, progress, keep=1, ckpt=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
     then renamed; the newest `keep` states stay. parts: {name: (model, optimizer)}; progress:
     JSON-able counters. Sampling needs no generator state: its random numbers depend on (seed, step,
-    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full."""
+    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full.
+
+    ckpt: the checkpoint that the run started from. Then the state is a checkpoint, too, of its
+    first part, and holds one of each other part in a folder."""
     new, path = os.path.join(out, "state.new"), os.path.join(out, f"state.{progress['step']}")
     if world.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -825,11 +896,18 @@ def save_state(out, world, parts, progress, keep=1):
     states = state_dicts(parts)
     with writing(new):
         dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
+        for name, (model, _) in parts.items() if ckpt else ():
+            folder = new if name == next(iter(parts)) else os.path.join(new, name)
+            write = getattr(model, "write_checkpoint", partial(write_checkpoint, model))
+            write(folder, world, ckpt)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
-        files = checksums(new, world.gather(sorted(os.listdir(new)))[0], world)
+        names = glob("**", root_dir=new, recursive=True, include_hidden=True)
+        names = [name for name in sorted(names) if os.path.isfile(os.path.join(new, name))]
+        files = checksums(new, world.gather(names)[0], world)
         if world.rank == 0:
             write_json(os.path.join(new, "manifest.json"), files)
+    world.wait()  # `writing` is done with the folder on every rank
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
@@ -856,6 +934,17 @@ def checksums(folder, names, world):
         except OSError:
             mine[name] = None
     return {name: found for part in world.gather(mine) for name, found in part.items()}
+
+
+def read_manifest(folder):
+    """{file: checksum} of the state that a folder is or, as state.9/discriminator, lies in; {} of
+    any other folder."""
+    folder = os.path.abspath(folder)
+    above = os.path.dirname(folder)
+    state = above if above in find_states(os.path.dirname(above)) else folder
+    if not os.path.isfile(path := os.path.join(state, "manifest.json")):
+        return {}
+    return {os.path.join(state, name): found for name, found in read_json(path).items()}
 
 
 def whole_state(out, world):
@@ -940,12 +1029,17 @@ def run(main):
 
 def fingerprint(path):
     """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes, all
-    content."""
+    content. Raises InputError for a damaged state."""
     kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
     if os.path.isdir(path):
+        others = ("meta.json", "progress.json", "manifest.json")
         names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
-        paths = [os.path.join(path, name) for name in names if name != "meta.json"]
+        paths = [os.path.join(path, name) for name in names if name not in others]
     found = [(os.path.relpath(p, path), checksum(p)) for p in paths]
+    manifest = read_manifest(path)
+    for file, (_, content) in zip(paths, found):
+        if content != manifest.get(os.path.abspath(file), content):
+            raise InputError(f"{path}: the state is damaged ({os.path.basename(file)})")
     return f"content {zlib.crc32(repr(found).encode()):08x}"
 
 
@@ -1067,7 +1161,7 @@ def end_step(args, world, parts, progress, last, *skips):
             f"{args.out}/bad/state.{step}, the states in {args.out} are untouched"
         )
     if due:
-        save_state(args.out, world, parts, progress, args.keep)
+        save_state(args.out, world, parts, progress, args.keep, args.ckpt)
         world.due = False
         if world.rank == 0:
             redraw(args.out, last)

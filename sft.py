@@ -10,7 +10,7 @@ multi-image rows mix.
 Deviations from the authors' script (LLaMA-Factory): (1) the loss is divided by the target tokens of
 the whole global batch, not by a mean of per-rank means; (2) an over-long demonstration is dropped
 and counted, not cut; (3) the vision tower is trained as well (a reproduction note says that theirs
-is frozen).
+is frozen, as it is here with --freeze vision).
 
     python sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct --data demos.jsonl --out sft_out/         # 1 GPU
     torchrun --nproc_per_node=8 sft.py --ckpt Qwen/Qwen3-VL-4B-Instruct \
@@ -25,9 +25,9 @@ from data import Feed, data_flags, encode_prompt, encode_response, look, measure
 from data import system_prompt
 from rollout import parse_response
 from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, cosine
-from runtime import end_step, identify, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import most, real, run, save, setup, shard
+from runtime import InputError, Parser, Skips, add_lora, begin, choose_attention, common_flags
+from runtime import cosine, end_step, identify, integer, load_policy, load_tokenizer, log
+from runtime import lora_flag, make_optimizer, most, real, run, save, setup, shard, start_lora
 
 
 def parse_args():
@@ -46,6 +46,9 @@ def parse_args():
                         help="longer demonstrations are dropped and counted")
     parser.add_argument("--truncate", action="store_true",
                         help="cut them instead (a prompt is never cut)")
+    parser.add_argument("--freeze", choices=("vision",), default=None,
+                        help="leave the vision tower with its mergers as it is, as the authors do")
+    lora_flag(parser)
     common_flags(parser, "sft")
     data_flags(parser)
     return parser.parse_args()
@@ -146,8 +149,12 @@ def main():
 
     attn = choose_attention(args.attn, world)
     policy = set_attention(load_policy(args.ckpt, world=world), attn).train()
+    if args.freeze:
+        policy.model.visual.requires_grad_(False)  # a unit of its own, in which all are alike
+    add_lora(policy, args.lora, world)
     units = [*policy.model.language_model.layers, policy.model.visual]  # then the rest, as the root
     policy = shard(policy, units, world, target_logprobs, checkpointing=args.checkpointing)
+    start_lora(policy, args.seed)
     optimizer = make_optimizer(policy, args.lr, args.weight_decay)
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, steps, skips)

@@ -3,7 +3,9 @@
 import argparse
 import ast
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from conftest import (
     assert_same_grads,
     grads,
     ids_of,
+    launch,
     read_jsonl,
     run_alone,
     stage,
     stock_logprobs,
     untimed,
+    write_jsonl,
 )
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -287,6 +291,195 @@ def test_a_new_run_does_not_keep_the_rollouts_of_an_old_one(tiny, policy, tmp_pa
     for more in ([], ["--overwrite"]):
         assert stage("rl", *flags_of(tiny, policy, tmp_path, steps=1), *more) == 0
     assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == 8
+
+
+# --------------------------------------------------------------------------------- own rewards
+OWN = """
+from beside import LEVEL
+
+def length(response, answer, row):
+    assert row["answer"] == answer and row["prompt"] and row["level"] == 3
+    return LEVEL * len(response) + row["level"]
+
+def without_answer(response, answer, row):
+    assert answer is None and "answer" not in row
+    return response.count("e")
+
+def sometimes(response, answer, row):
+    if len(response) % 4 == 0:
+        raise KeyError("no such\\nkey")
+    if len(response) % 4 == 1:
+        while True:
+            pass
+    if len(response) % 4 == 2:
+        return float("nan")
+    return 1
+
+def never(response, answer, row):
+    return "a lot"
+"""
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A file of functions that imports another beside it, and rows with a column of their own."""
+    (tmp_path / "beside.py").write_text("LEVEL = 0.01")
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [row | {"level": 3} for row in tiny.examples["rl"]]
+    for row in rows:
+        row["images"] = [str(tiny.folder / name) for name in row["images"]]
+    data = write_jsonl(tmp_path / "own.jsonl", rows)
+    return SimpleNamespace(data=data, path=str(tmp_path / "own.py"))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_own_reward_takes_the_place_of_ours(tiny, policy, own, tmp_path, processes):
+    """All of equation (5): what it says of a response is what the advantages are made of; accuracy
+    and format are still logged."""
+    flags = flags_of(tiny, policy, tmp_path / "out", data=own.data, reward=f"{own.path}:length")
+    if processes == 1:
+        assert stage("rl", *flags) == 0
+    else:
+        ran = launch("rl.py", *flags, processes=processes)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+    log = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
+    assert len(rows) == 16 and {row["accuracy"] for row in rows} == {0.0, 1.0}
+    for i in range(0, 16, 4):
+        group = [0.01 * len(row["response"]) + 3 for row in rows[i : i + 4]]
+        expected = (group - np.mean(group)) / (np.std(group, ddof=1) + 1e-6)
+        assert np.abs([row["advantage"] for row in rows[i : i + 4]] - expected).max() < 1e-6
+        assert [row["score"] for row in rows[i : i + 4]] == pytest.approx(group)
+    for line, part in zip(log, (rows[:8], rows[8:])):
+        assert line["reward"] == pytest.approx(np.mean([row["score"] for row in part]))
+        assert line["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in part]))
+        assert line["reward_errors"] == 0
+
+
+def test_dynamic_sampling_follows_an_own_reward(tiny, policy, own, tmp_path):
+    """Groups leave the batch when it says the same of all their rollouts; rows need no answer."""
+    rows = [{key: row[key] for key in ("prompt", "images")} for row in tiny.examples["rl"]]
+    for row in rows:
+        row["images"] = [str(tiny.folder / name) for name in row["images"]]
+    data = write_jsonl(tmp_path / "asked.jsonl", rows)
+    flags = flags_of(tiny, policy, tmp_path / "out", algo="dapo", data=data, rollouts=2, steps=6)
+    assert stage("rl", *flags) == 2  # without it rows are of no use
+    more = ["--max-gen-batches", 20, "--overlong-buffer", 1]
+    assert stage("rl", *flags, *more, "--reward", f"{own.path}:without_answer") == 0
+    rows = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
+    assert len(rows) == 24 and not any("accuracy" in row for row in rows)
+    for first, second in zip(rows[::2], rows[1::2]):
+        assert first["score"] == first["response"].count("e") != second["score"]
+    log = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert not any("accuracy" in line for line in log)
+    assert max(line["gen_batches"] for line in log) > 1
+
+
+def test_calls_that_fail_are_worth_nothing_and_counted(
+    tiny, policy, own, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(rl, "REWARD_SECONDS", 0.05)
+    flags = flags_of(tiny, policy, tmp_path / "out", steps=3)
+    assert stage("rl", *flags, "--reward", f"{own.path}:sometimes") == 0
+    rows = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
+    log = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    good = [len(row["response"]) % 4 == 3 for row in rows]
+    assert [row["score"] for row in rows] == [float(one) for one in good] and 0 < sum(good)
+    assert {len(row["response"]) % 4 for row in rows} >= {1, 3}  # one that never ends was stopped
+    assert [line["reward_errors"] for line in log] == [n - sum(good[:n]) for n in (8, 16, 24)]
+    told = [line for line in capfd.readouterr().out.splitlines() if "warning: --reward" in line]
+    assert len(told) == 1 and told[0].endswith("; it is worth 0")
+
+
+REFUSED = {
+    "own.py:absent": "own.py:absent: .*has no attribute 'absent'",
+    "own.py:LEVEL": "own.py:LEVEL: .*LEVEL is no function",
+    "own.py:never": r"never: .*:\d+: ValueError: could not .*'a lot' \(as all 8 calls of the first",
+    "own.py": "own.py: a FILE.py:FUNCTION that is there",
+    "gone.py:f": "gone.py:f: a FILE.py:FUNCTION that is there",
+    "broken.py:f": "broken.py:f: .*broken.py, line 1",
+    "missing.py:f": "missing.py:f: No module named 'of_no_such_name'",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_reward_that_is_none_ends_the_run_in_one_line(tiny, policy, own, tmp_path, capfd, name):
+    (tmp_path / "broken.py").write_text("def f(:")
+    (tmp_path / "missing.py").write_text("import of_no_such_name")
+    flags = flags_of(tiny, policy, tmp_path / "out", steps=1)
+    assert stage("rl", *flags, "--reward", tmp_path / name) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
+    assert line.startswith("rl.py: error: --reward ") and re.search(REFUSED[name], line)
+
+
+def test_a_reward_belongs_to_the_run(tiny, policy, own, tmp_path, capfd):
+    """By its file's content and its name, wherever the file lies."""
+    flags = flags_of(tiny, policy, tmp_path / "out", data=own.data, steps=1)
+    assert stage("rl", *flags, "--reward", f"{own.path}:length") == 0
+    flags[-1] = 2
+    moved = tmp_path / "moved.py"
+    moved.write_text(OWN.replace("LEVEL *", "2 * LEVEL *"))
+    for other in (f"{moved}:length", f"{own.path}:sometimes", None):
+        capfd.readouterr()
+        more = ["--reward", other] if other else []
+        assert stage("rl", *flags, *more, "--resume") == 2
+        assert "the state was made with --reward " in capfd.readouterr().err
+    moved.write_text(OWN)
+    assert stage("rl", *flags, "--reward", f"{moved}:length", "--resume") == 0
+
+
+# ------------------------------------------------------------------------------------- validation
+@pytest.mark.parametrize("script, processes", [
+    ("rl", 1), ("align", 1), pytest.param("rl", 2, marks=pytest.mark.slow),
+    pytest.param("align", 2, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_validation_says_what_eval_says_of_the_state(tiny, policy, tmp_path, script, processes):
+    """And changes nothing of the run."""
+    flags = ["--ckpt", policy, "--data", getattr(tiny, script), "--prompts", 2, "--rollouts", 4]
+    flags += ["--lr", 1e-3, "--max-new-tokens", 24, "--steps", 4, "--save-every", 2, "--keep", 2]
+    logs = []
+    for name, more in (("with", ["--eval-every", 2, "--eval-data", tiny.sft]), ("without", [])):
+        arguments = [*flags, "--out", tmp_path / name, *more]
+        if processes == 1:
+            assert stage(script, *arguments) == 0
+        else:
+            ran = launch(f"{script}.py", *arguments, processes=processes)
+            assert ran.returncode == 0, ran.stderr[-3000:]
+        logs.append(untimed(read_jsonl(tmp_path / name / "metrics.jsonl")))
+    found = {line["step"]: line.pop("eval_accuracy") for line in logs[0] if "eval_accuracy" in line}
+    assert logs[0] == logs[1] and found.keys() == {2, 4}
+    states = [tmp_path / "with" / f"state.{step}" for step in found]
+    asked = ["--data", tiny.sft, "--max-new-tokens", 24, "--temperature", 0]
+    assert stage("eval", "--ckpt", *states, *asked, "--out", tmp_path / "eval") == 0
+    for state, share in zip(states, found.values()):
+        rows = read_jsonl(tmp_path / "eval" / state.name / "sft.jsonl")
+        right = [row["accuracy"] for row in rows]
+        assert len(rows) == 24 and share == pytest.approx(np.mean(right))
+    assert 0 < max(found.values()) < 1
+
+
+def test_validation_needs_rows_that_can_all_be_used(tiny, policy, tmp_path, capfd):
+    bad = [dict(row, images=[], prompt="How many?") for row in tiny.examples["rl"]]
+    bad[3].pop("answer")
+    bad[3].pop("response")
+    cases = {
+        "--eval-every and --eval-data need each other": ["--eval-every", 1],
+        f"--eval-data: {tmp_path}/bad.jsonl:4: the row has no answer": [
+            "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "bad.jsonl", bad)
+        ],
+        "--eval-data: nowhere.jsonl: no such file": ["--eval-every", 1, "--eval-data",
+                                                     "nowhere.jsonl"],
+        f"is, holds or lies in --eval-data {tmp_path}/out": [
+            "--eval-every", 1, "--eval-data", tmp_path / "out"],
+    }  # fmt: skip
+    (tmp_path / "out").mkdir()
+    for script in ("rl", "align"):
+        flags = ["--ckpt", policy, "--data", getattr(tiny, script), "--out", tmp_path / "out"]
+        for words, more in cases.items():
+            capfd.readouterr()
+            assert stage(script, *flags, "--steps", 1, *more) == 2
+            lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+            assert len(lines) == 1 and words in lines[0]
 
 
 # --------------------------------------------------------------------------------------- to copy

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
-from conftest import stock_logprobs, untimed
+from conftest import stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -772,6 +772,135 @@ def test_a_checkpoint_from_a_stranger_executes_nothing(tiny, tmp_path, kind):
         else:
             assert kind in ("auto_map", "unknown class") or load is runtime.load_tokenizer
     assert not sprung.exists()
+
+
+def same_weights(left, right):
+    """Whether two files of safetensors have equal names, types and bits."""
+    left, right = load_file(left), load_file(right)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
+    )
+
+
+@pytest.mark.parametrize("processes, dtype", [
+    (0, "float32"), (0, "bf16"), pytest.param(2, "float32", marks=pytest.mark.slow),
+    pytest.param(2, "bf16", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_state_is_the_checkpoint_that_the_run_would_have_saved(
+    tiny, policy, tmp_path, processes, dtype
+):
+    """Policy and discriminator, bitwise, with config, tokenizer and processor, for any tool; a run
+    from one is a run from the other, and saving states changes no run."""
+
+    def run(out, *flags):
+        flags = [*game, "--dtype", dtype, "--out", out, *flags]
+        ran = launch("align.py", *flags, processes=processes)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return untimed(read_jsonl(out / "metrics.jsonl"))
+
+    game = ["--data", tiny.align, "--prompts", 2, "--rollouts", 2, "--max-new-tokens", 24]
+    game += ["--lr", 1e-3, "--disc-lr", 1e-3, "--steps", 2]
+    whole = tmp_path / "whole"
+    log = run(whole, "--ckpt", policy, "--save-every", 1, "--keep", 2)
+    assert run(tmp_path / "rarely", "--ckpt", policy, "--save-every", 0) == log
+    for part in (".", "discriminator"):
+        kept, state = content_of(whole / part), content_of(whole / "state.2" / part)
+        names = {path.name for path in (whole / part).iterdir()}
+        names = {name for name in names & kept.keys() if name.endswith((".json", ".jinja"))}
+        names = names - {"meta.json"} | {"model.safetensors"}
+        assert len(names) == 7
+        assert all(kept[name] == state[name] for name in names)
+        before = whole / "state.1" / part / "model.safetensors"
+        assert not same_weights(before, whole / part / "model.safetensors")
+    kind = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    half = AutoModelForImageTextToText.from_pretrained(whole / "state.2", dtype="auto")
+    assert half.dtype == kind
+    found = []
+    for number, ckpt in enumerate((whole, whole / "state.2")):
+        out = tmp_path / str(number)
+        found.append(run(out, "--ckpt", ckpt, "--disc", ckpt / "discriminator"))
+    assert found[0] == found[1]
+    assert same_weights(tmp_path / "0" / "model.safetensors", tmp_path / "1" / "model.safetensors")
+    first, second = (
+        runtime.read_json(tmp_path / name / "state.2" / "progress.json")["identity"]
+        for name in "01"
+    )
+    assert first | {"out": second["out"]} == second
+
+
+def test_a_state_of_the_warm_up_is_a_discriminator(tiny, policy, tmp_path):
+    """The one that the run would have saved, for align.py --disc."""
+    pair = {"question": "How many?", "teacher_caption": "1 red", "teacher_cot": "<think>a</think>"}
+    pair |= {"student_caption": "2 red", "student_cot": "<think>b</think>", "answer": "odd"}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair] * 4)
+    flags = ["--pairs", pairs, "--ckpt", tiny.base, "--batch", 2, "--save-every", 1, "--lr", 1e-3]
+    assert stage("discriminator", *flags, "--out", tmp_path / "disc") == 0
+    whole, state = tmp_path / "disc", tmp_path / "disc" / "state.2"
+    assert same_weights(whole / "model.safetensors", state / "model.safetensors")
+    assert runtime.fingerprint(str(whole)) == runtime.fingerprint(str(state))
+    game = ["--data", tiny.align, "--prompts", 1, "--rollouts", 2, "--max-new-tokens", 8]
+    flags = ["--ckpt", policy, "--disc", state, "--out", tmp_path / "out", "--steps", 1, *game]
+    assert stage("align", *flags) == 0
+
+
+def test_every_script_takes_a_state(tiny, tmp_path, capfd):
+    """eval.py and rollout.py say of a state what they say of the checkpoint; eval.py --resume knows
+    it by its content. A folder of an unfinished run names its states."""
+    whole = tmp_path / "whole"
+    assert stage("sft", *flags_of(tiny, whole, steps=3)) == 0
+    flags = ["--max-new-tokens", 8, "--prompt", "How many?"]
+    said = []
+    for ckpt in (whole, whole / "state.3"):
+        capfd.readouterr()
+        assert stage("rollout", "--ckpt", ckpt, *flags) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1]
+    flags = ["--data", tiny.rl, "--max-new-tokens", 8, "--out", tmp_path / "eval"]
+    assert stage("eval", "--ckpt", whole, whole / "state.3", *flags) == 0
+    kept = [read_jsonl(path) for path in sorted((tmp_path / "eval").glob("*/rl.jsonl"))]
+    assert len(kept) == 2 and kept[0] == kept[1]
+    assert stage("eval", "--ckpt", whole, whole / "state.3", *flags, "--resume") == 0
+    for name in ("config.json", "meta.json"):
+        (whole / name).unlink()
+    capfd.readouterr()
+    assert stage("sft", *flags_of(tiny, tmp_path / "out", ckpt=whole)) == 2
+    assert f"an unfinished run: give one of its states, such as {whole}/state.3" in one_line(capfd)
+
+
+@pytest.mark.parametrize("part", ["policy", "discriminator"])
+def test_a_damaged_state_is_no_checkpoint(tiny, policy, tmp_path, capfd, monkeypatch, part):
+    """Weights that are cut or gone are named by every script, those with other bytes by the scripts
+    that look at all of them before they load them; nothing is written. A state without its shards
+    is still a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    game = ["--data", tiny.align, "--prompts", 1, "--rollouts", 2, "--max-new-tokens", 8]
+    assert stage("align", "--ckpt", policy, "--out", "whole", *game, "--steps", 1) == 0
+    state = Path("whole") / "state.1"
+    next(state.glob("*.distcp")).unlink()
+    disc = state / "discriminator"
+    file = (state if part == "policy" else disc) / "model.safetensors"
+    whole, out = file.read_bytes(), tmp_path / "out"
+    scripts = {
+        "align": ["--ckpt", state, "--disc", disc, "--out", out, *game, "--steps", 1],
+        "rollout": ["--ckpt", state, "--disc", disc, "--prompt", "x", "--max-new-tokens", 4],
+    }
+    if part == "policy":
+        scripts["eval"] = ["--ckpt", state, "--data", tiny.rl, "--out", out]
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes(999) + whole[middle + 999 :]
+    for content in (whole[:-1], None, changed):
+        file.unlink() if content is None else file.write_bytes(content)
+        for name in scripts:
+            if name == "rollout" and content == changed:
+                continue
+            capfd.readouterr()
+            assert stage(name, *scripts[name]) == 2
+            line = one_line(capfd)
+            assert f"{file.parent}: " in line and "weights" in line or file.name in line
+            assert ("the state is damaged" in line) == (content == changed) and not out.exists()
+    file.write_bytes(whole)
+    assert stage("align", *scripts["align"]) == stage("rollout", *scripts["rollout"]) == 0
 
 
 # --------------------------------------------------------------------------------------------- logs

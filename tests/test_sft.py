@@ -1,13 +1,20 @@
 """Run: pytest tests/test_sft.py          (data order, loss; CPU only)"""
 
 import argparse
+import shutil
 from itertools import islice
 
 import pytest
-from conftest import ONE, assert_same_grads, grads, read_jsonl, stock_logprobs, write_jsonl
+import torch
+from conftest import ONE, assert_same_grads, branch_logprobs, grads, launch, read_jsonl, stage
+from conftest import stock_logprobs, untimed, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from data import Example, Feed, load_examples, look, mixed_order, order
+import runtime
 import sft
+from rows import set_attention
 from runtime import InputError
 
 
@@ -148,3 +155,131 @@ def test_every_turn_of_the_assistant_is_trained(tiny):
         sum(len(i) for _, i in pairs),
     ]
     assert list(sft.measure_demonstration(example, *tools)) == lengths
+
+
+# ------------------------------------------------------------------------------------------- frozen
+@pytest.mark.parametrize("processes, more", [
+    (0, []), (0, ["--checkpointing"]), (0, ["--dtype", "bf16"]),
+    pytest.param(2, ["--checkpointing"], marks=pytest.mark.slow),
+    pytest.param(2, ["--dtype", "bf16"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_frozen_vision_tower_stays_as_it_is(tiny, tmp_path, processes, more):
+    """Bitwise, mergers and all, whatever the weight decay, also after --resume; the first step
+    moves all other weights as it does where nothing is frozen."""
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--lr", 1e-3, *more]
+    flags += ["--weight-decay", 0.5, "--clip", 1e9]  # so large that no norm matters
+
+    def run(name, *flags_of_run):
+        arguments = [*flags, "--out", tmp_path / name, *flags_of_run]
+        ran = launch("sft.py", *arguments, processes=processes)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return load_file(tmp_path / name / "model.safetensors")
+
+    base, free = load_file(f"{tiny.base}/model.safetensors"), run("free", "--steps", 1)
+    once = run("once", "--steps", 1, "--freeze", "vision")
+    assert once.keys() == base.keys()
+    frozen = {name for name in base if name.startswith("model.visual.")}
+    assert {name.split(".")[2] for name in frozen} >= {"merger", "deepstack_merger_list", "blocks"}
+    for name in base:
+        expected = base[name].to(once[name].dtype) if name in frozen else free[name]
+        assert torch.equal(once[name], expected), name
+        if name not in frozen and base[name].ndim == 2:  # bf16 does not show a step of a norm of 1
+            assert not torch.equal(once[name], base[name].to(once[name].dtype))
+    whole = run("whole", "--steps", 4, "--freeze", "vision", "--save-every", 2, "--keep", 2)
+    (tmp_path / "whole" / "state.4").rename(tmp_path / "taken away")
+    log = untimed(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    again = run("whole", "--steps", 4, "--freeze", "vision", "--save-every", 2, "--resume")
+    assert untimed(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == log and len(log) == 4
+    assert all(torch.equal(again[name], whole[name]) for name in base)
+    assert all(torch.equal(whole[name], base[name].to(whole[name].dtype)) for name in frozen)
+
+
+def test_another_freeze_is_another_run(tiny, tmp_path, capfd):
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--out", tmp_path / "out"]
+    assert stage("sft", *flags, "--steps", 1) == 0
+    capfd.readouterr()
+    assert stage("sft", *flags, "--steps", 2, "--resume", "--freeze", "vision") == 2
+    assert "made with --freeze None, not vision" in capfd.readouterr().err
+    assert stage("sft", *flags, "--steps", 2, "--resume", "--freeze", "tower") == 2
+    assert "invalid choice: 'tower'" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+def adapted(tiny):
+    """A policy with adapters that are not 0."""
+    model = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    runtime.add_lora(model, 3, ONE)
+    runtime.start_lora(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def test_adapters_are_merged_into_what_is_saved(tiny, tmp_path):
+    """transformers says of the saved checkpoint what the policy said with them."""
+    model = adapted(tiny)
+    runtime.write_checkpoint(model, str(tmp_path), ONE, tiny.base)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    for prompt, ids in demonstrations(tiny, 4):
+        with torch.no_grad():
+            expected = stock_logprobs(tiny, prompt, ids, stock)
+            (found,) = branch_logprobs(model, prompt, [ids])
+            before = stock_logprobs(tiny, prompt, ids)
+        assert (found - expected).abs().max() <= 1e-5 < 0.01 < (before - expected).abs().max()
+
+
+def test_the_gradient_of_adapters_is_that_of_the_merged_matrix(tiny, tmp_path):
+    """L(W + 2 B A): dA = 2 B^T dW and dB = 2 dW A^T; nothing else has one."""
+    model, batch = adapted(tiny), demonstrations(tiny, 4)
+    runtime.write_checkpoint(model, str(tmp_path), ONE, tiny.base)
+    merged = set_attention(runtime.load_policy(str(tmp_path)), "sdpa")
+    for one in (model, merged):
+        sft.accumulate_gradient(one, batch, argparse.Namespace(max_tokens=200), ONE)
+    whole, weights, expected = grads(merged), dict(model.named_parameters()), {}
+    for name in [name for name in weights if name.endswith("lora_a")]:
+        other, gradient = name[:-1] + "b", whole[name.replace("lora_a", "weight")]
+        expected[name] = 2 * weights[other].detach().T @ gradient
+        expected[other] = 2 * gradient @ weights[name].detach().T
+    assert len(expected) == 2 * 7 * 2  # two layers of seven matrices
+    assert_same_grads(grads(model), expected)
+
+
+@pytest.mark.parametrize("script, dtype, processes", [
+    ("sft", "float32", (0, 0)), ("rl", "float32", (0, 0)), ("sft", "bf16", (0, 0)),
+    pytest.param("sft", "float32", (0, 2), marks=pytest.mark.slow),
+    pytest.param("rl", "float32", (0, 2), marks=pytest.mark.slow),
+    pytest.param("rl", "bf16", (2, 2), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_adapters_train_resume_and_shard(tiny, policy, tmp_path, script, dtype, processes):
+    """Alone and on two processes alike; a resumed run is bitwise the unbroken one; all that is no
+    matrix of a decoder layer stays as it was."""
+    flags = ["--ckpt", policy, "--data", getattr(tiny, script), "--lora", 3, "--lr", 1e-2]
+    flags += ["--dtype", dtype, "--save-every", 1, "--keep", 2, "--steps", 3]
+    flags += ["--batch", 4] if script == "sft" else ["--prompts", 2, "--rollouts", 4]
+    flags += [] if script == "sft" else ["--max-new-tokens", 24]
+
+    def run(name, count, *more):
+        ran = launch(f"{script}.py", *flags, "--out", tmp_path / name, *more, processes=count)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        log = untimed(read_jsonl(tmp_path / name / "metrics.jsonl"))
+        return log, load_file(tmp_path / name / "model.safetensors")
+
+    log, whole = run("out", processes[0])
+    base = load_file(f"{policy}/model.safetensors")
+    assert whole.keys() == base.keys() and len(log) == 3
+    for name in base:
+        same = torch.equal(base[name].to(whole[name].dtype), whole[name])
+        assert same == (".layers." not in name or "norm" in name), name
+    if script == "rl":
+        assert max(line["drift"] for line in log) < (1e-5 if dtype == "float32" else 0.05)
+    other, weights = run("other", processes[1])
+    close = 0 if processes[0] == processes[1] else 1e-5
+    for left, right in zip(log, other):
+        assert left.keys() == right.keys()
+        assert all(left[key] == pytest.approx(right[key], abs=close, rel=close) for key in left)
+    assert max((weights[name] - whole[name]).abs().max() for name in base) <= 10 * close
+    shutil.rmtree(tmp_path / "other" / "state.3")
+    again, resumed = run("other", processes[1], "--resume")
+    assert again == other and all(torch.equal(resumed[name], weights[name]) for name in base)
