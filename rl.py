@@ -384,6 +384,7 @@ def rollout_flags(parser, prompts, max_new_tokens):
                        help="steps between entries in rollouts.jsonl; 0: never")
 
 
+# -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
     """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
     rows are looked at before a model is loaded. Raises InputErrorOfAll for one that cannot be used:
@@ -445,16 +446,61 @@ def check_validation(args):
         raise InputError("--eval-every and --eval-data need each other")
 
 
-def reward_of(text, example):
-    """(5) for a response to an example."""
-    golds = with_percent(example.answer, example.prompt[-1]["content"])
-    return reward(text, golds, example.options)
+# ---------------------------------------------------------------------------- a reward of one's own
+REWARD_SECONDS = 10  # for a call
+
+
+class OwnReward:
+    """The function of --reward, called with a response as it was sampled, without the EOS, the gold
+    answer (None where there is none) and the row of the data set. What is no finite number, raises
+    or takes too long is worth 0 and counted; its clock makes that depend on the machine."""
+
+    def __init__(self, args):
+        self.name = f"--reward {args.reward}:{args.reward_function}"
+        self.calls, self.errors, self.first = 0, 0, None
+        with about(self.name):
+            sys.path.append(os.path.dirname(os.path.abspath(args.reward)))  # as of any script
+            spec = importlib.util.spec_from_file_location("own_reward", args.reward)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.function = getattr(module, args.reward_function)
+            if not callable(self.function):
+                raise TypeError(f"{args.reward_function} is no function")
+
+    def __call__(self, record):
+        example, self.calls = record.example, self.calls + 1
+        try:
+            signal.signal(signal.SIGALRM, self.stop)
+            signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
+            try:
+                value = float(self.function(record.text, example.answer, example.row))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no finite number")
+            return value
+        except Exception as error:  # there is no end to what it may raise
+            self.errors += 1
+            if self.first is None:
+                self.first = f"{self.name}: {example.id}: {type(error).__name__}: {error}"
+                print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
+            return 0.0
+
+    @staticmethod
+    def stop(*_):
+        raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
+
+    def count(self, world):
+        """Calls that have failed so far, on all ranks. Raises InputErrorOfAll where none has not:
+        there is nothing to learn from."""
+        calls, errors = world.sum(self.calls, self.errors)
+        if errors == calls > 0:
+            first = next(filter(None, world.gather(self.first)))
+            raise InputErrorOfAll(f"{first} (as all {int(calls)} calls of the first step)")
+        return int(errors)
 
 
 # ------------------------------------------------------------------------------------------- RL
-REWARD_SECONDS = 10  # for a call of --reward
-
-
 def parse_args():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw)
@@ -512,54 +558,10 @@ def measure_problem(example, *tools):
     return measure_prompt(example, *tools)
 
 
-class OwnReward:
-    """The function of --reward, called with a response as it was sampled, without the EOS, the gold
-    answer (None where there is none) and the row of the data set. What is no finite number, raises
-    or takes too long is worth 0 and counted; its clock makes that depend on the machine."""
-
-    def __init__(self, args):
-        self.name = f"--reward {args.reward}:{args.reward_function}"
-        self.calls, self.errors, self.first = 0, 0, None
-        with about(self.name):
-            sys.path.append(os.path.dirname(os.path.abspath(args.reward)))  # as of any script
-            spec = importlib.util.spec_from_file_location("own_reward", args.reward)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            self.function = getattr(module, args.reward_function)
-            if not callable(self.function):
-                raise TypeError(f"{args.reward_function} is no function")
-
-    def __call__(self, record):
-        example, self.calls = record.example, self.calls + 1
-        try:
-            signal.signal(signal.SIGALRM, self.stop)
-            signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
-            try:
-                value = float(self.function(record.text, example.answer, example.row))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            if not math.isfinite(value):
-                raise ValueError(f"{value} is no finite number")
-            return value
-        except Exception as error:  # there is no end to what it may raise
-            self.errors += 1
-            if self.first is None:
-                self.first = f"{self.name}: {example.id}: {type(error).__name__}: {error}"
-                print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
-            return 0.0
-
-    @staticmethod
-    def stop(*_):
-        raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
-
-    def count(self, world):
-        """Calls that have failed so far, on all ranks. Raises InputErrorOfAll where none has not:
-        there is nothing to learn from."""
-        calls, errors = world.sum(self.calls, self.errors)
-        if errors == calls > 0:
-            first = next(filter(None, world.gather(self.first)))
-            raise InputErrorOfAll(f"{first} (as all {int(calls)} calls of the first step)")
-        return int(errors)
+def reward_of(text, example):
+    """(5) for a response to an example."""
+    golds = with_percent(example.answer, example.prompt[-1]["content"])
+    return reward(text, golds, example.options)
 
 
 def give_rewards(records, own, args):
