@@ -404,6 +404,10 @@ class Stage:
                 if name == "policy":
                     weights = {key: t.to(self.world.dtype) for key, t in weights.items()}
                 whole = max(whole, self.tracker.peak() - before)
+                if name == "policy" and model.config.tie_word_embeddings:
+                    weights.pop("lm_head.weight")
+                # a state is a checkpoint as well
+                disk += sum(t.numel() * t.element_size() for t in weights.values())
                 del weights
         self.cell.other |= {"host, saving": whole, "state": disk}
 
