@@ -48,6 +48,9 @@ ROWS = [
     (2, "more_segment_v", "SFT on the curated rows -> align: segment credit, alpha 1",
      f"{STAGES['align']} --ckpt more --credit segment --alpha 1"),
     (2, "alpha1", "align: alpha 1, perception alone", f"{STAGES['align']} --alpha 1"),
+    (2, "context_ground", "", f"{GROUND} {LOOK} --pairs align --readout context"),
+    (2, "context", "align: the reasoning expert reads the trace after its caption",
+     f"{STAGES['align']} --disc context_ground --readout context"),
     (2, "frozen", "align: discriminator frozen after warm-up", f"{STAGES['align']} --disc-lr 0"),
     (2, "alpha0", "align: alpha 0, reasoning alone", f"{STAGES['align']} --alpha 0"),
     (2, "combined", "align: combined, then normalised", f"{STAGES['align']} --normalize combined"),
@@ -88,10 +91,12 @@ ROWS += [
     (4, "kept", "SFT from base without the worst quarter of the demonstrations",
      f"{STAGES['sft']} --data kept_rows/rows"),
 ]
-ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short")
+ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short", "context_ground", "context",
+             "more_align", "more_segment_v")  # fmt: skip
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
+           "context": "the reasoning expert reads the caption, too",
            "dense": "one expert", "text": "without the picture"}
 TITLES = {1: "Table 1: alignment before RLVR", 2: "Table 2: controls and ablations",
           3: "Table 3: how many curated rows, and of which kind",
@@ -128,8 +133,10 @@ def main():
     parts = [f"# Tables\n\nseeds {', '.join(map(str, args.seeds))}\n"]
     lines = arm_table(outs, ARMS, ["sft_rl", "more_rl"], commands)
     parts += ["## Main arms, all seeds\n\n" + lines, verdict(outs)]
-    lines = arm_table(outs, arms_of(3, ALL_SEEDS), ["sft", "align_8"], commands)
-    parts.append("## Eight curated rows, all seeds\n\n" + lines)
+    for table, title, bases in ((3, "Eight curated rows", ["sft", "align_8"]),
+                                (2, "Other games", ["sft", "more"])):  # fmt: skip
+        lines = arm_table(outs, arms_of(table, ALL_SEEDS), bases, commands)
+        parts.append(f"## {title}, all seeds\n\n{lines}")
     for table, title in TITLES.items():
         bases = ["sft_rl", "more_rl"] if table == 1 else ["sft", "more"]
         lines = arm_table(outs[:1], arms_of(table), bases, commands)
