@@ -163,7 +163,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
 
 @dataclass(eq=False)
 class Slot:
-    """What a slot holds: a rollout that is being decoded, or waits."""
+    """What a slot holds: a rollout that is being decoded, or waits for its turn."""
 
     prompt: int  # index into prompts
     sample: int
@@ -295,7 +295,7 @@ class Batch:
         out = self.model.model(**inputs, use_cache=True, past_key_values=cache)
         states, places = out.last_hidden_state[0], []
         for slot, written in slots:
-            pages = np.array([0] * written + slot.pages[written:])
+            pages = np.array([0] * written + slot.pages[written:])  # what is there already stays
             own = pages[:, None] * self.pool.page + np.arange(self.pool.page)
             places.append(np.split(own.ravel()[: slot.tokens], [slot.prompt_tokens]))
         parts = [prompt for prompt, _ in places] + [branch for _, branch in places]  # as in a pack
@@ -363,6 +363,7 @@ class Batch:
         table = torch.tensor(table, dtype=torch.int32, device=self.states.device)
         state = torch.tensor(state, device=self.states.device)
         step = compiled_decode_step() if self.compiled else decode_step
+        # copied, because a captured step always writes to one and the same place
         self.states[rows] = step(self.model.model.language_model, self.pool.kv, table, state)
 
 

@@ -247,7 +247,7 @@ class Paged:
     def gather(self, layer):
         """Keys and values of the slots, [S, Hkv, n * page, D] each, until the next layer's; and a
         mask [S, 1, 1, n * page] to be added to the scores, 0 where a key is seen."""
-        if self.gathered is None:  # one for all layers: to allocate it takes as long as to fill it
+        if self.gathered is None:  # one for all layers
             self.gathered = self.pool.new_empty(self.table.numel(), *self.pool.shape[2:])
             unseen = torch.arange(self.longest, device=self.table.device) > self.before[:, None]
             mask = torch.zeros(unseen.shape, dtype=self.pool.dtype, device=unseen.device)
@@ -294,6 +294,8 @@ def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, table=None, 
 
     window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[-2]
     more = {"window_size": window, "enable_gqa": gqa, "block_table": table, "seqused_k": used}
+    if table is not None and not gqa:
+        more["num_splits"] = 1  # several lose rows without a word: pytorch issue 194167
     return varlen_attn(q, k, v, *sizes, scale=scale, **more)
 
 
@@ -307,6 +309,7 @@ def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=N
     if paged is not None:
         k, v = paged.pool[module.layer_idx].chunk(2, dim=2)
         sizes, pages = (paged.cu_q, paged.cu_k, 1, paged.longest), (paged.table, paged.used)
+        # one query sees all keys; not called causal, as only then may the kernel split the keys
         out = varlen_kernel(query[:, :, 0], k, v, *sizes, scaling, False, *pages)  # [S, H, D]
         return out[:, None], None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]

@@ -51,6 +51,8 @@ NONE = "-"  # in the table: only a GPU could tell
 def emulated_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, table=None, used=None):
     """rows.varlen_kernel on the CPU. Raises TypeError for what a kernel would refuse."""
     if table is not None:
+        if causal or max_q != 1:  # with split keys rows would be lost
+            raise TypeError("pages with causal attention, or with several queries")
         check_pages(k, v, cu_k, table, used)
         k, v = (join_pages(pool, table, used.tolist()) for pool in (k, v))
     check_kernel_inputs(q, k, v, cu_q, cu_k, max_q, max_k)
