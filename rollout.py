@@ -12,6 +12,7 @@ answers to one question mean anything.
 
 import sys
 from codecs import getincrementaldecoder
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -20,7 +21,8 @@ import torch
 from transformers import DynamicCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from rows import banned_ids, check_attention, masked_logits, pack_rows, set_attention, split_rows
+from rows import (PAGE, Paged, banned_ids, check_attention, masked_logits, pack_rows, set_attention,
+                  split_rows)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- response format
@@ -110,17 +112,19 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
            slots=256, max_tokens=16384, compiled=False, watch=None):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
-    A prompt is prefilled once; its rollouts decode from copies of its KV. A finished rollout leaves
-    its slot to the next; empty slots leave the batch. Two slots, two rollouts of p and one of q:
+    A finished rollout leaves its slot to the next. Two slots, two rollouts of p and one of q:
 
         slot 0   p: p0 p0 p0 EOS   q: q0 q0 q0 EOS
         slot 1   p: p1 p1 p1 p1 p1 p1 p1 EOS
 
-    Random numbers belong to (seed, sample), so the result depends neither on the number of slots
-    nor on that of processes. Memory is bounded by the flags, not by the batch: at most `slots`
-    slots, and no more than fit into SLOT_TOKENS * max_tokens cached positions (at least one);
-    prompts are prefilled when their turn comes, max_tokens at a time. Raises ValueError for a model
-    whose attention was not chosen by `rows.set_attention`.
+    Keys and values lie in pages of one pool, and rollouts share the full pages of their prompt (see
+    Pool). They start while there are pages for the tokens that exist; when none is left, the
+    youngest gives up its own, and goes on later from where it was. Random numbers belong to (seed,
+    sample), so the result depends neither on slots and pages nor on the number of processes. Memory
+    is bounded by the flags, not by the batch: at most `slots` slots and SLOT_TOKENS * max_tokens
+    cached positions (at least those of a rollout of full length); prompts are prefilled when their
+    turn comes, max_tokens at a time. Raises ValueError for a model whose attention was not chosen
+    by `rows.set_attention`.
 
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
@@ -129,18 +133,20 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     them that are finished."""
     seeds = seeds or [(i,) for i in range(len(prompts))]
     samples = samples or [range(n)] * len(prompts)
-    columns = max((len(p.input_ids) for p in prompts), default=0) + max_new_tokens
-    if compiled:
-        columns = -(-columns // 1024) * 1024  # another number is another shape to compile
-    slots = min(slots, sum(map(len, samples)), max(1, SLOT_TOKENS * max_tokens // columns))
     ends, training = {eos_id} if isinstance(eos_id, int) else set(eos_id), model.training
     model.eval()  # in train mode a model that recomputes activations is given no cache
-    batch = Batch(model, slots, columns, compiled)
-    queue = waiting(model, prompts, seeds, samples, max_new_tokens, max_tokens)
+    queue = deque()
+    for p, (prompt, numbers) in enumerate(zip(prompts, samples)):
+        tokens, position = len(prompt.input_ids), prompt.next_position
+        for s in numbers:
+            noise = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, np.float32)
+            queue.append(Slot(p, s, tokens, noise, position - tokens))
+    batch = Batch(model, prompts, queue, slots, max_new_tokens, max_tokens, compiled)
     banned = torch.tensor(banned_ids(model), device=model.device)
     done = [dict.fromkeys(numbers) for numbers in samples]
-    while batch.refill(queue):
-        logits = masked_logits(model.lm_head, batch.hidden, banned, temperature or 1.0)
+    while batch.refill():
+        hidden = batch.states[batch.rows]
+        logits = masked_logits(model.lm_head, hidden, banned, temperature or 1.0)
         logits = logits.nan_to_num()  # of exploded weights: their next update is skipped
         tokens, logprobs = choose(logits, batch.uniforms(), temperature)
         growing = [slot for slot in batch.slots if slot is not None]
@@ -150,56 +156,29 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         for slot in ended:
             finished = slot.ids[-1] in ends
             done[slot.prompt][slot.sample] = Rollout(slot.ids, slot.logprobs, finished)
-        batch.step(model.model.language_model, tokens)
+        batch.step()
     model.train(training)
     return [list(group.values()) for group in done]
 
 
-@dataclass
-class Encoded:
-    """A prompt of P tokens after its prefill."""
-
-    kv: list  # (keys, values) of each layer, each [Hkv, P, D]
-    hidden: torch.Tensor  # [hidden size]  of its last token
-    offset: int  # M-RoPE position of the next token - P
-
-
-@dataclass
+@dataclass(eq=False)
 class Slot:
-    """What a slot holds: a rollout that is being decoded."""
+    """What a slot holds: a rollout that is being decoded, or waits for its turn."""
 
     prompt: int  # index into prompts
     sample: int
     prompt_tokens: int
     noise: np.ndarray  # [max_new_tokens]  uniform in [0, 1), one number for each token
+    offset: int = 0  # M-RoPE position of a token - tokens before it
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # of its tokens, in order
+    start: torch.Tensor | None = None  # [hidden size]  of the prompt's last token
+    place: int | None = None  # index into the batch's slots
 
-
-def waiting(model, prompts, seeds, samples, max_new_tokens, max_tokens):
-    """The rollouts that wait for a slot, prompt by prompt: yields (Slot, Encoded). Prompts are
-    prefilled when the first of them is asked for, as many as fit into max_tokens."""
-    wanted = [p for p, numbers in enumerate(samples) if len(numbers)]
-    rows = [(len(prompts[p].input_ids), [0]) for p in wanted]  # a prompt and a branch of 0 tokens
-    for pack in split_rows(rows, max_tokens):
-        chosen = [wanted[r] for r, _ in pack]
-        for p, encoded in zip(chosen, prefill(model, [prompts[p] for p in chosen])):
-            for s in samples[p]:
-                noise = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, np.float32)
-                yield Slot(p, s, len(prompts[p].input_ids), noise), encoded
-
-
-def prefill(model, prompts):
-    """Encode prompts in one forward -> list of Encoded."""
-    check_attention(model.model)
-    cache, at, out = DynamicCache(), 0, []
-    inputs = pack_rows(prompts, [], model.device).inputs
-    states = model.model(**inputs, use_cache=True, past_key_values=cache).last_hidden_state[0]
-    for prompt in prompts:
-        start, at = at, at + len(prompt.input_ids)
-        kv = [(layer.keys[0, :, start:at], layer.values[0, :, start:at]) for layer in cache.layers]
-        out.append(Encoded(kv, states[at - 1], prompt.next_position - (at - start)))
-    return out
+    @property
+    def tokens(self):
+        return self.prompt_tokens + len(self.ids)
 
 
 def choose(logits, uniform, temperature):
@@ -216,117 +195,192 @@ def choose(logits, uniform, temperature):
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
+class Pool:
+    """Keys and values, [layers, 1 + pages, page, Hkv + Hkv, D], allocated once, and who holds which
+    page. Two rollouts 0, 1 of a prompt p of 6 tokens and one 2 of q of 3 in pages of 4 tokens:
+
+        page      1 | p p p p |   2 | p p 0 0 |   3 | 0 0 . . |   4 | p p 1 . |   5 | q q q 2 |
+        table     rollout 0: 1 2 3                rollout 1: 1 4                rollout 2: 5
+
+    The full pages of a prompt are shared; its last one, partly filled, is copied for each rollout.
+    Page 0 is nobody's: what a compiled step computes for empty slots goes there."""
+
+    def __init__(self, text, pages, page, dtype, device):
+        heads = 2 * text.num_key_value_heads
+        shape = (text.num_hidden_layers, 1 + pages, page, heads, text.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.page, self.free, self.holders = page, list(range(pages, 0, -1)), Counter()
+
+    def hold(self, pages):
+        self.holders.update(pages)
+        return pages
+
+    def take(self, count):
+        """So many free pages."""
+        return self.hold([self.free.pop() for _ in range(count)])
+
+    def release(self, pages):
+        self.holders.subtract(pages)
+        self.free += [page for page in pages if not self.holders[page]]
+
+
 class Batch:
-    """The slots that decode together: what each holds, its cache and its last hidden state."""
+    """The rollouts that decode together, a slot each, and those that wait."""
 
-    def __init__(self, model, slots, columns, compiled):
-        text, dtype, device = model.config.text_config, model.dtype, model.device
-        layers, heads, dim = text.num_hidden_layers, text.num_key_value_heads, text.head_dim
-        self.cache = SlotCache(layers, slots, heads, columns, dim, dtype, device)
-        self.slots = [None] * slots
-        self.hidden = torch.zeros(slots, text.hidden_size, dtype=dtype, device=device)
-        # M-RoPE position of a slot's next token = its cache length + offset
-        self.offset = torch.zeros(slots, dtype=torch.long, device=device)
-        self.compiled = compiled
+    def __init__(self, model, prompts, queue, slots, max_new_tokens, max_tokens, compiled):
+        check_attention(model.model)
+        self.model, self.prompts, self.queue = model, prompts, queue
+        self.max_tokens, self.compiled = max_tokens, compiled
+        text = model.model.language_model.config
+        page = PAGE[text._attn_implementation]
+        longest = max((slot.prompt_tokens for slot in queue), default=0) + max_new_tokens
+        if compiled:
+            longest = -(-longest // 1024) * 1024  # another number is another shape to compile
+        self.width = -(-longest // page)  # pages of the longest rollout
+        slots = min(slots, len(queue))
+        pages = max(self.width, min(SLOT_TOKENS * max_tokens // page, slots * self.width))
+        self.pool = Pool(text, pages, page, model.dtype, model.device)
+        self.slots, self.leaving = [None] * slots, []
+        self.states = torch.zeros(slots, text.hidden_size, dtype=model.dtype, device=model.device)
 
-    def refill(self, queue):
-        """Give empty slots to the rollouts that wait; once none does, empty slots leave the batch.
-        -> False when there is nothing left to decode."""
-        for s, slot in enumerate(self.slots):
-            if slot is None and (ready := next(queue, None)) is not None:
-                self.slots[s], encoded = ready
-                self.cache.fill(s, encoded.kv)
-                self.hidden[s], self.offset[s] = encoded.hidden, encoded.offset
-        live = [s for s, slot in enumerate(self.slots) if slot is not None]
-        if 0 < len(live) <= 0.75 * len(self.slots) and not self.compiled:
-            self.cache.keep(live)
-            self.hidden, self.offset = self.hidden[live], self.offset[live]
-            self.slots = [self.slots[s] for s in live]
-        return len(live) > 0
+    @property
+    def rows(self):
+        """The slots that are computed: where steps are compiled all, else those that hold one."""
+        return [s for s, slot in enumerate(self.slots) if slot is not None or self.compiled]
+
+    def refill(self):
+        """Give empty slots to the rollouts that wait -> False when there is nothing to decode.
+        Finished ones leave their pages in between, so that another of their prompt finds it."""
+        self.admit()
+        self.leave()
+        self.admit()
+        return any(self.slots)
+
+    def leave(self):
+        for slot in self.leaving:
+            self.pool.release(slot.pages)
+        self.leaving = []
+
+    def admit(self):
+        """Start rollouts in their order, while there are pages for their tokens and the next."""
+        pool, page, encode, copy = self.pool, self.pool.page, [], []
+        siblings = {slot.prompt: slot for slot in (*self.leaving, *self.slots) if slot is not None}
+        for place in [s for s, slot in enumerate(self.slots) if slot is None][: len(self.queue)]:
+            slot = self.queue[0]
+            sibling, full = siblings.get(slot.prompt), slot.prompt_tokens // page
+            shared = sibling.pages[:full] if sibling else []
+            count = slot.tokens // page + 1 - len(shared)
+            if count > len(pool.free):
+                break
+            slot.place, slot.pages = place, pool.hold(shared) + pool.take(count)
+            self.slots[place] = siblings[slot.prompt] = self.queue.popleft()
+            if sibling and not slot.ids:
+                copy.append((slot, sibling))
+            else:
+                encode.append((slot, len(shared)))
+        rows = [(slot.prompt_tokens, [len(slot.ids)]) for slot, _ in encode]
+        for pack in split_rows(rows, self.max_tokens):
+            self.prefill([encode[r] for r, _ in pack])
+        for slot, sibling in copy:
+            tail = slot.prompt_tokens // page
+            pool.kv[:, slot.pages[tail]] = pool.kv[:, sibling.pages[tail]]
+            slot.start = self.states[slot.place] = sibling.start
+
+    def prefill(self, slots):
+        """Encode prompts, and what their rollouts have sampled so far, in one forward. slots: list
+        of (Slot, how many of its first pages are written already)."""
+        branches = [(i, slot.ids) for i, (slot, _) in enumerate(slots) if slot.ids]
+        prompts, cache = [self.prompts[slot.prompt] for slot, _ in slots], DynamicCache()
+        inputs = pack_rows(prompts, branches, self.model.device).inputs
+        out = self.model.model(**inputs, use_cache=True, past_key_values=cache)
+        states, places = out.last_hidden_state[0], []
+        for slot, written in slots:
+            pages = np.array([0] * written + slot.pages[written:])  # what is there already stays
+            own = pages[:, None] * self.pool.page + np.arange(self.pool.page)
+            places.append(np.split(own.ravel()[: slot.tokens], [slot.prompt_tokens]))
+        parts = [prompt for prompt, _ in places] + [branch for _, branch in places]  # as in a pack
+        at = torch.from_numpy(np.concatenate(parts)).to(states.device)
+        for pool, layer in zip(self.pool.kv, cache.layers):
+            new = torch.cat([layer.keys[0], layer.values[0]])  # [2 Hkv, T, D]
+            pool.flatten(0, 1)[at] = new.transpose(0, 1)
+        ends = np.cumsum([len(part) for part in parts]) - 1
+        for i, (slot, _) in enumerate(slots):
+            slot.start = states[ends[i]].clone()
+            self.states[slot.place] = states[ends[i + len(slots) if slot.ids else i]]
 
     def uniforms(self):
-        """The random number [S] of each slot's next token; 0 for an empty slot."""
-        numbers = [0.0 if slot is None else float(slot.noise[len(slot.ids)]) for slot in self.slots]
-        return torch.tensor(numbers, dtype=torch.float32, device=self.hidden.device)
+        """The random number [rows] of each slot's next token; 0 for an empty slot."""
+        slots = (self.slots[s] for s in self.rows)
+        numbers = [0.0 if slot is None else float(slot.noise[len(slot.ids)]) for slot in slots]
+        return torch.tensor(numbers, dtype=torch.float32, device=self.states.device)
 
     def append(self, tokens, logprobs, ends, max_new_tokens):
         """Write a token and its log-prob to each slot -> the finished ones, which leave theirs."""
-        finished = []
-        for s, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
+        for s, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist()):
             slot = self.slots[s]
             if slot is None:
                 continue
             slot.ids.append(token)
             slot.logprobs.append(logprob)
             if token in ends or len(slot.ids) == max_new_tokens:
-                finished.append(slot)
+                self.leaving.append(slot)
                 self.slots[s] = None
-        return finished
+        return self.leaving
 
-    def step(self, text, tokens):
-        """Decode one token further, through the layers of the language model `text`."""
-        filled = [slot.prompt_tokens + len(slot.ids) for slot in self.slots if slot is not None]
-        if not filled:
+    def grow(self):
+        """A page for every rollout that has filled its own, the oldest first. When none is left,
+        the youngest gives up its own and is the next to start again."""
+        live = [slot for slot in self.slots if slot is not None]
+        live.sort(key=lambda slot: (slot.prompt, slot.sample))
+        for slot in live:
+            if slot.tokens <= len(slot.pages) * self.pool.page:
+                continue
+            if not self.pool.free:
+                self.leave()
+            if not self.pool.free:
+                youngest = live.pop()
+                self.pool.release(youngest.pages)
+                youngest.pages, self.slots[youngest.place] = [], None
+                self.queue.appendleft(youngest)
+            if slot.pages:
+                slot.pages += self.pool.take(1)
+
+    def step(self):
+        """Decode one token further."""
+        self.grow()
+        rows, state, table = self.rows, [], []
+        width = max((len(slot.pages) for slot in self.slots if slot is not None), default=0)
+        if not width:
             return
-        self.cache.open_window(max(filled), self.compiled)
+        if self.compiled:  # few shapes
+            width = min(self.width, 1 << (width - 1).bit_length())
+        for slot in (self.slots[s] for s in rows):
+            pages, numbers = [], (0, 0, 0)
+            if slot is not None:
+                pages, numbers = slot.pages, (slot.ids[-1], slot.tokens - 1, slot.offset)
+            table.append(pages + [0] * (width - len(pages)))
+            state.append(numbers)
+        # through numpy, which reads lists three times as fast
+        table = torch.from_numpy(np.array(table, np.int32)).to(self.states.device)
+        state = torch.from_numpy(np.array(state)).to(self.states.device)
         step = compiled_decode_step() if self.compiled else decode_step
-        # cloned because a captured step always writes to one and the same place
-        self.hidden = step(text, self.cache, tokens, self.offset).clone()
+        # copied, because a captured step always writes to one and the same place
+        self.states[rows] = step(self.model.model.language_model, self.pool.kv, table, state)
 
 
-class SlotCache:
-    """Keys and values of the slots, [slots, Hkv, columns, D] per layer, allocated once; slot s is
-    filled up to lengths[s]. Attention reads the first `window` columns."""
-
-    def __init__(self, layers, slots, heads, columns, dim, dtype, device):
-        shape = (slots, heads, columns, dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
-        self.slots = torch.arange(slots, device=device)
-        self.columns = torch.arange(columns, device=device)
-        self.window = columns
-
-    def fill(self, slot, kv):
-        """Copy the KV of a prompt, (keys, values) of each layer, into a slot."""
-        for layer, (k, v) in enumerate(kv):
-            self.keys[layer][slot, :, : k.shape[1]] = k
-            self.values[layer][slot, :, : k.shape[1]] = v
-        self.lengths[slot] = kv[0][0].shape[1]
-
-    def keep(self, slots):
-        """Move these slots to the front and forget the others, in place: memory never rises."""
-        for tensor in (*self.keys, *self.values, self.lengths):
-            tensor[: len(slots)] = tensor[slots]
-        self.keys = [keys[: len(slots)] for keys in self.keys]
-        self.values = [values[: len(slots)] for values in self.values]
-        self.lengths, self.slots = self.lengths[: len(slots)], self.slots[: len(slots)]
-
-    def open_window(self, filled, compiled):
-        """Read `filled` columns, rounded up by at most a quarter, so that few shapes of the decode
-        step occur; to the next power of two where every shape is compiled."""
-        step = 1 << (filled - 1).bit_length() if compiled else max(1, 1 << filled.bit_length() - 3)
-        self.window = min(len(self.columns), -(-filled // step) * step)
-
-    def update(self, k, v, layer):  # called by the attention layers, one new token a slot
-        self.keys[layer][self.slots, :, self.lengths] = k[:, :, 0]
-        self.values[layer][self.slots, :, self.lengths] = v[:, :, 0]
-        return self.keys[layer][:, :, : self.window], self.values[layer][:, :, : self.window]
-
-
-def decode_step(text, cache, tokens, offset):
+def decode_step(text, pool, table, state):
     """One token for every slot through the language model's layers -> last hidden states
-    [S, hidden size]. Its shapes depend on the slots and the window only, and it asks nothing of the
-    host, so that it can be compiled or captured. Slots that just finished compute a token that
-    nobody reads (their column is clamped), which is cheaper than moving the others."""
-    cache.lengths.clamp_(max=len(cache.columns) - 1)
-    seen = cache.columns[: cache.window] <= cache.lengths[:, None]  # [S, window]
+    [S, hidden size]; its keys and values go to the pool. table [S, n] int32: pages of each slot.
+    state [S, 3]: the token, the number of tokens before it, and its M-RoPE position less that
+    number. Shapes depend on S and n only, and it asks nothing of the host, so that it can be
+    compiled or captured."""
+    tokens, before, offset = state.T
+    paged = Paged(pool, table, before)
     hidden = text.embed_tokens(tokens)[:, None]  # [S, 1, hidden size]
     # beyond the prompt the three axes of a position agree
-    rotary = text.rotary_emb(hidden, (cache.lengths + offset)[None, :, None])
+    rotary = text.rotary_emb(hidden, (before + offset)[None, :, None])
     for layer in text.layers:
-        hidden = layer(hidden, rotary, seen[:, None, None], past_key_values=cache)
-    cache.lengths += 1
+        hidden = layer(hidden, rotary, past_key_values=paged, paged=paged)
     return text.norm(hidden)[:, 0]
 
 

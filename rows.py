@@ -225,21 +225,52 @@ class Layout:
         return Ragged(cu_q, cu_k, self.keys(k)[k < keys[:, None]])
 
 
+class Paged:
+    """The cache of a decode step: keys and values of S slots in a pool of pages, [layers, pages,
+    page, keys' Hkv + values' Hkv, D]. table [S, n] int32: the pages of each slot, in order, then
+    any. before [S]: the tokens of each; one is added, and sees all. No property is cached here, as
+    torch.compile knows none."""
+
+    def __init__(self, pool, table, before):
+        self.pool, self.table, self.before, page = pool, table, before, pool.shape[2]
+        last = table.gather(1, (before // page)[:, None])[:, 0]
+        self.place = last * page + before % page  # [S]  of the new token in the pool
+        self.longest, self.gathered = table.shape[1] * page, None
+        self.used = (before + 1).int()  # [S]
+        self.cu_q = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
+        self.cu_k = F.pad(self.used.cumsum(0), (1, 0)).int()  # [S + 1]
+
+    def update(self, k, v, layer):  # called by the attention layers, [S, Hkv, 1, D]
+        self.pool[layer].flatten(0, 1)[self.place] = torch.cat([k, v], dim=1)[:, :, 0]
+        return k, v
+
+    def gather(self, layer):
+        """Keys and values of the slots, [S, Hkv, n * page, D] each, until the next layer's; and a
+        mask [S, 1, 1, n * page] to be added to the scores, 0 where a key is seen."""
+        if self.gathered is None:  # one for all layers
+            self.gathered = self.pool.new_empty(self.table.numel(), *self.pool.shape[2:])
+            unseen = torch.arange(self.longest, device=self.table.device) > self.before[:, None]
+            mask = torch.zeros(unseen.shape, dtype=self.pool.dtype, device=unseen.device)
+            self.mask = mask.masked_fill(unseen, -torch.inf)[:, None, None]
+        torch.index_select(self.pool[layer], 0, self.table.flatten(), out=self.gathered)
+        pages = self.gathered.view(len(self.table), self.longest, *self.pool.shape[3:])
+        return *pages.transpose(1, 2).chunk(2, dim=1), self.mask
+
+
 # --------------------------------------------------------------------------------------- attention
-def without_layout(module, query, key, value, mask, scaling=None, **kwargs):
-    """Plain SDPA for the vision tower and for decoding, where a row has one query and the heads
-    that share a key become queries of one head."""
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    q = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [S, Hkv, H / Hkv, D]
-    out = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scaling)
-    return out.flatten(1, 2)[:, None], None
-
-
-def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """Attention of packed rows, [1, H, T, D] -> [1, T, H, D]."""
-    if layout is None or not module.is_causal:
-        return without_layout(module, query, key, value, attention_mask, scaling, **kwargs)
+def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=None, paged=None,
+              **kwargs):  # fmt: skip
+    """Attention of packed rows, [1, H, T, D] -> [1, T, H, D], or of a decode step, [S, H, 1, D] ->
+    [S, 1, H, D], for which the pages of every slot are gathered."""
+    if paged is not None:
+        k, v, mask = paged.gather(module.layer_idx)
+        # the heads that share a key become queries of one head
+        q = query.view(len(query), k.shape[1], -1, query.shape[-1])  # [S, Hkv, H / Hkv, D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return out.flatten(1, 2)[:, None], None
+    if layout is None or not module.is_causal:  # the vision tower, an ordinary batch
+        inputs = query, key, value, attention_mask
+        return sdpa_attention_forward(module, *inputs, scaling=scaling, **kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     groups, out = query.shape[1] // key.shape[1], torch.empty_like(q)
     for part in layout.padded:
@@ -251,24 +282,36 @@ def sdpa_rows(module, query, key, value, attention_mask, scaling=None, layout=No
     return out[None], None
 
 
-def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
+def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, table=None, used=None):
     """Variable-length attention on CUDA, [Tq, H, D] and [Tk, Hkv, D]; causal is aligned
-    bottom-right. flash-attn where it is installed, else torch's own kernel."""
+    bottom-right. flash-attn where it is installed, else torch's own kernel. With the `table` and
+    the keys `used` of Paged, k and v are pools [pages, page, Hkv, D], and there is no gradient."""
     sizes = (cu_q, cu_k, max_q, max_k)
     if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scale, causal=causal)
+        more = {"softmax_scale": scale, "causal": causal, "block_table": table}
+        return flash_attn_varlen_func(q, k, v, *sizes, **more)
     from torch.nn.attention.varlen import varlen_attn
 
-    window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, enable_gqa=gqa)
+    window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[-2]
+    more = {"window_size": window, "enable_gqa": gqa, "block_table": table, "seqused_k": used}
+    if table is not None and not gqa:
+        more["num_splits"] = 1  # several lose rows without a word: pytorch issue 194167
+    return varlen_attn(q, k, v, *sizes, scale=scale, **more)
 
 
-def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=None,
+def flash_rows(module, query, key, value, attention_mask, scaling=None, layout=None, paged=None,
                cu_seq_lens_q=None, max_length_q=None, **kwargs):  # fmt: skip
     """`sdpa_rows` without padding and without a mask: one variable-length call, keys gathered per
-    branch. The vision tower comes with its own cu_seq_lens_q; decoding has neither."""
-    if layout is None and cu_seq_lens_q is None:
-        return without_layout(module, query, key, value, attention_mask, scaling)
+    branch; a decode step reads its pages where they are. The vision tower comes with its own
+    cu_seq_lens_q; an ordinary batch has nothing."""
+    if paged is None and layout is None and cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    if paged is not None:
+        k, v = paged.pool[module.layer_idx].chunk(2, dim=2)
+        sizes, pages = (paged.cu_q, paged.cu_k, 1, paged.longest), (paged.table, paged.used)
+        # one query sees all keys; not called causal, as only then may the kernel split the keys
+        out = varlen_kernel(query[:, :, 0], k, v, *sizes, scaling, False, *pages)  # [S, H, D]
+        return out[:, None], None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if cu_seq_lens_q is not None:
         cu, longest = cu_seq_lens_q.int(), max_length_q
@@ -291,6 +334,7 @@ def refuse_padding(*args, attention_mask=None, **kwargs):
 
 
 ATTENTION = {"sdpa": "rows", "flash": "rows_flash"}  # --attn -> transformers' attn_implementation
+PAGE = {"rows": 16, "rows_flash": 256}  # tokens; flash-attn's kernel takes multiples of 256 only
 for _name, _function in ((ATTENTION["sdpa"], sdpa_rows), (ATTENTION["flash"], flash_rows)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, refuse_padding)

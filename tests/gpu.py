@@ -6,6 +6,7 @@ Qwen3-VL-2B with random weights as a Markdown table. Status 1 when a check fails
 
     attention    the variable-length kernel (flash-attn where installed, else torch's own) in bf16
                  against SDPA in float32: a pack of rows with pictures, forward and gradient
+    pages        a decode step on shuffled pages, the same two
     sampling     log-probs of sampled tokens against those of a full forward of the same model
     drift        log-probs in bf16 against float32, same weights
     graphs       whether decode steps were replayed as CUDA graphs
@@ -13,8 +14,9 @@ Qwen3-VL-2B with random weights as a Markdown table. Status 1 when a check fails
                  card's bandwidth that reading weights and cache once a token would take
 
 --emulate puts an emulation in place of the kernel: it takes what the kernels take (float16 or bf16,
-int32 offsets, a contiguous last dimension, head sizes that are multiples of 8 up to 256), refuses
-anything else, and computes by SDPA, sequence by sequence. So everything runs with --attn flash and
+int32 offsets, a contiguous last dimension, head sizes that are multiples of 8 up to 256; pages of a
+multiple of 256 tokens, an int32 table), refuses anything else, and computes by SDPA, sequence by
+sequence. So everything runs with --attn flash and
 bf16; times say nothing then.
 """
 
@@ -46,8 +48,13 @@ NONE = "-"  # in the table: only a GPU could tell
 
 
 # ---------------------------------------------------------------------------------- the emulation
-def emulated_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
+def emulated_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, table=None, used=None):
     """rows.varlen_kernel on the CPU. Raises TypeError for what a kernel would refuse."""
+    if table is not None:
+        if causal or max_q != 1:  # with split keys rows would be lost
+            raise TypeError("pages with causal attention, or with several queries")
+        check_pages(k, v, cu_k, table, used)
+        k, v = (join_pages(pool, table, used.tolist()) for pool in (k, v))
     check_kernel_inputs(q, k, v, cu_q, cu_k, max_q, max_k)
     out, groups = [], q.shape[1] // k.shape[1]
     for i in range(len(cu_q) - 1):
@@ -61,6 +68,28 @@ def emulated_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
         found = F.scaled_dot_product_attention(part, key, value, mask, scale=scale)
         out.append(found.transpose(0, 1).to(q.dtype))
     return torch.cat(out)
+
+
+def join_pages(pool, table, used):
+    """[pages, page, Hkv, D] -> [keys of all sequences, Hkv, D]"""
+    sequences = [torch.cat([pool[page] for page in pages]) for pages in table.tolist()]
+    return torch.cat([sequence[:n] for sequence, n in zip(sequences, used)])
+
+
+def check_pages(k, v, cu_k, table, used):
+    """What flash-attn's C++ asks of a paged call, and torch of `seqused_k`."""
+    if k.dim() != 4 or k.shape != v.shape or k.shape[1] % 256:
+        raise TypeError(f"k {list(k.shape)}: [pages, a multiple of 256 tokens, heads, size]")
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise TypeError("k, v: the last dimension is not contiguous")
+    for name, tensor in (("table", table), ("used", used)):
+        if tensor.dtype != torch.int32 or tensor.device != k.device or not tensor.is_contiguous():
+            raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: int32, contiguous")
+    if len(table) != len(cu_k) - 1 or not (0 <= table.min() and table.max() < len(k)):
+        raise TypeError(f"table {list(table.shape)} of pages up to {int(table.max())} of {len(k)}")
+    # flash-attn reads the numbers of keys from cu_k, torch from used
+    if not torch.equal(used, cu_k.diff()) or used.max() > table.shape[1] * k.shape[1]:
+        raise TypeError(f"used {used.tolist()} does not agree with cu_k, or with the table")
 
 
 def check_kernel_inputs(q, k, v, cu_q, cu_k, max_q, max_k):
@@ -130,6 +159,25 @@ def attention_inputs(tokens, heads, keys, dim, device):
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, n, tokens, dim) for n in (heads, keys, keys)]
     return [torch.randn(size, generator=generator).to(device) for size in sizes]
+
+
+@torch.no_grad()
+def check_pages_of_slots(report, setting):
+    """A query each of three slots, whose pages lie anywhere in a pool; two share their first."""
+    heads, keys, dim, page = 16, 8, 128, rows.PAGE[rows.ATTENTION["flash"]]
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, heads, 1, dim), (1, 6, page, 2 * keys, dim)
+    q, pool = (torch.randn(size, generator=generator).to(setting.device) for size in sizes)
+    table = torch.tensor([[4, 2], [4, 5], [1, 0]], dtype=torch.int32, device=setting.device)
+    before = torch.tensor([page + 40, 2 * page - 1, 0], device=setting.device)
+    module, found = SimpleNamespace(layer_idx=0, is_causal=True), []
+    for dtype, function in ((torch.float32, rows.sdpa_rows), (torch.bfloat16, rows.flash_rows)):
+        query, kv = (x.to(torch.bfloat16).to(dtype) for x in (q, pool))
+        paged = rows.Paged(kv, table, before)
+        found.append(function(module, query, None, None, None, scaling=dim**-0.5, paged=paged)[0])
+    error = relative(found[1], found[0])
+    name = f"pages of {page}, {heads} heads of {dim}, {keys} of keys"
+    report(name, f"{error:.1e} (at most 2e-2)", error < 2e-2)
 
 
 @torch.no_grad()
@@ -281,7 +329,7 @@ def main():
     kernel = emulated_kernel if args.emulate else rows.varlen_kernel
     with mock.patch.object(rows, "varlen_kernel", kernel):
         setting, report = make_setting(args.emulate), Report()
-        for check in (check_attention, check_model, check_graphs):
+        for check in (check_attention, check_pages_of_slots, check_model, check_graphs):
             check(report, setting)
         lines = list(measure_steps(setting))
     report("steps of sft, align and rl", f"{len(lines)} phases", len(lines) == 6)

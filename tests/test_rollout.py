@@ -1,8 +1,10 @@
 """Run: pytest tests/test_rollout.py          (response format, sampling; CPU only)"""
 
 import copy
+import gc
 import math
 import re
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ from conftest import ONE, SYSTEM, run_alone, stage, stock_inputs
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForImageTextToText
 
+import gpu
 import rollout
+import rows
 from data import Example, encode_prompt, encode_response
 from discriminator import load_discriminator, save_discriminator
 from rollout import parse_response, sample, split_segments
@@ -206,41 +210,186 @@ def test_the_samples_wanted_and_no_others(tiny):
     assert sample(tiny.model, [], 3, max_new_tokens=5, eos_id=0) == []
 
 
-def test_memory_is_bounded_by_the_flags(tiny):
-    """Slots times columns stay within 8 x max_tokens (one slot is always possible), and the samples
-    do not change."""
-    prompts, seen = [tiny.prompts[c] for c in (3, 0, 1)], []
-    columns = max(len(p.input_ids) for p in prompts) + 6
-    head = tiny.model.lm_head
-    hook = head.register_forward_hook(lambda head, inputs, output: seen.append(len(output)))
+# -------------------------------------------------------------------------------------------- pages
+SEEDS = [(7, 1), (7, 2), (7, 3)]
+PAGED = {"max_new_tokens": 20, "seeds": SEEDS, "temperature": 1.5}
+
+
+def draw_alone(tiny, prompt, seed, s, ends):
+    """A rollout by whole forwards of the stock model, without a cache: ids."""
+    noise = np.random.default_rng([*seed, s]).random(PAGED["max_new_tokens"], np.float32)
+    ids, banned = [], torch.tensor(tiny.banned)
+    for uniform in noise.astype(np.float64):
+        logits = tiny.stock(**stock_inputs(prompt, ids, tiny.stock.config)).logits[0, -1].double()
+        p = logits.index_fill(-1, banned, -torch.inf).div(PAGED["temperature"]).softmax(-1)
+        ids.append(int((p.cumsum(-1) <= uniform).sum()))
+        if ids[-1] in ends:
+            break
+    return ids
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def alone(tiny):
+    """Four rollouts of each of three prompts, two with pictures, that end at one of many ids."""
+    prompts = [tiny.prompts[c] for c in (1, 0, 3)]
+    ends = range(len(tiny.tokenizer) // 10)
+    ids = [[draw_alone(tiny, prompt, seed, s, ends) for s in range(4)]
+           for prompt, seed in zip(prompts, SEEDS)]  # fmt: skip
+    assert len({len(one) for group in ids for one in group}) > 4
+    return SimpleNamespace(prompts=prompts, ends=list(ends), ids=ids)
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Every pool that is made, with the highest number of its pages that were in use."""
+    made = []
+
+    class Watched(rollout.Pool):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.pages, self.highest = len(self.free), 0
+            made.append(self)
+
+        def take(self, count):
+            taken = super().take(count)
+            self.highest = max(self.highest, self.pages - len(self.free))
+            return taken
+
+    monkeypatch.setattr(rollout, "Pool", Watched)
+    return made
+
+
+@pytest.mark.parametrize("page", [1, 3, 16, 256])
+def test_pages_and_slots_do_not_change_the_samples(tiny, alone, pools, monkeypatch, page):
+    """In a pool for all, and in one for a single rollout of full length, where the youngest give up
+    their pages again and again. What `watch` sees of a rollout only grows."""
+    monkeypatch.setitem(rows.PAGE, "rows", page)
+    given_up, prefill = [], rollout.Batch.prefill
+
+    def count(self, slots):
+        given_up.extend(slot for slot, _ in slots if slot.ids)
+        prefill(self, slots)
+
+    monkeypatch.setattr(rollout.Batch, "prefill", count)
+    for slots in (1, 3, 64):
+        for max_tokens in (16384, 1):
+            seen = {}
+
+            def watch(growing, ended, seen=seen):
+                for slot in growing:
+                    key = slot.prompt, slot.sample
+                    assert slot.ids[:-1] == seen.get(key, [])
+                    seen[key] = list(slot.ids)
+
+            given_up.clear()
+            settings = {**PAGED, "slots": slots, "max_tokens": max_tokens, "watch": watch}
+            groups = sample(tiny.model, alone.prompts, 4, eos_id=alone.ends, **settings)
+            assert [[r.ids for r in group] for group in groups] == alone.ids
+            assert seen == {(p, s): alone.ids[p][s] for p in range(3) for s in range(4)}
+            assert (given_up != []) == (max_tokens == 1 and slots > 1 and page < 256)
+            pack = pack_rows(alone.prompts, [(p, r.ids) for p in range(3) for r in groups[p]])
+            expected, _ = target_logprobs(tiny.model, pack, PAGED["temperature"])
+            assert np.abs(numbers(groups) - expected.detach().numpy()).max() <= 1e-4
+    longest = max(len(p.input_ids) for p in alone.prompts) + PAGED["max_new_tokens"]
+    assert {pool.pages for pool in pools[1::2]} == {-(-longest // page)}
+    assert all(len(pool.free) == pool.pages and not +pool.holders for pool in pools)
+
+
+def test_memory_grows_with_the_tokens_that_exist(tiny, pools, monkeypatch):
+    """64 rollouts of two prompts with pictures, 63 of which end after two tokens, start at once in
+    a pool that holds the prompts once, a page for each of the 64 and little more."""
+    page, limit, sizes = 4, 120, []
+    monkeypatch.setitem(rows.PAGE, "rows", page)
+
+    def choose(logits, uniform, temperature):
+        sizes.append(len(logits))
+        tokens = torch.full((len(logits),), 5 if len(sizes) < 2 else tiny.eos)
+        tokens[0] = 5
+        return tokens, torch.zeros(len(logits))
+
+    monkeypatch.setattr(rollout, "choose", choose)
+    prompts = [tiny.prompts[1], tiny.prompts[3]]
+    p, q = (len(prompt.input_ids) for prompt in prompts)
+    # a page holds what is left of the prompt and the first token; the second token is read by
+    # nobody but the long one, whose other pages come when those of the 63 are free
+    expected = p // page + q // page + 64
+    assert (p + limit) // page < expected and 64 * (p + limit) > 10 * expected * page
+    max_tokens = -(-(expected + 1) * page // rollout.SLOT_TOKENS)
+    settings = {"max_new_tokens": limit, "eos_id": tiny.eos, "max_tokens": max_tokens}
+    groups = sample(tiny.model, prompts, 32, **settings)
+    assert [len(r.ids) for group in groups for r in group] == [limit] + 63 * [2]
+    assert sizes == [64, 64] + [1] * (limit - 2)
+    (pool,) = pools
+    assert pool.highest == expected and pool.pages in (expected + 1, expected + 2)
+    assert len(pool.free) == pool.pages and pool.kv.shape[1] == 1 + pool.pages
+
+
+def test_memory_is_bounded_by_the_flags(tiny, pools, monkeypatch):
+    """Pages stay within 8 x max_tokens positions, or what a rollout of full length takes, and
+    within what the batch could need."""
+    prompts, page = [tiny.prompts[c] for c in (3, 0, 1)], 4
+    monkeypatch.setitem(rows.PAGE, "rows", page)
+    whole = -(-(max(len(p.input_ids) for p in prompts) + 6) // page)
     draw = partial(sample, tiny.model, prompts, 4, max_new_tokens=6, eos_id=0)
-    whole = draw()
-    assert max(seen) == 12
-    for max_tokens, slots in ((1, 1), (columns // 2, 4), (columns, 8)):
-        seen.clear()
-        part = draw(max_tokens=max_tokens)
-        assert max(seen) == slots and flat(part) == flat(whole)
-        assert np.abs(numbers(part) - numbers(whole)).max() <= 1e-4
-    hook.remove()
+    groups = draw()
+    for max_tokens, slots, pages in ((1, 9, whole), (whole, 9, 2 * whole), (16384, 2, 2 * whole)):
+        assert flat(draw(max_tokens=max_tokens, slots=slots)) == flat(groups)
+        assert pools[-1].pages == pages
+    assert pools[0].pages == 12 * whole
+
+
+def test_nothing_is_left_of_an_interrupted_call(tiny, pools):
+    def stop(growing, ended):
+        if len(growing[0].ids) == 3:
+            raise KeyboardInterrupt
+
+    draw = partial(sample, tiny.model, [tiny.prompts[1]], 3, max_new_tokens=6, eos_id=0)
+    with pytest.raises(KeyboardInterrupt):
+        draw(watch=stop)
+    pool = weakref.ref(pools.pop())
+    gc.collect()
+    assert pool() is None
+    assert len(draw()[0]) == 3
+
+
+def test_the_kernel_reads_pages_where_they_are(tiny, monkeypatch):
+    """Decoding with flash in bf16, by an emulation that takes what the kernel takes: log-probs are
+    those of a forward, and nothing is gathered."""
+    monkeypatch.setattr(rows, "varlen_kernel", gpu.emulated_kernel)
+    monkeypatch.delattr(rows.Paged, "gather")
+    model = set_attention(copy.deepcopy(tiny.model).bfloat16(), "flash")
+    prompts = [tiny.prompts[1], tiny.prompts[0], tiny.prompts[3]]
+    groups = sample(model, prompts, 3, max_new_tokens=8, eos_id=-1, slots=4)
+    pack = pack_rows(prompts, [(p, r.ids) for p in range(3) for r in groups[p]])
+    with torch.no_grad():
+        expected, _ = target_logprobs(model, pack)
+    assert np.abs(numbers(groups) - expected.numpy()).mean() < 2e-2
+    for page, dtype, words in ((16, torch.int32, "multiple of 256"), (256, torch.int64, "int32")):
+        table = torch.zeros(1, 1, dtype=dtype)
+        kv = torch.zeros(1, 1, page, 4, 32, dtype=torch.bfloat16)
+        paged = rows.Paged(kv, table, torch.tensor([4]))
+        query, module = kv.new_zeros(1, 4, 1, 32), SimpleNamespace(layer_idx=0)
+        with pytest.raises(TypeError, match=words):
+            rows.flash_rows(module, query, None, None, None, scaling=1.0, paged=paged)
 
 
 def test_the_decode_step_is_one_graph(tiny):
-    """It can be captured: compiled whole, once for each window, whatever the lengths and tokens of
-    the slots."""
+    """It can be captured: compiled whole, once for each width of the table, whatever the pages,
+    lengths and tokens of the slots."""
     text, counter = tiny.model.model.language_model, CompileCounter()
     step = torch.compile(rollout.decode_step, fullgraph=True, backend=counter)
-    dim = text.config.head_dim
-    caches = [rollout.SlotCache(2, 3, 2, 20, dim, torch.float32, "cpu") for _ in range(2)]
-    for lengths in ([4, 0, 9], [2, 3, 11], [11, 10, 10]):
-        tokens, offset = torch.tensor([5, 6, 7]), torch.tensor([0, 2, 1])
-        for cache in caches:
-            cache.lengths[:] = torch.tensor(lengths)
-            cache.open_window(max(lengths) + 1, compiled=False)
+    pools = [rollout.Pool(text.config, 9, 4, torch.float32, "cpu") for _ in range(2)]
+    tables = [[1, 2, 0], [3, 0, 0], [4, 5, 6]], [[2, 1, 0], [8, 0, 0], [7, 4, 9]], [[1], [2], [3]]
+    for lengths, table in zip(([4, 0, 9], [7, 3, 11], [0, 1, 2]), tables):
+        state = torch.tensor([[5, 6, 7], lengths, [0, 2, 1]]).T
+        table = torch.tensor(table, dtype=torch.int32)
         with torch.no_grad():
-            eager = rollout.decode_step(text, caches[0], tokens, offset)
-            compiled = step(text, caches[1], tokens, offset)
+            eager = rollout.decode_step(text, pools[0].kv, table, state)
+            compiled = step(text, pools[1].kv, table, state)
         assert (eager - compiled).abs().max() <= 1e-5
-    assert counter.frame_count == 2  # windows of 10 and 12 columns
+        assert (pools[0].kv - pools[1].kv).abs().max() <= 1e-5
+    assert counter.frame_count == 2  # tables of 3 pages and of 1
 
 
 def test_compiled_sampling_equals_eager(tiny, monkeypatch):
