@@ -378,8 +378,8 @@ def rollout_flags(parser, prompts, max_new_tokens):
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile the decode step (default: on CUDA)")
     group.add_argument("--slots", type=integer(1), default=256,
-                       help="rows decoded at a time on each process; fewer where they would cache "
-                       f"more than {SLOT_TOKENS} x --max-tokens tokens")
+                       help="rollouts decoded at a time on each process; fewer where their "
+                       f"tokens would be more than {SLOT_TOKENS} x --max-tokens")
     group.add_argument("--log-rollouts", type=integer(0), default=10,
                        help="steps between entries in rollouts.jsonl; 0: never")
 

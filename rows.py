@@ -294,8 +294,8 @@ def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, table=None, 
 
     window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[-2]
     more = {"window_size": window, "enable_gqa": gqa, "block_table": table, "seqused_k": used}
-    if table is not None and not gqa:
-        more["num_splits"] = 1  # several lose rows without a word: pytorch issue 194167
+    if table is not None:
+        more["num_splits"] = 1  # more lose rows or give NaN: pytorch 194167, torchtitan 3235
     return varlen_attn(q, k, v, *sizes, scale=scale, **more)
 
 

@@ -16,8 +16,7 @@ Qwen3-VL-2B with random weights as a Markdown table. Status 1 when a check fails
 --emulate puts an emulation in place of the kernel: it takes what the kernels take (float16 or bf16,
 int32 offsets, a contiguous last dimension, head sizes that are multiples of 8 up to 256; pages of a
 multiple of 256 tokens, an int32 table), refuses anything else, and computes by SDPA, sequence by
-sequence. So everything runs with --attn flash and
-bf16; times say nothing then.
+sequence. So everything runs with --attn flash and bf16; times say nothing then.
 """
 
 import argparse
