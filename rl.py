@@ -186,7 +186,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         eos_id=eos_ids(tokenizer, sampler), temperature=args.temperature,
         seeds=[(args.seed, step, feed.position, place) for place in prompts],
         samples=list(numbers.values()), slots=args.slots, max_tokens=args.max_tokens,
-        compiled=compiles(args, world),
+        compiled=args.compile,
     )
     drawn = []
     for prompt, part in zip(prompts.values(), rollouts):
@@ -202,11 +202,6 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         text = tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
         records.append(Record(group, index, example, prompts[place], rollout, text))
     return records
-
-
-def compiles(args, world):
-    """Whether the decode step is compiled."""
-    return world.device.type == "cuda" if args.compile is None else args.compile
 
 
 def gather_table(records, values, args, world):
@@ -375,8 +370,8 @@ def rollout_flags(parser, prompts, max_new_tokens):
                        help="of sampling and of the log-probs trained on")
     group.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens,
                        help="length limit of a response")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                       help="torch.compile the decode step (default: on CUDA)")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the decode step; on CUDA: graphs, not run yet")
     group.add_argument("--slots", type=integer(1), default=256,
                        help="rollouts decoded at a time on each process; fewer where their "
                        f"tokens would be more than {SLOT_TOKENS} x --max-tokens")
@@ -426,7 +421,7 @@ class Validation:
             rollouts = sample(
                 sampler, prompts, 1, max_new_tokens=args.max_new_tokens, temperature=0.0,
                 eos_id=eos_ids(tokenizer, sampler), slots=args.slots, max_tokens=args.max_tokens,
-                compiled=compiles(args, self.world),
+                compiled=args.compile,
             )
             for example, (rollout,) in zip(examples, rollouts):
                 text = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
