@@ -195,10 +195,17 @@ def policy_on_meta(config):
     return rows.set_attention(model, "flash")
 
 
-def copy_on_meta(config):
-    """A policy for make_sampler, whose copy.deepcopy and .to are not for fake tensors on meta."""
+def with_lora(config, rank, world):
+    """A policy with adapters; its .to is not for fake tensors on meta."""
     with _disable_current_modes():
         model = policy_on_meta(config)
+        runtime.add_lora(model, rank, world)
+    return model
+
+
+def copy_on_meta(config, rank, world):
+    """A policy for make_sampler, whose copy.deepcopy and .to are not for fake tensors on meta."""
+    model = with_lora(config, rank, world)
     to = model.to
 
     def convert(dtype):
@@ -222,7 +229,8 @@ def discriminator_on_meta(config):
 
 def fill_gradients(model):
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def make_prompt(config, length, mode):
@@ -284,8 +292,9 @@ class Stage:
 
     def load(self, model, stage):
         """As the stages' main does, up to the optimizers."""
-        policy, world = policy_on_meta(self.config), self.world
-        disc = None
+        world, disc = self.world, None
+        lora = self.args.lora * (stage != "align"), world  # which has none
+        policy = with_lora(self.config, *lora) if lora[0] else policy_on_meta(self.config)
         if stage == "align":
             disc = discriminator_on_meta(qwen_config(self.args.disc or model))
         shapes = {name: p.shape for name, p in policy.named_parameters()}
@@ -294,7 +303,7 @@ class Stage:
         opened = mock.patch.object(runtime, "safe_open", lambda name, framework: file)
         with opened, self.phase("loading"):
             if stage != "sft":
-                again = SimpleNamespace(deepcopy=lambda _: copy_on_meta(qwen_config(model)))
+                again = SimpleNamespace(deepcopy=lambda _: copy_on_meta(qwen_config(model), *lora))
                 with self.adding("replica"), mock.patch.object(runtime, "copy", again):
                     self.sampler = runtime.make_sampler(policy, world)
             with self.adding("policy", "weights"):
@@ -439,11 +448,12 @@ def parse_args():
     parser.add_argument("--response", type=int, default=2048, help="tokens")
     parser.add_argument("--max-tokens", type=int, default=16384)
     parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="of sft and rl")
     return parser.parse_args()
 
 
 LINES = {  # of the table: what a Cell knows by which name
-    "policy, float32": ("policy", "weights"),
+    "policy, float32 (--lora: bf16)": ("policy", "weights"),
     "policy, moments of AdamW": ("policy", "moments"),
     "policy, gradient in its update": ("policy", "gradient"),
     "discriminator, float32": ("discriminator", "weights"),

@@ -31,7 +31,7 @@ def test_memory_of_weights_and_moments(monkeypatch):
              "deepstack_visual_indexes": [0]}  # fmt: skip
     monkeypatch.setitem(bench.SHAPES, "2b", bench.Shape(64, 2, 8, 96, True, tower))
     args = argparse.Namespace(
-        gpus=1, disc=None, prompt=40, response=16, max_tokens=256, slots=4
+        gpus=1, disc=None, prompt=40, response=16, max_tokens=256, slots=4, lora=0
     )
     cell = memory.measure(args, "2b", "rl")
     torch.distributed.destroy_process_group()
