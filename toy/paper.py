@@ -51,6 +51,8 @@ ROWS = [
     (2, "context_ground", "", f"{GROUND} {LOOK} --pairs align --readout context"),
     (2, "context", "align: the reasoning expert reads the trace after its caption",
      f"{STAGES['align']} --disc context_ground --readout context"),
+    (2, "context_long", "the same, 480 steps",
+     f"{STAGES['align']} --disc context_ground --readout context --steps {{4*align}}"),
     (2, "frozen", "align: discriminator frozen after warm-up", f"{STAGES['align']} --disc-lr 0"),
     (2, "alpha0", "align: alpha 0, reasoning alone", f"{STAGES['align']} --alpha 0"),
     (2, "combined", "align: combined, then normalised", f"{STAGES['align']} --normalize combined"),
@@ -92,7 +94,7 @@ ROWS += [
      f"{STAGES['sft']} --data kept_rows/rows"),
 ]
 ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short", "context_ground", "context",
-             "more_align", "more_segment_v")  # fmt: skip
+             "more_segment_v")  # fmt: skip
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
