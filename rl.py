@@ -387,30 +387,27 @@ def rollout_flags(parser, prompts, max_new_tokens):
 # -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
     """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
-    rows are looked at before a model is loaded. Raises InputErrorOfAll for one that cannot be used:
-    leaving it out would change the score."""
+    rows are looked at, and their pictures decoded, before a model is loaded. Raises InputErrorOfAll
+    for one that cannot be used: leaving it out would change the score."""
 
     def __init__(self, tools, world):
-        self.tools, self.world, self.examples = tools, world, []
-        args = tools[-1]
+        self.tools, self.world, args = tools, world, tools[-1]
         if not args.eval_every:
             return
+        # every row needs an answer, whatever gives the rewards, and pictures that can be decoded
+        strict = argparse.Namespace(**vars(args) | {"reward": None, "bad_rows": "stop"})
+
+        def measure(example):
+            return measure_problem(example, *tools[:-1], strict)
+
         try:
             files = [open_source(source, None, "test") for source in args.eval_data]
+            self.examples = Examples(sum(files, []))
+            for i, _, why in sum(attempt_all(measure, self.examples, world), []):
+                if why:
+                    raise InputError("{}:{}: ".format(*self.examples.where(i)) + why)
         except InputError as error:
             raise InputErrorOfAll(f"--eval-data: {error}") from error
-        self.examples = Examples(sum(files, []))
-        for block in attempt_all(self.measure, self.examples, world):
-            for i, _, why in block:
-                if why:
-                    where = "{}:{}".format(*self.examples.where(i))
-                    raise InputErrorOfAll(f"--eval-data: {where}: {why}")
-
-    def measure(self, example):
-        if not example.answer:
-            raise InputError("the row has no answer to verify against (column answer or "
-                             "reward_model)")
-        return measure_prompt(example, *self.tools)
 
     def __call__(self, sampler, policy, step):
         """{"eval_accuracy": share of right answers} after a step (from 1) that is due, else {}."""
@@ -421,8 +418,8 @@ class Validation:
         right, mine = 0, self.world.share([1] * len(self.examples))
         for start in range(0, len(mine), args.slots):  # so many prompts are kept encoded at a time
             examples = [self.examples[i] for i in mine[start : start + args.slots]]
-            prompts = [encode_prompt(example, tokenizer, image_processor, None, system)
-                       for example in examples]
+            settings = tokenizer, image_processor, None, system
+            prompts = [encode_prompt(example, *settings) for example in examples]
             rollouts = sample(
                 sampler, prompts, 1, max_new_tokens=args.max_new_tokens, temperature=0.0,
                 eos_id=eos_ids(tokenizer, sampler), slots=args.slots, max_tokens=args.max_tokens,

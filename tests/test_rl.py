@@ -462,10 +462,16 @@ def test_validation_needs_rows_that_can_all_be_used(tiny, policy, tmp_path, capf
     bad = [dict(row, images=[], prompt="How many?") for row in tiny.examples["rl"]]
     bad[3].pop("answer")
     bad[3].pop("response")
+    picture = (tiny.folder / "rl_0_0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(picture[: len(picture) // 2])  # its header is whole
+    cut = [*bad[:3], bad[4] | {"images": ["cut.png"]}]
     cases = {
         "--eval-every and --eval-data need each other": ["--eval-every", 1],
         f"--eval-data: {tmp_path}/bad.jsonl:4: the row has no answer": [
             "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "bad.jsonl", bad)
+        ],
+        f"--eval-data: {tmp_path}/cut.jsonl:4: image cannot be read: image file is truncated": [
+            "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "cut.jsonl", cut)
         ],
         "--eval-data: nowhere.jsonl: no such file": ["--eval-every", 1, "--eval-data",
                                                      "nowhere.jsonl"],
