@@ -81,9 +81,9 @@ def about(subject):
         yield
     except (MemoryError, torch.OutOfMemoryError):  # that is no fault of what is read
         raise
-    except Exception as error:  # there is no end to what broken files raise
+    except (Exception, SystemExit) as error:  # there is no end to what broken files raise
         why = str(error).partition("\n")[0]
-        if not why or isinstance(error, KeyError):  # whose text is the key alone
+        if not why or isinstance(error, (KeyError, SystemExit)):  # whose text is a key or a status
             why = f"{type(error).__name__} {why}".strip()
         raise InputError(f"{subject}: {why}") from error
 
