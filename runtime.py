@@ -32,8 +32,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from glob import glob
+from pathlib import Path
 from types import MethodType
 
 import numpy as np
@@ -749,19 +750,28 @@ def write_checkpoint(model, out, world, ckpt):
             copy_processor(ckpt, out)
 
 
-def copy_processor(ckpt, out):
-    """Copy tokenizer, chat template and preprocessor files as they are; from a Hub id they are
-    saved anew."""
-    if not os.path.isdir(ckpt):
-        for part in load_tokenizer(ckpt):
-            part.save_pretrained(out)
-        return
+@cache
+def processor_files(ckpt):
+    """{name: content} of tokenizer, chat template and preprocessor files, {} of a Hub id. `begin`
+    reads them: a parent that is a state of a run at work may be gone when this one saves."""
     others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
               "progress", "manifest")
-    for name in os.listdir(ckpt):
+    files = {}
+    for name in os.listdir(ckpt) if os.path.isdir(ckpt) else ():
         stem, kind = name.split(".")[0], os.path.splitext(name)[1]
         if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
-            shutil.copyfile(os.path.join(ckpt, name), os.path.join(out, name))
+            files[name] = Path(ckpt, name).read_bytes()
+    return files
+
+
+def copy_processor(ckpt, out):
+    """Write tokenizer, chat template and preprocessor files as they are; from a Hub id they are
+    saved anew."""
+    files = processor_files(ckpt)
+    for name, content in files.items():
+        Path(out, name).write_bytes(content)
+    for part in () if files else load_tokenizer(ckpt):
+        part.save_pretrained(out)
 
 
 def write_meta(out, stage, args, step, metrics):
@@ -1079,6 +1089,8 @@ def begin(args, world, parts, steps, *skips):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
     run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. -> (progress:
     counters of the run, the last line of metrics.jsonl or {})."""
+    processor_files.cache_clear()
+    processor_files(args.ckpt)
     progress = {"step": 0, "position": 0}
     if world.state:
         progress = resume(args, world, parts, steps, skips)

@@ -868,6 +868,34 @@ def test_every_script_takes_a_state(tiny, tmp_path, capfd):
     assert f"an unfinished run: give one of its states, such as {whole}/state.3" in one_line(capfd)
 
 
+OWN_TO_A_RUN = ("meta.json", "progress.json", "manifest.json")
+
+
+@pytest.mark.parametrize("script", ["sft", "align"])
+def test_a_parent_may_go_while_its_child_runs(tiny, policy, tmp_path, monkeypatch, script):
+    """A run removes its older states, also one from which another run has started: what that one
+    writes is what it writes otherwise."""
+    import align
+
+    sizes = {"sft": ["--batch", 4], "align": ["--prompts", 2, "--rollouts", 2]}[script]
+    flags = ["--data", getattr(tiny, script), *sizes, "--steps", 2, "--save-every", 1, "--keep", 2]
+    flags += ["--max-new-tokens", 8] if script == "align" else []
+    assert stage(script, "--ckpt", policy, "--out", tmp_path / "whole", *flags) == 0
+    parent = shutil.copytree(policy, tmp_path / "parent")
+
+    def log(world, *given):
+        shutil.rmtree(parent, ignore_errors=True)
+        runtime.log(world, *given)
+
+    monkeypatch.setattr({"sft": sft, "align": align}[script], "log", log)
+    assert stage(script, "--ckpt", parent, "--out", tmp_path / "out", *flags) == 0
+    assert not parent.exists()
+    for file in (tmp_path / "whole").rglob("*"):
+        if file.suffix in (".json", ".jinja", ".safetensors") and file.name not in OWN_TO_A_RUN:
+            other = tmp_path / "out" / file.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == file.read_bytes(), file
+
+
 @pytest.mark.parametrize("part", ["policy", "discriminator"])
 def test_a_damaged_state_is_no_checkpoint(tiny, policy, tmp_path, capfd, monkeypatch, part):
     """Weights that are cut or gone are named by every script, those with other bytes by the scripts
