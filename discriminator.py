@@ -303,24 +303,28 @@ def mix(mine, other, rate, seed, readout="mean"):
     rng = random.Random(seed)
     (_, begin), (end, _), (_, think), (think_end, _) = parse_spans(mine)[:4]
     (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    caption = mix_lines(mine[begin:end], other[other_begin:other_end], rate, rng)
-    trace = mine[think:think_end]
+    lines, new_lines = map(LINES.findall, (mine[begin:end], other[other_begin:other_end]))
+    caption, trace = mix_lines(lines, new_lines, rate, rng), mine[think:think_end]
     if readout == "context":
-        trace = mix_lines(trace, "".join(other_lines(LINES.findall(trace), rng)), rate, rng)
+        lines = LINES.findall(trace)
+        trace = mix_lines(lines, other_lines(lines, rng), rate, rng)
     return mine[:begin] + caption + mine[end:think] + trace + mine[think_end:]
 
 
 def other_lines(lines, rng):
-    """In the place of each line another one of as many words, where there is one."""
+    """In the place of each line another one of as many words, where there is one; it ends as the
+    line does, the last perhaps in no white space."""
+    found = []
     for i, line in enumerate(lines):
         others = lines[:i] + lines[i + 1 :]
         alike = [other for other in others if len(other.split()) == len(line.split())]
-        yield rng.choice(alike or [line])
+        found.append(rng.choice(alike or [line]).rstrip() + line[len(line.rstrip()) :])
+    return found
 
 
-def mix_lines(mine, other, rate, rng):
-    mixed = LINES.findall(mine)
-    for i, (line, new_line) in enumerate(zip(mixed, LINES.findall(other))):
+def mix_lines(lines, new_lines, rate, rng):
+    mixed = [*lines]
+    for i, (line, new_line) in enumerate(zip(lines, new_lines)):
         words, new_words = SPACES.split(line), SPACES.split(new_line)
         if len(words) == len(new_words):
             pairs = zip(words, new_words)  # what stands between words stays

@@ -315,6 +315,17 @@ def test_mixtures_exchange_words_in_their_places():
     assert (abs(exchanged / 300 - 0.3) < 0.12).all()
 
 
+@pytest.mark.parametrize("space", [" ", "\n", ".\n\n", ". "])
+def test_the_last_line_of_a_trace_may_end_in_nothing(space):
+    """Where another one stands in its place, and it in another's, no two words run together."""
+    lines = ["red is lime", "blue is pink", "so it is 5", "so that was 4"]
+    mine = f"<caption>red</caption><think>{space.join(lines)}</think><answer>5</answer>"
+    trace = mix(mine, mine, 1.0, 0, "context").split("<think>")[1].split("</think>")[0]
+    moved = lines if space == " " else [lines[k] for k in (1, 0, 3, 2)]  # else one line
+    assert trace.replace(".", "").split() == " ".join(moved).split()
+    assert len(trace) == len(mine) - len("<caption>red</caption><think></think><answer>5</answer>")
+
+
 def test_mixtures_of_a_trace_are_of_its_own_lines():
     """In a word's place stands that of another line of as many words; so the words are the same,
     and what is wrong are the steps. Other readouts leave the trace as it is."""
