@@ -402,16 +402,19 @@ class LoraLinear(torch.nn.Linear):
 def add_lora(model, rank, world):
     """Freeze a policy, in world.dtype, and give every matrix of its decoder layers A [rank, n] and
     B [m, rank], float32; before anything is made of the model. `start_lora` fills them. rank 0:
-    nothing."""
+    nothing. Raises InputErrorOfAll for one that some matrix cannot have."""
     if not rank:
         return
     model.requires_grad_(False).to(world.dtype)
-    for linear in model.model.language_model.layers.modules():
-        if type(linear) is torch.nn.Linear:
-            linear.__class__, device = LoraLinear, linear.weight.device
-            a, b = ((rank, linear.in_features), (linear.out_features, rank))
-            linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
-            linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
+    layers = model.model.language_model.layers.modules()
+    linears = [module for module in layers if type(module) is torch.nn.Linear]
+    if rank > (highest := min(min(linear.weight.shape) for linear in linears)):
+        raise InputErrorOfAll(f"--lora {rank}: the smallest matrix has rank {highest}; give less")
+    for linear in linears:
+        linear.__class__, device = LoraLinear, linear.weight.device
+        a, b = ((rank, linear.in_features), (linear.out_features, rank))
+        linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
+        linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
 
 
 @torch.no_grad()
