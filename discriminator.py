@@ -546,8 +546,11 @@ def weights_of_another(disc, found):
 
 def compare_tokenizers(tokenizer, path):
     """InputError unless `path`, the flag --disc, has the policy's vocabulary: the rollouts' ids go
-    into the discriminator as they are."""
+    into the discriminator as they are. InputError, too, for what align.py wrote as a whole, or a
+    state of it: as a backbone it would have fresh experts."""
     if path is not None:
+        if os.path.isdir(inner := os.path.join(path, "discriminator")):
+            raise InputError(f"--disc {path}: that is the policy, its discriminator is {inner}")
         other, _ = load_tokenizer(path, flag="--disc")
         if other.get_vocab() != tokenizer.get_vocab():
             hint = "its tokenizer differs from that of --ckpt; both must have the same vocabulary"

@@ -529,7 +529,9 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
         if not os.path.isfile(file) and (states := find_states(path)):
-            raise ValueError(f"an unfinished run: give one of its states, such as {states[0]}")
+            state, inner = states[0], os.path.join(states[0], "discriminator")
+            state = inner if flag == "--disc" and os.path.isdir(inner) else state
+            raise ValueError(f"an unfinished run: give one of its states, such as {state}")
         with about("config.json"):
             config = read_json(file)
             kind, quantised = config.get("model_type"), config.get("quantization_config")

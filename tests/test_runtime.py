@@ -868,6 +868,23 @@ def test_every_script_takes_a_state(tiny, tmp_path, capfd):
     assert f"an unfinished run: give one of its states, such as {whole}/state.3" in one_line(capfd)
 
 
+def test_the_discriminator_of_a_game_lies_inside(tiny, policy, tmp_path, capfd, monkeypatch):
+    """What a game wrote is a policy, and as a backbone, with fresh experts, would do in silence."""
+    monkeypatch.chdir(tmp_path)
+    game = ["--data", tiny.align, "--prompts", 1, "--rollouts", 2, "--max-new-tokens", 8]
+    assert stage("align", "--ckpt", policy, "--out", "whole", *game, "--steps", 1) == 0
+    flags = ["--ckpt", policy, "--out", "out", *game, "--steps", 1, "--disc"]
+    for path in ("whole", "whole/state.1"):
+        capfd.readouterr()
+        assert stage("align", *flags, path) == 2
+        assert one_line(capfd).endswith(f"the policy, its discriminator is {path}/discriminator")
+    shutil.rmtree("whole/discriminator")
+    Path("whole/config.json").unlink()
+    assert stage("align", *flags, "whole") == 2
+    assert one_line(capfd).endswith("one of its states, such as whole/state.1/discriminator")
+    assert stage("align", *flags, "whole/state.1/discriminator") == 0
+
+
 OWN_TO_A_RUN = ("meta.json", "progress.json", "manifest.json")
 
 
