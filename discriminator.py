@@ -239,8 +239,10 @@ class Pairs:
 
     def branches(self, readout):
         """Token numbers of what may be split into several packs: each student, the chain."""
-        chain = [response_tokens(readout, *self.mismatched)] if self.mismatched else []
-        return [*(response_tokens(readout, student) for student in self.students), *chain]
+        found = [response_tokens(readout, student) for student in self.students]
+        if self.mismatched:
+            found.append(response_tokens(readout, *self.mismatched, after=self.teacher))
+        return found
 
     def part(self, chosen):
         """The same row with these of its [*students, chain]."""
@@ -258,10 +260,14 @@ def make_pairs(prompt, text, teacher, students, tokenizer, variant):
 IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, a loss of 0
 
 
-def response_tokens(readout, *responses):
-    """What the branches of responses are in tokens."""
-    captions = 1 + (readout == "context")  # a trace follows one of its own
-    return sum(captions * len(caption) + len(trace) for caption, trace in responses)
+def response_tokens(readout, *responses, after=None):
+    """What the branches of responses are in tokens; of readout "context" a trace follows its own
+    caption, or that of the response `after`."""
+    tokens = 0
+    for caption, trace in responses:
+        context = (after or (caption,))[0] if readout == "context" else ()
+        tokens += len(caption) + len(context) + len(trace)
+    return tokens
 
 
 def add_mismatched(rows, world, tokenizer, chain=None):
@@ -729,7 +735,7 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args, wo
         add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1), tokenizer)
     lengths, usable = [], list(rows)
     for row in rows.values():  # the two responses as one branch, which is not split
-        both = response_tokens(disc.readout, row.teacher, *row.mismatched)
+        both = response_tokens(disc.readout, row.teacher, *row.mismatched, after=row.teacher)
         lengths.append((len(row.prompt.input_ids), [both]))
     for pack in split_rows(lengths, args.max_tokens):
         part = [usable[r] for r, _ in pack]

@@ -151,6 +151,27 @@ def test_a_trace_is_read_after_the_caption_that_is_given(tiny):
     assert own[1].item() == pytest.approx(alike.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+def test_branches_are_counted_as_long_as_they_are(tiny, monkeypatch, readout):
+    """So that no pack grows beyond --max-tokens; a trace of a chain follows the teacher's caption,
+    however short its own is."""
+    disc, packs, real = trained(tiny), [], discriminator.pack_rows
+    disc.readout = readout
+    monkeypatch.setattr(
+        discriminator, "pack_rows", lambda *given: packs.append(given[1]) or real(*given)
+    )
+    rng = np.random.default_rng(0)
+    teacher, student, first, second = (
+        ids_of(rng, tiny, *lengths) for lengths in ((40, 5), (7, 8), (6, 9), (3, 10))
+    )
+    row = discriminator.Pairs(tiny.prompts[1], teacher, [student], [first, second])
+    discriminator.row_scores(disc, [row])
+    counted = [discriminator.response_tokens(readout, teacher), *row.branches(readout)]
+    found = sum(len(ids) for _, ids in packs[0])
+    joined = 4 if readout == "context" else 0  # the read-out token of a caption goes
+    assert sum(counted) == found + joined
+
+
 def test_a_shared_segment_is_one_branch(tiny, monkeypatch):
     """Responses that share a caption or a trace: each one's own scores, in a pack without twins."""
     disc, packs, (first, second) = trained(tiny), [], ([30, 31, 2], [32, 33, 34, 2])
