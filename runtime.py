@@ -953,13 +953,15 @@ def checksums(folder, names, world):
 
 def read_manifest(folder):
     """{file: checksum} of the state that a folder is or, as state.9/discriminator, lies in; {} of
-    any other folder."""
+    any other folder, which may have a manifest.json of somebody else's."""
     folder = os.path.abspath(folder)
     above = os.path.dirname(folder)
     state = above if above in find_states(os.path.dirname(above)) else folder
-    if not os.path.isfile(path := os.path.join(state, "manifest.json")):
+    path, progress = (os.path.join(state, name) for name in ("manifest.json", "progress.json"))
+    if not (os.path.isfile(path) and os.path.isfile(progress)):
         return {}
-    return {os.path.join(state, name): found for name, found in read_json(path).items()}
+    with about(f"{folder}: the state is damaged (manifest.json)"):
+        return {os.path.join(state, name): found for name, found in read_json(path).items()}
 
 
 def whole_state(out, world):

@@ -945,7 +945,22 @@ def test_a_damaged_state_is_no_checkpoint(tiny, policy, tmp_path, capfd, monkeyp
             assert f"{file.parent}: " in line and "weights" in line or file.name in line
             assert ("the state is damaged" in line) == (content == changed) and not out.exists()
     file.write_bytes(whole)
+    manifest = (state / "manifest.json").read_text()
+    (state / "manifest.json").write_text(manifest[:300])
+    assert stage("align", *scripts["align"]) == 2
+    assert f"{state}: the state is damaged (manifest.json): " in one_line(capfd).replace(
+        f"{disc}: ", f"{state}: ")  # whichever is looked at first
+    (state / "manifest.json").write_text(manifest)
     assert stage("align", *scripts["align"]) == stage("rollout", *scripts["rollout"]) == 0
+
+
+@pytest.mark.parametrize("foreign", ["[1, 2]", '{"config.json": "sha256"}', "{"])
+def test_a_manifest_of_somebody_else_says_nothing(tiny, tmp_path, foreign):
+    """Other tools write files of that name, too."""
+    ckpt = shutil.copytree(tiny.base, tmp_path / "ckpt")
+    before = runtime.fingerprint(str(ckpt))
+    (ckpt / "manifest.json").write_text(foreign)
+    assert runtime.fingerprint(str(ckpt)) == before
 
 
 # --------------------------------------------------------------------------------------------- logs
