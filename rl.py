@@ -534,7 +534,7 @@ def parse_args():
     args = parser.parse_args()
     check_validation(args)
     args.reward_function = None
-    if args.reward:  # a file of which the content counts, and a name
+    if args.reward is not None:  # a file of which the content counts, and a name
         given = args.reward
         args.reward, _, args.reward_function = given.rpartition(":")
         if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):

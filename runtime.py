@@ -96,7 +96,7 @@ PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: t
 SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
 # these change no number
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
-        "eval_every", "checkpointing", "compile", "resume", "overwrite", "out")
+        "eval_every", "eval_data", "checkpointing", "compile", "resume", "overwrite", "out")
 
 
 class Parser(argparse.ArgumentParser):

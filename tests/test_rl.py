@@ -459,6 +459,9 @@ def test_a_reward_belongs_to_the_run(tiny, policy, own, tmp_path, capfd):
         assert "the state was made with --reward " in capfd.readouterr().err
     moved.write_text(OWN)
     assert stage("rl", *flags, "--reward", f"{moved}:length", "--resume") == 0
+    capfd.readouterr()
+    assert stage("rl", *flags, "--reward", "", "--overwrite") == 2  # of a variable that is not set
+    assert "--reward : a FILE.py:FUNCTION that is there is needed" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- validation
