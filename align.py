@@ -123,7 +123,7 @@ class WarmUp:
             print(said, flush=True)
 
 
-def told_apart(experts, records, args, world):
+def told_apart(experts, records, disc, world):
     """Share of pairs that each expert ranks rightly among those whose texts differ; 1 where none
     do: a policy that has learned its teacher by heart leaves nothing to learn. None without pairs.
     """
@@ -131,8 +131,11 @@ def told_apart(experts, records, args, world):
         return None
     valid = [r for r in records if r.segments is not None]
     equal = [sum(r.segments[k] == r.teacher[k] for r in valid) for k in (0, 1)]
-    if args.disc_variant == "dense":  # one score for both
-        equal = [sum(r.segments == r.teacher for r in valid)] * 2
+    both = sum(r.segments == r.teacher for r in valid)
+    if disc.variant == "dense":  # one score for both
+        equal = [both, both]
+    elif disc.readout == "context":  # equal traces after other captions
+        equal[1] = both
     *equal, n = world.sum(*equal, len(valid))
     shares = []
     for name, same in zip("vr", equal):
@@ -309,7 +312,7 @@ def main():
             if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
         else:
-            warm_up.watch(step, told_apart(experts, records, args, world), world)
+            warm_up.watch(step, told_apart(experts, records, disc, world), world)
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),

@@ -239,8 +239,10 @@ class Pairs:
 
     def branches(self, readout):
         """Token numbers of what may be split into several packs: each student, the chain."""
-        chain = [response_tokens(readout, *self.mismatched)] if self.mismatched else []
-        return [*(response_tokens(readout, student) for student in self.students), *chain]
+        found = [response_tokens(readout, student) for student in self.students]
+        if self.mismatched:
+            found.append(response_tokens(readout, *self.mismatched, after=self.teacher))
+        return found
 
     def part(self, chosen):
         """The same row with these of its [*students, chain]."""
@@ -258,10 +260,14 @@ def make_pairs(prompt, text, teacher, students, tokenizer, variant):
 IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, a loss of 0
 
 
-def response_tokens(readout, *responses):
-    """What the branches of responses are in tokens."""
-    captions = 1 + (readout == "context")  # a trace follows one of its own
-    return sum(captions * len(caption) + len(trace) for caption, trace in responses)
+def response_tokens(readout, *responses, after=None):
+    """What the branches of responses are in tokens; of readout "context" a trace follows its own
+    caption, or that of the response `after`."""
+    tokens = 0
+    for caption, trace in responses:
+        context = (after or (caption,))[0] if readout == "context" else ()
+        tokens += len(caption) + len(context) + len(trace)
+    return tokens
 
 
 def add_mismatched(rows, world, tokenizer, chain=None):
@@ -303,24 +309,28 @@ def mix(mine, other, rate, seed, readout="mean"):
     rng = random.Random(seed)
     (_, begin), (end, _), (_, think), (think_end, _) = parse_spans(mine)[:4]
     (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    caption = mix_lines(mine[begin:end], other[other_begin:other_end], rate, rng)
-    trace = mine[think:think_end]
+    lines, new_lines = map(LINES.findall, (mine[begin:end], other[other_begin:other_end]))
+    caption, trace = mix_lines(lines, new_lines, rate, rng), mine[think:think_end]
     if readout == "context":
-        trace = mix_lines(trace, "".join(other_lines(LINES.findall(trace), rng)), rate, rng)
+        lines = LINES.findall(trace)
+        trace = mix_lines(lines, other_lines(lines, rng), rate, rng)
     return mine[:begin] + caption + mine[end:think] + trace + mine[think_end:]
 
 
 def other_lines(lines, rng):
-    """In the place of each line another one of as many words, where there is one."""
+    """In the place of each line another one of as many words, where there is one; it ends as the
+    line does, the last perhaps in no white space."""
+    found = []
     for i, line in enumerate(lines):
         others = lines[:i] + lines[i + 1 :]
         alike = [other for other in others if len(other.split()) == len(line.split())]
-        yield rng.choice(alike or [line])
+        found.append(rng.choice(alike or [line]).rstrip() + line[len(line.rstrip()) :])
+    return found
 
 
-def mix_lines(mine, other, rate, rng):
-    mixed = LINES.findall(mine)
-    for i, (line, new_line) in enumerate(zip(mixed, LINES.findall(other))):
+def mix_lines(lines, new_lines, rate, rng):
+    mixed = [*lines]
+    for i, (line, new_line) in enumerate(zip(lines, new_lines)):
         words, new_words = SPACES.split(line), SPACES.split(new_line)
         if len(words) == len(new_words):
             pairs = zip(words, new_words)  # what stands between words stays
@@ -542,8 +552,11 @@ def weights_of_another(disc, found):
 
 def compare_tokenizers(tokenizer, path):
     """InputError unless `path`, the flag --disc, has the policy's vocabulary: the rollouts' ids go
-    into the discriminator as they are."""
+    into the discriminator as they are. InputError, too, for what align.py wrote as a whole, or a
+    state of it: as a backbone it would have fresh experts."""
     if path is not None:
+        if os.path.isdir(inner := os.path.join(path, "discriminator")):
+            raise InputError(f"--disc {path}: that is the policy, its discriminator is {inner}")
         other, _ = load_tokenizer(path, flag="--disc")
         if other.get_vocab() != tokenizer.get_vocab():
             hint = "its tokenizer differs from that of --ckpt; both must have the same vocabulary"
@@ -722,7 +735,7 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args, wo
         add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1), tokenizer)
     lengths, usable = [], list(rows)
     for row in rows.values():  # the two responses as one branch, which is not split
-        both = response_tokens(disc.readout, row.teacher, *row.mismatched)
+        both = response_tokens(disc.readout, row.teacher, *row.mismatched, after=row.teacher)
         lengths.append((len(row.prompt.input_ids), [both]))
     for pack in split_rows(lengths, args.max_tokens):
         part = [usable[r] for r, _ in pack]

@@ -382,30 +382,27 @@ def rollout_flags(parser, prompts, max_new_tokens):
 # -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
     """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
-    rows are looked at before a model is loaded. Raises InputErrorOfAll for one that cannot be used:
-    leaving it out would change the score."""
+    rows are looked at, and their pictures decoded, before a model is loaded. Raises InputErrorOfAll
+    for one that cannot be used: leaving it out would change the score."""
 
     def __init__(self, tools, world):
-        self.tools, self.world, self.examples = tools, world, []
-        args = tools[-1]
+        self.tools, self.world, args = tools, world, tools[-1]
         if not args.eval_every:
             return
+        # every row needs an answer, whatever gives the rewards, and pictures that can be decoded
+        strict = argparse.Namespace(**vars(args) | {"reward": None, "bad_rows": "stop"})
+
+        def measure(example):
+            return measure_problem(example, *tools[:-1], strict)
+
         try:
             files = [open_source(source, None, "test") for source in args.eval_data]
+            self.examples = Examples(sum(files, []))
+            for i, _, why in sum(attempt_all(measure, self.examples, world), []):
+                if why:
+                    raise InputError("{}:{}: ".format(*self.examples.where(i)) + why)
         except InputError as error:
             raise InputErrorOfAll(f"--eval-data: {error}") from error
-        self.examples = Examples(sum(files, []))
-        for block in attempt_all(self.measure, self.examples, world):
-            for i, _, why in block:
-                if why:
-                    where = "{}:{}".format(*self.examples.where(i))
-                    raise InputErrorOfAll(f"--eval-data: {where}: {why}")
-
-    def measure(self, example):
-        if not example.answer:
-            raise InputError("the row has no answer to verify against (column answer or "
-                             "reward_model)")
-        return measure_prompt(example, *self.tools)
 
     def __call__(self, sampler, policy, step):
         """{"eval_accuracy": share of right answers} after a step (from 1) that is due, else {}."""
@@ -416,8 +413,8 @@ class Validation:
         right, mine = 0, self.world.share([1] * len(self.examples))
         for start in range(0, len(mine), args.slots):  # so many prompts are kept encoded at a time
             examples = [self.examples[i] for i in mine[start : start + args.slots]]
-            prompts = [encode_prompt(example, tokenizer, image_processor, None, system)
-                       for example in examples]
+            settings = tokenizer, image_processor, None, system
+            prompts = [encode_prompt(example, *settings) for example in examples]
             rollouts = sample(
                 sampler, prompts, 1, max_new_tokens=args.max_new_tokens, temperature=0.0,
                 eos_id=eos_ids(tokenizer, sampler), slots=args.slots, max_tokens=args.max_tokens,
@@ -456,34 +453,37 @@ class OwnReward:
         with about(self.name):
             sys.path.append(os.path.dirname(os.path.abspath(args.reward)))  # as of any script
             spec = importlib.util.spec_from_file_location("own_reward", args.reward)
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             self.function = getattr(module, args.reward_function)
             if not callable(self.function):
                 raise TypeError(f"{args.reward_function} is no function")
 
     def __call__(self, record):
-        example, self.calls = record.example, self.calls + 1
+        self.calls += 1
         try:
-            signal.signal(signal.SIGALRM, self.stop)
-            signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
-            try:
-                value = float(self.function(record.text, example.answer, example.row))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            if not math.isfinite(value):
-                raise ValueError(f"{value} is no finite number")
-            return value
-        except Exception as error:  # there is no end to what it may raise
-            self.errors += 1
-            if self.first is None:
-                self.first = f"{self.name}: {example.id}: {type(error).__name__}: {error}"
-                print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
-            return 0.0
+            value = self.call(record.text, record.example.answer, record.example.row)
+            if math.isfinite(value):
+                return value
+            problem = f"{value} is no finite number"
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C itself raises nothing
+            problem = f"{type(error).__name__}: {error}"
+        self.errors += 1
+        if self.errors == 1:
+            self.first = f"{self.name}: {record.example.id}: {problem}"
+            print(f"warning: {quote(self.first, 300)}; it is worth 0", flush=True)
+        return 0.0
 
-    @staticmethod
-    def stop(*_):
-        raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
+    def call(self, *given):
+        def stop(*_):
+            raise TimeoutError(f"no reward within {REWARD_SECONDS} s")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS)
+        try:
+            return float(self.function(*given))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def count(self, world):
         """Calls that have failed so far, on all ranks. Raises InputErrorOfAll where none has not:
@@ -529,7 +529,7 @@ def parse_args():
     args = parser.parse_args()
     check_validation(args)
     args.reward_function = None
-    if args.reward:  # a file of which the content counts, and a name
+    if args.reward is not None:  # a file of which the content counts, and a name
         given = args.reward
         args.reward, _, args.reward_function = given.rpartition(":")
         if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):
@@ -608,12 +608,18 @@ def keep_informative(records, draw, own, args, world):
 
 
 def reward_metrics(records, world):
-    """Means over the records of all ranks that are trained on; comparisons that the verifier has
-    refused as too large, so far."""
+    """Means over the records of all ranks that are trained on."""
     sums = [sum(r.scores[name] for r in records) for name in ("reward", "format")]
-    reward, well_formed, n, refused = world.sum(*sums, len(records), timeouts())
-    means = {"reward": reward / n if n else None, "format": well_formed / n if n else None}
-    return means | {"reward_timeouts": int(refused)}
+    reward, well_formed, n = world.sum(*sums, len(records))
+    return {"reward": reward / n if n else None, "format": well_formed / n if n else None}
+
+
+def reward_counts(own, before, world):
+    """So far, with those `before` --resume: comparisons that the verifier refused as too large, and
+    failed calls of one's own reward."""
+    counts = {"reward_timeouts": int(world.sum(timeouts())[0])}
+    counts |= {"reward_errors": own.count(world)} if own else {}
+    return {name: count + before.get(name, 0) for name, count in counts.items()}
 
 
 def update_policy(policy, reference, optimizer, records, skips, step, args, world):
@@ -661,7 +667,7 @@ def main():
     parts, skips = {"policy": (policy, optimizer)}, Skips()
     progress, metrics = begin(args, world, parts, args.steps, skips)
     feed = prompt_feed(found, *tools, world, progress, args.steps)
-    warn = Warn(world)
+    warn, before = Warn(world), progress.get("counts", {})
 
     for step in range(progress["step"], args.steps):
         began = time.time()
@@ -672,7 +678,7 @@ def main():
         # reward
         give_rewards(sampled, own, args)
         records, metrics = keep_informative(sampled, draw, own, args, world)
-        metrics |= {"reward_errors": own.count(world)} if own else {}
+        counts = reward_counts(own, before, world)
         sampled_at = time.time()
         show_first(world, step, sampled, tokenizer)
         # advantage
@@ -684,9 +690,9 @@ def main():
         players = policy, reference, optimizer
         update, norm = update_policy(*players, records, skips, step, args, world)
         # log
-        progress = {"step": step + 1, **feed.progress()}
-        metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **update,
-                   "grad_norm": norm, **rollout_metrics(records, world), **feed.counts,
+        progress = {"step": step + 1, **feed.progress(), "counts": counts}
+        metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **counts,
+                   **update, "grad_norm": norm, **rollout_metrics(records, world), **feed.counts,
                    **validate(sampler, policy, step + 1), "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}

@@ -32,8 +32,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from glob import glob
+from pathlib import Path
 from types import MethodType
 
 import numpy as np
@@ -81,9 +82,9 @@ def about(subject):
         yield
     except (MemoryError, torch.OutOfMemoryError):  # that is no fault of what is read
         raise
-    except Exception as error:  # there is no end to what broken files raise
+    except (Exception, SystemExit) as error:  # there is no end to what broken files raise
         why = str(error).partition("\n")[0]
-        if not why or isinstance(error, KeyError):  # whose text is the key alone
+        if not why or isinstance(error, (KeyError, SystemExit)):  # whose text is a key or a status
             why = f"{type(error).__name__} {why}".strip()
         raise InputError(f"{subject}: {why}") from error
 
@@ -95,7 +96,7 @@ PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: t
 SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
 # these change no number
 FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
-        "eval_every", "checkpointing", "compile", "resume", "overwrite", "out")
+        "eval_every", "eval_data", "checkpointing", "compile", "resume", "overwrite", "out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -401,16 +402,19 @@ class LoraLinear(torch.nn.Linear):
 def add_lora(model, rank, world):
     """Freeze a policy, in world.dtype, and give every matrix of its decoder layers A [rank, n] and
     B [m, rank], float32; before anything is made of the model. `start_lora` fills them. rank 0:
-    nothing."""
+    nothing. Raises InputErrorOfAll for one that some matrix cannot have."""
     if not rank:
         return
     model.requires_grad_(False).to(world.dtype)
-    for linear in model.model.language_model.layers.modules():
-        if type(linear) is torch.nn.Linear:
-            linear.__class__, device = LoraLinear, linear.weight.device
-            a, b = ((rank, linear.in_features), (linear.out_features, rank))
-            linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
-            linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
+    layers = model.model.language_model.layers.modules()
+    linears = [module for module in layers if type(module) is torch.nn.Linear]
+    if rank > (highest := min(min(linear.weight.shape) for linear in linears)):
+        raise InputErrorOfAll(f"--lora {rank}: the smallest matrix has rank {highest}; give less")
+    for linear in linears:
+        linear.__class__, device = LoraLinear, linear.weight.device
+        a, b = ((rank, linear.in_features), (linear.out_features, rank))
+        linear.lora_a = torch.nn.Parameter(torch.zeros(a, device=device))
+        linear.lora_b = torch.nn.Parameter(torch.zeros(b, device=device))
 
 
 @torch.no_grad()
@@ -525,7 +529,9 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
         if local and any(name.startswith("adapter_") for name in os.listdir(path)):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
         if not os.path.isfile(file) and (states := find_states(path)):
-            raise ValueError(f"an unfinished run: give one of its states, such as {states[0]}")
+            state, inner = states[0], os.path.join(states[0], "discriminator")
+            state = inner if flag == "--disc" and os.path.isdir(inner) else state
+            raise ValueError(f"an unfinished run: give one of its states, such as {state}")
         with about("config.json"):
             config = read_json(file)
             kind, quantised = config.get("model_type"), config.get("quantization_config")
@@ -749,19 +755,28 @@ def write_checkpoint(model, out, world, ckpt):
             copy_processor(ckpt, out)
 
 
-def copy_processor(ckpt, out):
-    """Copy tokenizer, chat template and preprocessor files as they are; from a Hub id they are
-    saved anew."""
-    if not os.path.isdir(ckpt):
-        for part in load_tokenizer(ckpt):
-            part.save_pretrained(out)
-        return
+@cache
+def processor_files(ckpt):
+    """{name: content} of tokenizer, chat template and preprocessor files, {} of a Hub id. `begin`
+    reads them: a parent that is a state of a run at work may be gone when this one saves."""
     others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
               "progress", "manifest")
-    for name in os.listdir(ckpt):
+    files = {}
+    for name in os.listdir(ckpt) if os.path.isdir(ckpt) else ():
         stem, kind = name.split(".")[0], os.path.splitext(name)[1]
         if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
-            shutil.copyfile(os.path.join(ckpt, name), os.path.join(out, name))
+            files[name] = Path(ckpt, name).read_bytes()
+    return files
+
+
+def copy_processor(ckpt, out):
+    """Write tokenizer, chat template and preprocessor files as they are; from a Hub id they are
+    saved anew."""
+    files = processor_files(ckpt)
+    for name, content in files.items():
+        Path(out, name).write_bytes(content)
+    for part in () if files else load_tokenizer(ckpt):
+        part.save_pretrained(out)
 
 
 def write_meta(out, stage, args, step, metrics):
@@ -938,13 +953,15 @@ def checksums(folder, names, world):
 
 def read_manifest(folder):
     """{file: checksum} of the state that a folder is or, as state.9/discriminator, lies in; {} of
-    any other folder."""
+    any other folder, which may have a manifest.json of somebody else's."""
     folder = os.path.abspath(folder)
     above = os.path.dirname(folder)
     state = above if above in find_states(os.path.dirname(above)) else folder
-    if not os.path.isfile(path := os.path.join(state, "manifest.json")):
+    path, progress = (os.path.join(state, name) for name in ("manifest.json", "progress.json"))
+    if not (os.path.isfile(path) and os.path.isfile(progress)):
         return {}
-    return {os.path.join(state, name): found for name, found in read_json(path).items()}
+    with about(f"{folder}: the state is damaged (manifest.json)"):
+        return {os.path.join(state, name): found for name, found in read_json(path).items()}
 
 
 def whole_state(out, world):
@@ -1079,6 +1096,8 @@ def begin(args, world, parts, steps, *skips):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
     run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. -> (progress:
     counters of the run, the last line of metrics.jsonl or {})."""
+    processor_files.cache_clear()
+    processor_files(args.ckpt)
     progress = {"step": 0, "position": 0}
     if world.state:
         progress = resume(args, world, parts, steps, skips)

@@ -47,7 +47,7 @@ def parse_args():
     parser.add_argument("--truncate", action="store_true",
                         help="cut them instead (a prompt is never cut)")
     parser.add_argument("--freeze", choices=("vision",), default=None,
-                        help="leave the vision tower with its mergers as it is, as the authors do")
+                        help="leave the vision tower with its mergers as it is")
     lora_flag(parser)
     common_flags(parser, "sft")
     data_flags(parser)

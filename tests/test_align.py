@@ -344,11 +344,16 @@ def test_pairs_of_equal_texts_say_nothing_of_an_expert():
     teacher, other = ([1], [2]), ([3], [2])
     records = [SimpleNamespace(segments=s, teacher=teacher) for s in (teacher, other, None)]
     records += records[:2]
-    args = SimpleNamespace(disc_variant="moe")
+    disc = SimpleNamespace(variant="moe", readout="mean")
     experts = {"acc_v": (0.5 + 1 + 0.5 + 0) / 4, "acc_r": 0.5}
-    assert align.told_apart(experts, records, args, ONE) == [0.5, 1.0]
-    args.disc_variant = "dense"  # one score of both
-    assert align.told_apart({"acc_v": 0.75, "acc_r": 0.75}, records, args, ONE) == [1.0, 1.0]
+    assert align.told_apart(experts, records, disc, ONE) == [0.5, 1.0]
+    disc.readout = "context"  # an equal trace is none after another caption
+    experts["acc_r"] = (0.5 + 1 + 0.5 + 1) / 4
+    assert align.told_apart(experts, records, disc, ONE) == [0.5, 1.0]
+    experts["acc_r"] = (0.5 + 0 + 0.5 + 1) / 4
+    assert align.told_apart(experts, records, disc, ONE) == [0.5, 0.5]
+    disc.variant = "dense"  # one score of both
+    assert align.told_apart({"acc_v": 0.75, "acc_r": 0.75}, records, disc, ONE) == [1.0, 1.0]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tiny, policy, tmp_path):

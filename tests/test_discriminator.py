@@ -151,6 +151,27 @@ def test_a_trace_is_read_after_the_caption_that_is_given(tiny):
     assert own[1].item() == pytest.approx(alike.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+def test_branches_are_counted_as_long_as_they_are(tiny, monkeypatch, readout):
+    """So that no pack grows beyond --max-tokens; a trace of a chain follows the teacher's caption,
+    however short its own is."""
+    disc, packs, real = trained(tiny), [], discriminator.pack_rows
+    disc.readout = readout
+    monkeypatch.setattr(
+        discriminator, "pack_rows", lambda *given: packs.append(given[1]) or real(*given)
+    )
+    rng = np.random.default_rng(0)
+    teacher, student, first, second = (
+        ids_of(rng, tiny, *lengths) for lengths in ((40, 5), (7, 8), (6, 9), (3, 10))
+    )
+    row = discriminator.Pairs(tiny.prompts[1], teacher, [student], [first, second])
+    discriminator.row_scores(disc, [row])
+    counted = [discriminator.response_tokens(readout, teacher), *row.branches(readout)]
+    found = sum(len(ids) for _, ids in packs[0])
+    joined = 4 if readout == "context" else 0  # the read-out token of a caption goes
+    assert sum(counted) == found + joined
+
+
 def test_a_shared_segment_is_one_branch(tiny, monkeypatch):
     """Responses that share a caption or a trace: each one's own scores, in a pack without twins."""
     disc, packs, (first, second) = trained(tiny), [], ([30, 31, 2], [32, 33, 34, 2])
@@ -313,6 +334,17 @@ def test_mixtures_exchange_words_in_their_places():
             assert (new in text) != (old in text), text
             exchanged[i] += new in text
     assert (abs(exchanged / 300 - 0.3) < 0.12).all()
+
+
+@pytest.mark.parametrize("space", [" ", "\n", ".\n\n", ". "])
+def test_the_last_line_of_a_trace_may_end_in_nothing(space):
+    """Where another one stands in its place, and it in another's, no two words run together."""
+    lines = ["red is lime", "blue is pink", "so it is 5", "so that was 4"]
+    mine = f"<caption>red</caption><think>{space.join(lines)}</think><answer>5</answer>"
+    trace = mix(mine, mine, 1.0, 0, "context").split("<think>")[1].split("</think>")[0]
+    moved = lines if space == " " else [lines[k] for k in (1, 0, 3, 2)]  # else one line
+    assert trace.replace(".", "").split() == " ".join(moved).split()
+    assert len(trace) == len(mine) - len("<caption>red</caption><think></think><answer>5</answer>")
 
 
 def test_mixtures_of_a_trace_are_of_its_own_lines():

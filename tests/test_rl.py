@@ -295,7 +295,14 @@ def test_a_new_run_does_not_keep_the_rollouts_of_an_old_one(tiny, policy, tmp_pa
 
 # --------------------------------------------------------------------------------- own rewards
 OWN = """
+from __future__ import annotations
+import sys
+from dataclasses import dataclass
 from beside import LEVEL
+
+@dataclass
+class Kept:  # with annotations as texts it needs its module in sys.modules
+    count: int = 0
 
 def length(response, answer, row):
     assert row["answer"] == answer and row["prompt"] and row["level"] == 3
@@ -313,6 +320,13 @@ def sometimes(response, answer, row):
             pass
     if len(response) % 4 == 2:
         return float("nan")
+    return 1
+
+def leaves(response, answer, row):
+    if len(response) % 3 == 0:
+        sys.exit()
+    if len(response) % 3 == 1:
+        raise KeyboardInterrupt
     return 1
 
 def never(response, answer, row):
@@ -391,7 +405,25 @@ def test_calls_that_fail_are_worth_nothing_and_counted(
     assert len(told) == 1 and told[0].endswith("; it is worth 0")
 
 
+def test_a_call_that_ends_the_process_does_not(tiny, policy, own, tmp_path):
+    """sys.exit() and KeyboardInterrupt would end the run in silence, with status 0 or as Ctrl-C.
+    What is counted goes on after --resume."""
+    flags = flags_of(tiny, policy, tmp_path / "out", reward=f"{own.path}:leaves", steps=3)
+    flags += ["--save-every", 2, "--keep", 2]
+    assert stage("rl", *flags) == 0
+    rows = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
+    good = [len(row["response"]) % 3 == 2 for row in rows]
+    assert {len(row["response"]) % 3 for row in rows} == {0, 1, 2}
+    assert [row["score"] for row in rows] == [float(one) for one in good]
+    log = untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
+    assert [line["reward_errors"] for line in log] == [n - sum(good[:n]) for n in (8, 16, 24)]
+    shutil.rmtree(tmp_path / "out" / "state.3")
+    assert stage("rl", *flags, "--resume") == 0
+    assert untimed(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == log
+
+
 REFUSED = {
+    "quits.py:f": "quits.py:f: SystemExit 0",
     "own.py:absent": "own.py:absent: .*has no attribute 'absent'",
     "own.py:LEVEL": "own.py:LEVEL: .*LEVEL is no function",
     "own.py:never": r"never: .*:\d+: ValueError: could not .*'a lot' \(as all 8 calls of the first",
@@ -406,6 +438,7 @@ REFUSED = {
 def test_a_reward_that_is_none_ends_the_run_in_one_line(tiny, policy, own, tmp_path, capfd, name):
     (tmp_path / "broken.py").write_text("def f(:")
     (tmp_path / "missing.py").write_text("import of_no_such_name")
+    (tmp_path / "quits.py").write_text("raise SystemExit(0)")
     flags = flags_of(tiny, policy, tmp_path / "out", steps=1)
     assert stage("rl", *flags, "--reward", tmp_path / name) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
@@ -426,6 +459,9 @@ def test_a_reward_belongs_to_the_run(tiny, policy, own, tmp_path, capfd):
         assert "the state was made with --reward " in capfd.readouterr().err
     moved.write_text(OWN)
     assert stage("rl", *flags, "--reward", f"{moved}:length", "--resume") == 0
+    capfd.readouterr()
+    assert stage("rl", *flags, "--reward", "", "--overwrite") == 2  # of a variable that is not set
+    assert "--reward : a FILE.py:FUNCTION that is there is needed" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- validation
@@ -462,10 +498,16 @@ def test_validation_needs_rows_that_can_all_be_used(tiny, policy, tmp_path, capf
     bad = [dict(row, images=[], prompt="How many?") for row in tiny.examples["rl"]]
     bad[3].pop("answer")
     bad[3].pop("response")
+    picture = (tiny.folder / "rl_0_0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(picture[: len(picture) // 2])  # its header is whole
+    cut = [*bad[:3], bad[4] | {"images": ["cut.png"]}]
     cases = {
         "--eval-every and --eval-data need each other": ["--eval-every", 1],
         f"--eval-data: {tmp_path}/bad.jsonl:4: the row has no answer": [
             "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "bad.jsonl", bad)
+        ],
+        f"--eval-data: {tmp_path}/cut.jsonl:4: image cannot be read: image file is truncated": [
+            "--eval-every", 1, "--eval-data", write_jsonl(tmp_path / "cut.jsonl", cut)
         ],
         "--eval-data: nowhere.jsonl: no such file": ["--eval-every", 1, "--eval-data",
                                                      "nowhere.jsonl"],

@@ -868,6 +868,51 @@ def test_every_script_takes_a_state(tiny, tmp_path, capfd):
     assert f"an unfinished run: give one of its states, such as {whole}/state.3" in one_line(capfd)
 
 
+def test_the_discriminator_of_a_game_lies_inside(tiny, policy, tmp_path, capfd, monkeypatch):
+    """What a game wrote is a policy, and as a backbone, with fresh experts, would do in silence."""
+    monkeypatch.chdir(tmp_path)
+    game = ["--data", tiny.align, "--prompts", 1, "--rollouts", 2, "--max-new-tokens", 8]
+    assert stage("align", "--ckpt", policy, "--out", "whole", *game, "--steps", 1) == 0
+    flags = ["--ckpt", policy, "--out", "out", *game, "--steps", 1, "--disc"]
+    for path in ("whole", "whole/state.1"):
+        capfd.readouterr()
+        assert stage("align", *flags, path) == 2
+        assert one_line(capfd).endswith(f"the policy, its discriminator is {path}/discriminator")
+    shutil.rmtree("whole/discriminator")
+    Path("whole/config.json").unlink()
+    assert stage("align", *flags, "whole") == 2
+    assert one_line(capfd).endswith("one of its states, such as whole/state.1/discriminator")
+    assert stage("align", *flags, "whole/state.1/discriminator") == 0
+
+
+OWN_TO_A_RUN = ("meta.json", "progress.json", "manifest.json")
+
+
+@pytest.mark.parametrize("script", ["sft", "align"])
+def test_a_parent_may_go_while_its_child_runs(tiny, policy, tmp_path, monkeypatch, script):
+    """A run removes its older states, also one from which another run has started: what that one
+    writes is what it writes otherwise."""
+    import align
+
+    sizes = {"sft": ["--batch", 4], "align": ["--prompts", 2, "--rollouts", 2]}[script]
+    flags = ["--data", getattr(tiny, script), *sizes, "--steps", 2, "--save-every", 1, "--keep", 2]
+    flags += ["--max-new-tokens", 8] if script == "align" else []
+    assert stage(script, "--ckpt", policy, "--out", tmp_path / "whole", *flags) == 0
+    parent = shutil.copytree(policy, tmp_path / "parent")
+
+    def log(world, *given):
+        shutil.rmtree(parent, ignore_errors=True)
+        runtime.log(world, *given)
+
+    monkeypatch.setattr({"sft": sft, "align": align}[script], "log", log)
+    assert stage(script, "--ckpt", parent, "--out", tmp_path / "out", *flags) == 0
+    assert not parent.exists()
+    for file in (tmp_path / "whole").rglob("*"):
+        if file.suffix in (".json", ".jinja", ".safetensors") and file.name not in OWN_TO_A_RUN:
+            other = tmp_path / "out" / file.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == file.read_bytes(), file
+
+
 @pytest.mark.parametrize("part", ["policy", "discriminator"])
 def test_a_damaged_state_is_no_checkpoint(tiny, policy, tmp_path, capfd, monkeypatch, part):
     """Weights that are cut or gone are named by every script, those with other bytes by the scripts
@@ -900,7 +945,22 @@ def test_a_damaged_state_is_no_checkpoint(tiny, policy, tmp_path, capfd, monkeyp
             assert f"{file.parent}: " in line and "weights" in line or file.name in line
             assert ("the state is damaged" in line) == (content == changed) and not out.exists()
     file.write_bytes(whole)
+    manifest = (state / "manifest.json").read_text()
+    (state / "manifest.json").write_text(manifest[:300])
+    assert stage("align", *scripts["align"]) == 2
+    assert f"{state}: the state is damaged (manifest.json): " in one_line(capfd).replace(
+        f"{disc}: ", f"{state}: ")  # whichever is looked at first
+    (state / "manifest.json").write_text(manifest)
     assert stage("align", *scripts["align"]) == stage("rollout", *scripts["rollout"]) == 0
+
+
+@pytest.mark.parametrize("foreign", ["[1, 2]", '{"config.json": "sha256"}', "{"])
+def test_a_manifest_of_somebody_else_says_nothing(tiny, tmp_path, foreign):
+    """Other tools write files of that name, too."""
+    ckpt = shutil.copytree(tiny.base, tmp_path / "ckpt")
+    before = runtime.fingerprint(str(ckpt))
+    (ckpt / "manifest.json").write_text(foreign)
+    assert runtime.fingerprint(str(ckpt)) == before
 
 
 # --------------------------------------------------------------------------------------------- logs

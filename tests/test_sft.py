@@ -283,3 +283,17 @@ def test_adapters_train_resume_and_shard(tiny, policy, tmp_path, script, dtype, 
     shutil.rmtree(tmp_path / "other" / "state.3")
     again, resumed = run("other", processes[1], "--resume")
     assert again == other and all(torch.equal(resumed[name], weights[name]) for name in base)
+
+
+def test_adapters_have_no_higher_rank_than_their_matrices(tiny, tmp_path, capfd):
+    """Whose bytes would fill the memory; that of a run stays the same."""
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 4, "--out", tmp_path / "out"]
+    assert stage("sft", *flags, "--steps", 1, "--lora", 10**6) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("sft.py: error: --lora 1000000: the smallest matrix has rank ")
+    highest = int(line.split()[-3].rstrip(";"))
+    assert stage("sft", *flags, "--steps", 1, "--lora", highest + 1) == 2
+    assert stage("sft", *flags, "--steps", 1, "--lora", highest) == 0
+    capfd.readouterr()
+    assert stage("sft", *flags, "--steps", 2, "--lora", 2, "--resume") == 2
+    assert f"made with --lora {highest}, not 2" in capfd.readouterr().err
