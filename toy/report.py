@@ -150,7 +150,8 @@ def looks(out, scores):
         for variant in variants:
             pairs = [(one["right"], one[variant]) for one in by_item.values()]
             differ = [(a, b) for a, b in pairs if a["response"] != b["response"]]
-            shares[variant] = np.mean([a[expert] > b[expert] for a, b in differ])
+            signs = [np.sign(a[expert] - b[expert]) for a, b in differ]  # a tie is a coin toss
+            shares[variant] = np.mean(signs) / 2 + 0.5
     return shares
 
 
