@@ -123,7 +123,7 @@ class WarmUp:
             print(said, flush=True)
 
 
-def told_apart(experts, records, disc, world):
+def told_apart(experts, records, args, world):
     """Share of pairs that each expert ranks rightly among those whose texts differ; 1 where none
     do: a policy that has learned its teacher by heart leaves nothing to learn. None without pairs.
     """
@@ -131,11 +131,8 @@ def told_apart(experts, records, disc, world):
         return None
     valid = [r for r in records if r.segments is not None]
     equal = [sum(r.segments[k] == r.teacher[k] for r in valid) for k in (0, 1)]
-    both = sum(r.segments == r.teacher for r in valid)
-    if disc.variant == "dense":  # one score for both
-        equal = [both, both]
-    elif disc.readout == "context":  # equal traces after other captions
-        equal[1] = both
+    if args.disc_variant == "dense":  # one score for both
+        equal = [sum(r.segments == r.teacher for r in valid)] * 2
     *equal, n = world.sum(*equal, len(valid))
     shares = []
     for name, same in zip("vr", equal):
@@ -184,7 +181,7 @@ def score_records(disc, records, tokenizer, args, world, step=0):
         rows[group] = make_pairs(first.prompt, first.example.response, first.teacher, students,
                                  tokenizer, disc.variant)
     if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
-        add_mismatched(rows, world, tokenizer, disc.readout if args.mismatch > 0 else None)
+        add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
     scores = torch.full((len(records), 4), math.nan)
     scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
     return scores, torch.cat(world.gather(mismatched))
@@ -312,7 +309,7 @@ def main():
             if update:  # otherwise no rank has anything to learn from
                 norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
         else:
-            warm_up.watch(step, told_apart(experts, records, disc, world), world)
+            warm_up.watch(step, told_apart(experts, records, args, world), world)
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),

@@ -23,9 +23,7 @@ where the paper counts captions and traces apart; (6) --mismatch W adds W times 
 over the pairs of neighbours in a chain from the teacher's caption over mixtures to another
 picture's (a mean over prompts, so that W does not depend on the number of rollouts), 0 is the
 paper: what is wrong in little and in the same style shall score a little less; (7) --readout mean:
-a head reads the mean over all tokens of a segment; --readout context: likewise, and the reasoning
-expert reads a trace after the caption that it is to follow from, so that it can tell whether it
-does: --mismatch has a chain of traces for it, too.
+a head reads the mean over all tokens of a segment.
 
 Warm-up on offline (teacher, student) pairs, for `align.py --disc disc_out/`; with --mismatch also
 on teacher responses alone: a grounding phase. Diagnosis: D_v and D_r of every response of a data
@@ -77,7 +75,7 @@ except ModuleNotFoundError as error:
         raise
 
 VARIANTS = ("moe", "dense", "text-only", "learned")
-READOUTS = ("last", "mean", "context")
+READOUTS = ("last", "mean")
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
 MIXTURES = (0.15, 0.3, 0.6)  # --mismatch: shares of a caption's words that are another's
 LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
@@ -114,19 +112,15 @@ class Discriminator(nn.Module):
     variant: "moe" (default), "dense" (one expert, one score for the whole response), "text-only"
     (no image, see `visible_prompt`), "learned" (a Qwen3-VL-MoE backbone as the authors released it:
     top-k routing, a load-balancing loss, one head for both segments). readout, what a head reads:
-    "last" (the last token of a segment), "mean" (of the final hidden states of all its tokens) or
-    "context" (the mean, of a trace after its caption). Raises ValueError for others and for
-    "context" without two experts."""
+    "last" (the last token of a segment) or "mean" (of the final hidden states of all its tokens)"""
 
     def __init__(self, backbone, variant="moe", readout="last"):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant}: choose one of {', '.join(VARIANTS)}")
-        two_experts = variant in ("moe", "text-only")
-        if readout == "context" and not two_experts:
-            raise ValueError(f"--readout context needs two experts, not {variant}")
         self.backbone, self.variant, self.readout = backbone, variant, readout
         self.routers, self.routed = 0, []  # routed: their logits [T, experts] in the last forward
+        two_experts = variant in ("moe", "text-only")
         for layer in backbone.language_model.layers:
             if two_experts:
                 layer.mlp = SegmentMLP(layer)
@@ -147,7 +141,7 @@ class Discriminator(nn.Module):
         if len(self.routed) < self.routers:  # full when backward recomputes activations
             self.routed.append(output[0])
 
-    def scores(self, prompts, captions, traces, contexts=None):
+    def scores(self, prompts, captions, traces):
         """Scores of n responses in one forward -> D_v [n], D_r [n], float32, with gradient.
 
         prompts: list of Prompt. captions, traces: n times (index into prompts, token ids); caption
@@ -160,25 +154,23 @@ class Discriminator(nn.Module):
 
         A segment that several responses to a prompt share is one branch. "dense": caption and trace
         are one branch with one score, given twice; "learned": the backbone routes, and one head
-        reads both segments. Readout "context": before a trace, in its branch and by its expert,
-        stands caption i, or the i-th of `contexts`."""
+        reads both segments."""
         if self.variant == "dense":
-            captions, traces = join(captions, traces), []
-        trace_lengths = [len(ids) for _, ids in traces]
-        if self.readout == "context":
-            traces = join(contexts or captions, traces)
-        captions, caption_of = distinct(captions, [len(ids) for _, ids in captions])
-        traces, trace_of = distinct(traces, trace_lengths)
-        n, branches = len(captions), [(p, ids) for p, ids, _ in captions + traces]
-        pack = pack_rows(prompts, branches, self.heads["perception"].weight.device)
+            joined = []
+            for (p, caption), (_, trace) in zip(captions, traces):
+                joined.append((p, caption[:-1] + trace))  # without the caption's read-out token
+            captions, traces = joined, []
+        (captions, caption_of), (traces, trace_of) = distinct(captions), distinct(traces)
+        n = len(captions)
+        pack = pack_rows(prompts, captions + traces, self.heads["perception"].weight.device)
         sizes = [pack.prompt_tokens, sum(pack.lengths[:n]), sum(pack.lengths[n:])]
         self.routed.clear()
         hidden = hidden_states(self.backbone, {**pack.inputs, "segment_sizes": sizes})
-        if self.readout == "last":
-            read = hidden[pack.ends].float()
+        if self.readout == "mean":
+            parts = hidden[pack.prompt_tokens :].float().split(pack.lengths)
+            read = torch.stack([part.mean(0) for part in parts])
         else:
-            parts = zip(hidden[pack.prompt_tokens :].float().split(pack.lengths), captions + traces)
-            read = torch.stack([part[-length:].mean(0) for part, (_, _, length) in parts])
+            read = hidden[pack.ends].float()
         perception = self.heads["perception"]
         if self.variant == "dense":
             d = perception(read)[caption_of, 0]
@@ -197,18 +189,11 @@ class Discriminator(nn.Module):
         return text.router_aux_loss_coef * loss
 
 
-def join(captions, traces):
-    """Each trace behind its caption, of which the read-out token goes."""
-    return [(p, caption[:-1] + trace) for (p, caption), (_, trace) in zip(captions, traces)]
-
-
-def distinct(segments, lengths):
-    """n times (index of prompt, token ids), of how many of these, at the end, the head reads the
-    mean -> those that differ, as (index, ids, length), for each of the n which it is."""
+def distinct(segments):
+    """n times (index of prompt, token ids) -> those that differ, for each of the n which it is."""
     places = {}
-    keys = ((p, tuple(ids), length) for (p, ids), length in zip(segments, lengths))
-    which = [places.setdefault(key, len(places)) for key in keys]
-    return [(p, list(ids), length) for p, ids, length in places], which
+    which = [places.setdefault((p, tuple(ids)), len(places)) for p, ids in segments]
+    return [(p, list(ids)) for p, ids in places], which
 
 
 def visible_prompt(prompt, tokenizer, variant):
@@ -226,9 +211,8 @@ def visible_prompt(prompt, tokenizer, variant):
 class Pairs:
     """A shared-prompt row: a prompt, a teacher's response, those of any number of students, each a
     pair with the teacher's, and a chain of teachers' that fit it less and less, each a pair with
-    the one before it: mixtures of the teacher's caption and another's, with the teacher's trace or
-    (readout "context") mixtures of its lines, at the end the other response, to another picture. A
-    response is its (caption ids, trace ids); the trace of a chain follows the teacher's caption."""
+    the one before it: mixtures of the teacher's caption and another's, with the teacher's trace, at
+    the end the other response, to another picture. A response is its (caption ids, trace ids)."""
 
     prompt: Prompt  # as the discriminator sees it
     teacher: tuple[list[int], list[int]]
@@ -237,12 +221,10 @@ class Pairs:
     picture: torch.Tensor | None = None  # the prompt's pixels, seen or not, to tell pictures apart
     text: str = ""  # the teacher's response
 
-    def branches(self, readout):
+    def branches(self):
         """Token numbers of what may be split into several packs: each student, the chain."""
-        found = [response_tokens(readout, student) for student in self.students]
-        if self.mismatched:
-            found.append(response_tokens(readout, *self.mismatched, after=self.teacher))
-        return found
+        chain = [response_tokens(*self.mismatched)] if self.mismatched else []
+        return [*map(response_tokens, self.students), *chain]
 
     def part(self, chosen):
         """The same row with these of its [*students, chain]."""
@@ -260,20 +242,14 @@ def make_pairs(prompt, text, teacher, students, tokenizer, variant):
 IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, a loss of 0
 
 
-def response_tokens(readout, *responses, after=None):
-    """What the branches of responses are in tokens; of readout "context" a trace follows its own
-    caption, or that of the response `after`."""
-    tokens = 0
-    for caption, trace in responses:
-        context = (after or (caption,))[0] if readout == "context" else ()
-        tokens += len(caption) + len(context) + len(trace)
-    return tokens
+def response_tokens(*responses):
+    return sum(len(segment) for response in responses for segment in response)
 
 
-def add_mismatched(rows, world, tokenizer, chain=None):
+def add_mismatched(rows, world, tokenizer, chain=False):
     """Give each row with a picture the teacher's response to the next one, in the order of the
-    global batch and in a cycle, that has another picture, with `chain`, the readout, after a
-    mixture for each of MIXTURES; nothing where all pictures are the same.
+    global batch and in a cycle, that has another picture, with `chain` after a mixture for each of
+    MIXTURES; nothing where all pictures are the same.
 
     rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
     span ranks is a row on each of them; the first has its mismatched response, so that it counts
@@ -293,44 +269,27 @@ def add_mismatched(rows, world, tokenizer, chain=None):
         other = next((text for _, pixels, text in others if pixels != picture), None)
         if rank == world.rank and other is not None:
             seed = zlib.crc32((text + other).encode())  # what is wrong at one rate is at the next
-            mixed = [mix(text, other, rate, seed, chain) for rate in MIXTURES if chain]
+            mixed = [mix(text, other, rate, random.Random(seed)) for rate in MIXTURES if chain]
             for response in (*mixed, other):
                 ids = encode_response(response, tokenizer)
                 rows[place].mismatched.append(split_segments(ids, tokenizer))
 
 
-def mix(mine, other, rate, seed, readout="mean"):
+def mix(mine, other, rate, rng):
     """Response text `mine`, in whose caption, at that rate, a word is the one that another
     teacher's caption has in its place: the third word of the second line for the third word there.
     Of lines, or sentences, with other numbers of words the whole is exchanged. So it is wrong in
-    little, in the teacher's own style, and no truth is needed. Readout "context": in its trace a
-    word is that of another line, or sentence, of as many words, so that nothing but the steps tells
-    it. With one seed as many random numbers are drawn at every rate."""
-    rng = random.Random(seed)
-    (_, begin), (end, _), (_, think), (think_end, _) = parse_spans(mine)[:4]
+    little, in the teacher's own style, and no truth is needed. rng: random.Random, of which as many
+    numbers are drawn at every rate."""
+    (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
     (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    lines, new_lines = map(LINES.findall, (mine[begin:end], other[other_begin:other_end]))
-    caption, trace = mix_lines(lines, new_lines, rate, rng), mine[think:think_end]
-    if readout == "context":
-        lines = LINES.findall(trace)
-        trace = mix_lines(lines, other_lines(lines, rng), rate, rng)
-    return mine[:begin] + caption + mine[end:think] + trace + mine[think_end:]
+    mixed = mix_lines(mine[begin:end], other[other_begin:other_end], rate, rng)
+    return mine[:begin] + mixed + mine[end:]
 
 
-def other_lines(lines, rng):
-    """In the place of each line another one of as many words, where there is one; it ends as the
-    line does, the last perhaps in no white space."""
-    found = []
-    for i, line in enumerate(lines):
-        others = lines[:i] + lines[i + 1 :]
-        alike = [other for other in others if len(other.split()) == len(line.split())]
-        found.append(rng.choice(alike or [line]).rstrip() + line[len(line.rstrip()) :])
-    return found
-
-
-def mix_lines(lines, new_lines, rate, rng):
-    mixed = [*lines]
-    for i, (line, new_line) in enumerate(zip(lines, new_lines)):
+def mix_lines(mine, other, rate, rng):
+    mixed = LINES.findall(mine)
+    for i, (line, new_line) in enumerate(zip(mixed, LINES.findall(other))):
         words, new_words = SPACES.split(line), SPACES.split(new_line)
         if len(words) == len(new_words):
             pairs = zip(words, new_words)  # what stands between words stays
@@ -353,22 +312,18 @@ def bradley_terry(teacher, student, valid, count=None):
 def row_scores(disc, rows):
     """Scores [2 experts, responses] of all responses of a list of Pairs, in one forward: row after
     row, in each the teacher first, then the students, then the mismatched."""
-    captions, traces, contexts = [], [], []
+    captions, traces = [], []
     for r, row in enumerate(rows):
-        own = [row.teacher, *row.students]
-        for caption, trace in own + row.mismatched:
+        for caption, trace in [row.teacher, *row.students, *row.mismatched]:
             captions.append((r, caption))
             traces.append((r, trace))
-        contexts += [(r, caption) for caption, _ in own]
-        contexts += [(r, row.teacher[0])] * len(row.mismatched)
-    return torch.stack(disc.scores([row.prompt for row in rows], captions, traces, contexts))
+    return torch.stack(disc.scores([row.prompt for row in rows], captions, traces))
 
 
 def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
     """(2) for both experts over the pairs of a list of Pairs, in one forward, plus score_l2 / 2
     times the squared scores: the mean over pairs with students, plus `mismatch` times that over the
-    pairs of the chains, for D_v alone unless the readout is "context". counts: of both kinds, pairs
-    of the whole global batch.
+    pairs of the chains, for D_v alone. counts: of both kinds, pairs of the whole global batch.
 
     -> loss, scores [pairs, 4] with the columns SCORES of the students, row after row, and [m, 4] of
     the ends of the chains. Without a pair the loss is a 0 that still reaches every score: a rank
@@ -384,8 +339,7 @@ def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
         ends.extend([(teacher, chain[-1])] if row.mismatched else [])
         at += len(places)
     loss = d.sum() * 0
-    judges = (0, 1) if disc.readout == "context" else (0,)  # else the chain is of captions alone
-    kinds = zip(pairs, counts, (1.0, mismatch), ((0, 1), judges))
+    kinds = zip(pairs, counts, (1.0, mismatch), ((0, 1), (0,)))  # the chain is of captions alone
     for kind, count, weight, experts in kinds:
         worse, better = scores_of(d, kind).split(2, 1)
         valid = torch.ones(len(kind), dtype=torch.bool, device=d.device)
@@ -454,8 +408,8 @@ def score_packs(disc, rows, counts, args, world):
     lengths, none = [], torch.empty(0, len(SCORES))
     for row in rows:
         # every pack of a row repeats its prompt and its teacher
-        fixed = len(row.prompt.input_ids) + response_tokens(disc.readout, row.teacher)
-        lengths.append((fixed, row.branches(disc.readout)))
+        fixed = len(row.prompt.input_ids) + response_tokens(row.teacher)
+        lengths.append((fixed, row.branches()))
     packs, found = list(split_rows(lengths, args.max_tokens)), [(none, none)]
     for p in range(most(len(packs), world)):
         part = [rows[r].part(chosen) for r, chosen in packs[p]] if p < len(packs) else [IDLE_ROW]
@@ -604,8 +558,7 @@ def parse_args():
 
 def grounding_flags(group):
     group.add_argument("--readout", choices=READOUTS, default=None,
-                       help="what a head reads of a segment: its last token, the mean of all, or "
-                       "that, of a trace after its caption (default: as stored; last)")
+                       help="what a head reads of a segment (default: as stored; last)")
     group.add_argument("--mismatch", type=real(0), default=0.0, metavar="W",
                        help="weight of pairs with another picture's teacher response; 0: the paper")
 
@@ -640,7 +593,7 @@ def measure_pair(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of its responses), or None: too long."""
     need_pair(example, args)
     prompt = measure_prompt(example, tokenizer, image_processor, system, args)
-    return prompt and (prompt[0], sum(map(len, encode_texts(example, tokenizer))))
+    return prompt and (prompt[0], response_tokens(encode_texts(example, tokenizer)))
 
 
 def encode_pair(example, tokenizer, image_processor, system, args):
@@ -680,7 +633,7 @@ def warm_up(args, world):
         drawn = feed.draw(args.batch, step)
         rows = {item.place: item.encoded for item in drawn if item.encoded is not None}
         if args.mismatch > 0 or (step + 1) % GROUND_EVERY == 0:
-            add_mismatched(rows, world, tokenizer, args.readout if args.mismatch > 0 else None)
+            add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
         # update discriminator
         scores = score_and_backward(disc, list(rows.values()), args, world)  # leaves the gradient
         experts = expert_metrics(*(torch.cat(kind) for kind in zip(*world.gather(scores))))
@@ -735,8 +688,7 @@ def score_examples(disc, examples, indices, tokenizer, image_processor, args, wo
         add_mismatched(dict(enumerate(rows.values())), replace(world, rank=0, size=1), tokenizer)
     lengths, usable = [], list(rows)
     for row in rows.values():  # the two responses as one branch, which is not split
-        both = response_tokens(disc.readout, row.teacher, *row.mismatched, after=row.teacher)
-        lengths.append((len(row.prompt.input_ids), [both]))
+        lengths.append((len(row.prompt.input_ids), [response_tokens(row.teacher, *row.mismatched)]))
     for pack in split_rows(lengths, args.max_tokens):
         part = [usable[r] for r, _ in pack]
         scores = iter(row_scores(disc, [rows[i] for i in part]).T.tolist())

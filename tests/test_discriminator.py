@@ -6,12 +6,12 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,7 +58,6 @@ from discriminator import (
 from rollout import split_segments
 from rows import Prompt, pack_rows, set_attention
 
-TWO_EXPERTS = ("moe", "text-only")
 EXPERT = {"perception": "reasoning", "reasoning": "perception"}  # each one's other
 
 
@@ -86,16 +85,15 @@ class Routed(torch.nn.Module):
         return torch.cat([self.shared(prompt), self.expert(segment)], dim=1)
 
 
-def alone(disc, prompt, ids, expert, prefix=()):
+def alone(disc, prompt, ids, expert):
     """Score of one segment as a sequence of its own: plain causal attention, positions worked out
-    by transformers. The head reads the last token, or token by token the mean. prefix: what stands
-    between prompt and segment."""
+    by transformers. The head reads the last token, or token by token the mean."""
     layers, backbone = disc.backbone.language_model.layers, disc.backbone
     before = [layer.mlp for layer in layers]
     for layer, mlp in zip(layers, before):
         layer.mlp = Routed(mlp, expert, len(prompt.input_ids))
     backbone.set_attn_implementation("sdpa")
-    inputs = stock_inputs(prompt, [*prefix, *ids], backbone.config)
+    inputs = stock_inputs(prompt, ids, backbone.config)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[0, -len(ids) :]
     set_attention(backbone, "sdpa")
     for layer, mlp in zip(layers, before):
@@ -124,52 +122,17 @@ def test_a_row_equals_separate_sequences(tiny, counts, places, readout):
     weights = torch.randn(2, len(places), generator=torch.Generator().manual_seed(1))
     weights /= len(places)
     scores = torch.stack(disc.scores(prompts, *segments))
-    assert scores.dtype == torch.float32 and scores.std() > (0.05 if readout == "context" else 0.1)
+    assert scores.dtype == torch.float32 and scores.std() > 0.1
     (weights * scores).sum().backward()
     row = grads(disc)
     disc.zero_grad()
-    expected = [[], []]
-    for (p, caption), (_, trace) in zip(*segments):
-        before = caption[:-1] if readout == "context" else ()
-        expected[0].append(alone(disc, prompts[p], caption, "perception"))
-        expected[1].append(alone(disc, prompts[p], trace, "reasoning", before))
-    expected = torch.stack([torch.stack(numbers) for numbers in expected])
+    expected = []
+    for part, expert in zip(segments, EXPERT):
+        expected.append(torch.stack([alone(disc, prompts[p], ids, expert) for p, ids in part]))
+    expected = torch.stack(expected)
     assert (scores - expected).abs().max() <= 1e-5
     (weights * expected).sum().backward()
     assert_same_grads(row, grads(disc))
-
-
-def test_a_trace_is_read_after_the_caption_that_is_given(tiny):
-    """The same trace after two captions has two scores; after the same one a single branch."""
-    disc, prompt, first, second = trained(tiny), tiny.prompts[1], [30, 31, 2], [32, 2]
-    disc.readout, captions, trace = "context", [(0, first), (0, second)], (0, [33, 34, 2])
-    own = disc.scores([prompt], captions, [trace, trace])[1].detach()
-    given = disc.scores([prompt], captions, [trace, trace], [captions[0]] * 2)[1].detach()
-    assert own[0].item() == pytest.approx(given[0].item(), abs=1e-6)
-    assert given[0] == given[1] and abs(own[0] - own[1]) > 1e-3
-    alike = alone(disc, prompt, trace[1], "reasoning", second[:-1])
-    assert own[1].item() == pytest.approx(alike.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("readout", READOUTS)
-def test_branches_are_counted_as_long_as_they_are(tiny, monkeypatch, readout):
-    """So that no pack grows beyond --max-tokens; a trace of a chain follows the teacher's caption,
-    however short its own is."""
-    disc, packs, real = trained(tiny), [], discriminator.pack_rows
-    disc.readout = readout
-    monkeypatch.setattr(
-        discriminator, "pack_rows", lambda *given: packs.append(given[1]) or real(*given)
-    )
-    rng = np.random.default_rng(0)
-    teacher, student, first, second = (
-        ids_of(rng, tiny, *lengths) for lengths in ((40, 5), (7, 8), (6, 9), (3, 10))
-    )
-    row = discriminator.Pairs(tiny.prompts[1], teacher, [student], [first, second])
-    discriminator.row_scores(disc, [row])
-    counted = [discriminator.response_tokens(readout, teacher), *row.branches(readout)]
-    found = sum(len(ids) for _, ids in packs[0])
-    joined = 4 if readout == "context" else 0  # the read-out token of a caption goes
-    assert sum(counted) == found + joined
 
 
 def test_a_shared_segment_is_one_branch(tiny, monkeypatch):
@@ -323,51 +286,21 @@ def test_mixtures_exchange_words_in_their_places():
     new_lines = ["1 blue cross\n", "2 one lime cross\n", "That was. ", "But\n"]
     mine = text_of("".join(lines), "3 blue", "no")
     other = text_of("".join(new_lines).rstrip(), "4 red", "yes")
-    assert mix(mine, other, 0.0, 0) == mine
-    whole = mix(mine, other, 1.0, 0)
+    assert mix(mine, other, 0.0, random.Random(0)) == mine
+    whole = mix(mine, other, 1.0, random.Random(0))
     assert whole == text_of("".join([*new_lines, "3 blue square"]), "3 blue", "no")
     exchanged = np.zeros(4)
     for seed in range(300):
-        text = mix(mine, other, 0.3, seed)
+        text = mix(mine, other, 0.3, random.Random(seed))
         assert text.endswith(mine[mine.index("3 blue square") :])
         for i, (new, old) in enumerate(zip(new_lines, lines)):
             assert (new in text) != (old in text), text
             exchanged[i] += new in text
     assert (abs(exchanged / 300 - 0.3) < 0.12).all()
-
-
-@pytest.mark.parametrize("space", [" ", "\n", ".\n\n", ". "])
-def test_the_last_line_of_a_trace_may_end_in_nothing(space):
-    """Where another one stands in its place, and it in another's, no two words run together."""
-    lines = ["red is lime", "blue is pink", "so it is 5", "so that was 4"]
-    mine = f"<caption>red</caption><think>{space.join(lines)}</think><answer>5</answer>"
-    trace = mix(mine, mine, 1.0, 0, "context").split("<think>")[1].split("</think>")[0]
-    moved = lines if space == " " else [lines[k] for k in (1, 0, 3, 2)]  # else one line
-    assert trace.replace(".", "").split() == " ".join(moved).split()
-    assert len(trace) == len(mine) - len("<caption>red</caption><think></think><answer>5</answer>")
-
-
-def test_mixtures_of_a_trace_are_of_its_own_lines():
-    """In a word's place stands that of another line of as many words; so the words are the same,
-    and what is wrong are the steps. Other readouts leave the trace as it is."""
-    lines = ["2 lime lime yes", "5 red lime no", "7 blue lime no = 1", "8 cross red no = 0"]
-    mine = text_of("1 red cross", "\n".join(lines), "1")
-    other = text_of("1 red cross", "\n".join(["9 pink pink perhaps"] * 4), "1")
-    assert mix(mine, other, 1.0, 0) == mine == mix(mine, other, 0.0, 0, "context")
-    whole = text_of("1 red cross", "\n".join([lines[k] for k in (1, 0, 3, 2)]), "1")
-    assert mix(mine, other, 1.0, 0, "context") == whole
-    changed = np.zeros(2)
-    for seed in range(200):
-        trace = mix(mine, other, 0.3, seed, "context").split("<think>\n")[1].split("\n</think>")[0]
-        found = [line.split() for line in trace.split("\n")]
-        for old, partner, new in zip(map(str.split, lines), (1, 0, 3, 2), found, strict=True):
-            pairs = list(zip(old, lines[partner].split(), new, strict=True))
-            assert all(word in (a, b) for a, b, word in pairs)
-            changed += sum(a != b for a, b, _ in pairs), sum(a != w for a, _, w in pairs)
-    assert 0.25 < changed[1] / changed[0] < 0.35
-    prose = text_of("A cross.", "It is red. So the answer is no. That was all.", "no")
-    exchanged = text_of("A cross.", "That was all. So the answer is no. It is red.", "no")
-    assert mix(prose, prose, 1.0, 3, "context") == exchanged
+    mine = text_of("A red cross.\nIt is big.", "", "")
+    other = text_of("A blue dot. He was old.", "", "")
+    mixed = text_of("A blue dot.\nHe was old.", "", "")  # what stands between words stays
+    assert mix(mine, other, 1.0, random.Random(0)) == mixed
 
 
 def test_without_a_valid_pair_the_loss_is_zero():
@@ -405,7 +338,7 @@ def test_whose_response_is_mismatched(tiny):
         for rank, places in enumerate(split):
             part = rows(*places)
             world = SimpleNamespace(rank=rank, gather=lambda mine: offered)
-            add_mismatched(part, world, tiny.tokenizer, "mean")
+            add_mismatched(part, world, tiny.tokenizer, chain=True)
             for place, row in part.items():
                 if row.mismatched:
                     found.append((place, row.mismatched[-1]))
@@ -446,10 +379,8 @@ def test_a_rank_without_pairs_takes_part_and_learns_nothing(tiny, variant):
 
 
 # ----------------------------------------------------------------------------------- checkpoints
-@pytest.mark.parametrize(
-    "variant, readout",
-    [(v, r) for v, r in product(VARIANTS, READOUTS) if v in TWO_EXPERTS or r != "context"],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("readout", READOUTS)
 def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant, readout):
     disc, segments = trained(tiny, variant), pairs_of(tiny, [0, 1, 1])
     disc.readout = readout
@@ -459,16 +390,13 @@ def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant, readout):
     before, after = (torch.stack(d.scores(prompts, *segments)) for d in (disc, again))
     assert torch.equal(before, after)
     assert load_discriminator(str(tmp_path / "disc"), None).variant == variant
-    other = "mean" if readout == "last" else "last"
+    other = READOUTS[1 - READOUTS.index(readout)]
     assert load_discriminator(str(tmp_path / "disc"), variant, readout=readout).readout == readout
     with pytest.raises(runtime.InputError, match=f"trained with --readout {readout}, not {other}"):
         load_discriminator(str(tmp_path / "disc"), variant, readout=other)
     settings = tmp_path / "disc" / "discriminator.json"
     settings.write_text(json.dumps({"variant": variant}))  # of before there was a choice
     assert load_discriminator(str(tmp_path / "disc"), variant).readout == "last"
-    if variant == "dense":
-        with pytest.raises(runtime.InputError, match="context needs two experts, not dense"):
-            load_discriminator(tiny.base, variant, readout="context")
     fits = {variant, "moe"} if variant == "learned" else {variant}  # moe is only the default there
     for other in set(VARIANTS) - fits:
         with pytest.raises(runtime.InputError, match=f"trained as {variant}"):

@@ -48,11 +48,6 @@ ROWS = [
     (2, "more_segment_v", "SFT on the curated rows -> align: segment credit, alpha 1",
      f"{STAGES['align']} --ckpt more --credit segment --alpha 1"),
     (2, "alpha1", "align: alpha 1, perception alone", f"{STAGES['align']} --alpha 1"),
-    (2, "context_ground", "", f"{GROUND} {LOOK} --pairs align --readout context"),
-    (2, "context", "align: the reasoning expert reads the trace after its caption",
-     f"{STAGES['align']} --disc context_ground --readout context"),
-    (2, "context_long", "the same, 480 steps",
-     f"{STAGES['align']} --disc context_ground --readout context --steps {{4*align}}"),
     (2, "frozen", "align: discriminator frozen after warm-up", f"{STAGES['align']} --disc-lr 0"),
     (2, "alpha0", "align: alpha 0, reasoning alone", f"{STAGES['align']} --alpha 0"),
     (2, "combined", "align: combined, then normalised", f"{STAGES['align']} --normalize combined"),
@@ -93,12 +88,10 @@ ROWS += [
     (4, "kept", "SFT from base without the worst quarter of the demonstrations",
      f"{STAGES['sft']} --data kept_rows/rows"),
 ]
-ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short", "context_ground", "context",
-             "more_segment_v")  # fmt: skip
+ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short", "more_segment_v")
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
-           "context": "the reasoning expert reads the caption, too",
            "dense": "one expert", "text": "without the picture"}
 TITLES = {1: "Table 1: alignment before RLVR", 2: "Table 2: controls and ablations",
           3: "Table 3: how many curated rows, and of which kind",
@@ -136,7 +129,7 @@ def main():
     lines = arm_table(outs, ARMS, ["sft_rl", "more_rl"], commands)
     parts += ["## Main arms, all seeds\n\n" + lines, verdict(outs)]
     for table, title, bases in ((3, "Eight curated rows", ["sft", "align_8"]),
-                                (2, "Other games", ["sft", "more"])):  # fmt: skip
+                                (2, "The game after the control", ["sft", "more"])):  # fmt: skip
         lines = arm_table(outs, arms_of(table, ALL_SEEDS), bases, commands)
         parts.append(f"## {title}, all seeds\n\n{lines}")
     for table, title in TITLES.items():
