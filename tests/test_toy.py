@@ -443,6 +443,17 @@ def test_what_the_scores_of_rollouts_follow(tmp_path):
     found = report.signals(str(tmp_path), "align")
     assert found["D_v, colors"] == pytest.approx(1) and found["D_r, length"] == pytest.approx(1)
     assert abs(found["D_v, shapes"]) < 0.4 and abs(found["D_r, reasoning"]) < 0.4
+    look = [{"id": f"0/{v}", "response": v, "perception": 0.0, "reasoning": 0.0}
+            for v in ("right", *(v for variants in report.LOOKS.values() for v in variants))]
+    for folder in ("look_align", "probe_align"):
+        (tmp_path / folder).mkdir()
+    for path in ("data/look.jsonl", "look_align/scores.jsonl"):
+        write_jsonl(tmp_path / path, look)
+    shares = {key: {"share": 1.0} for key in ("ground_v", "ground_r")}
+    (tmp_path / "probe_align" / "results.json").write_text(json.dumps(shares))
+    said = report.expert_table(str(tmp_path), {"align": "here"}).splitlines()[-1]
+    length, right = found["D_r, length"], found["D_r, reasoning"]
+    assert said == f"Follow length more than what is right: D_r here ({length:.2f} to {right:.2f})."
 
 
 @pytest.mark.parametrize("name", [*stages.STAGES, *(stage for _, stage, _, _ in paper.ROWS)])

@@ -186,11 +186,12 @@ def signals(out, arm, data="align"):
 def expert_table(out, experts):
     """experts: {stage that made them: in words}, for which look_ and probe_ ran -> Markdown.
 
-    Shares of held-out pairs ranked rightly; for a game also what its rewards followed.
+    Shares of held-out pairs ranked rightly; for a game also what its rewards followed, and under
+    the table which of them followed length more than the truth.
     """
     heads = [variant for variants in LOOKS.values() for variant in variants]
     follows = ["D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length"]
-    lines = []
+    lines, said = [], []
     for stage, words in experts.items():
         with open(os.path.join(out, f"probe_{stage}", "results.json")) as file:
             probe = json.load(file)
@@ -200,9 +201,16 @@ def expert_table(out, experts):
         if os.path.exists(os.path.join(out, stage, "rollouts.jsonl")):
             found = signals(out, stage)
             cells += [found[key] for key in follows]
+            for d, right in (("D_v", max(found["D_v, colors"], found["D_v, shapes"])),
+                             ("D_r", found["D_r, reasoning"])):  # fmt: skip
+                if abs(length := found[f"{d}, length"]) > right:
+                    said.append(f"{d} {words} ({length:.2f} to {right:.2f})")
         cells += [None] * (len(heads) + len(follows) + 2 - len(cells))
         lines.append([words, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-    return markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
+    table = markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
+    if said:
+        table += f"\nFollow length more than what is right: {'; '.join(said)}.\n"
+    return table
 
 
 def likelihoods(out, data, count):
