@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import uuid
 import warnings
@@ -49,6 +50,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
@@ -206,6 +208,8 @@ class World:
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
     due: bool = False  # a state has to be saved
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
+    bar: tqdm | None = None  # of the steps, at a terminal (rank 0)
+    began: tuple = (0, 0.0)  # step and time at which this part of the run did
 
     @property
     def dtype(self):
@@ -820,17 +824,27 @@ def writing(path):
 
 
 # -------------------------------------------------------------------------------------------- logs
+BAR = ("loss", "reward", "accuracy", "valid", "acc_v", "acc_r")  # what a bar shows, at most three
+
+
 def log(world, out, metrics):
-    """One line on rank 0 and the same keys in OUT/metrics.jsonl; a metric without a value in this
-    step is left out."""
+    """A line of OUT/metrics.jsonl on rank 0, without the metrics that have no value in this step;
+    the same and the time left is printed, or at a terminal a bar with what matters most."""
     if world.rank:
         return
     metrics = {key: value for key, value in metrics.items() if value is not None}
     append_rows(os.path.join(out, "metrics.jsonl"), [metrics])
     if world.write:
         world.write(metrics)
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-    print("  ".join(shown), flush=True)
+    numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items()}
+    if not world.bar.disable:
+        world.bar.set_postfix([(k, numbers[k]) for k in BAR if k in numbers][:3], refresh=False)
+        world.bar.update(metrics["step"] - world.bar.n)
+        return
+    first, began = world.began
+    pace = (time.time() - began) / (metrics["step"] - first)
+    left = tqdm.format_interval(pace * (world.bar.total - metrics["step"]))
+    print("  ".join(f"{k} {v}" for k, v in numbers.items()), f" {left} left", flush=True)
 
 
 def append_rows(path, rows):
@@ -1116,6 +1130,10 @@ def begin(args, world, parts, steps, *skips):
             os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
     if args.logger and world.rank == 0:
         world.write = open_logger(args, step)
+    world.began = step, time.time()
+    if world.rank == 0:
+        world.bar = tqdm(total=steps, initial=step, unit="step", disable=None)
+        CLOSING.callback(world.bar.close)
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.signal(number, lambda number, _: setattr(world, "stop", number))
         CLOSING.callback(signal.signal, number, before)

@@ -7,11 +7,16 @@ import json
 import math
 import os
 import pickle
+import pty
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +26,7 @@ import torch
 from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
 from conftest import stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import rollout
@@ -964,9 +970,32 @@ def test_a_manifest_of_somebody_else_says_nothing(tiny, tmp_path, foreign):
 
 
 # --------------------------------------------------------------------------------------------- logs
+LOGGING = replace(ONE, bar=tqdm(total=5, disable=True))
+
+
+def test_a_terminal_gets_a_bar_and_a_file_lines(tiny, tmp_path, capfd):
+    """Both say how much is left."""
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 2, "--steps", 3]
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 120))
+    command = [sys.executable, ROOT / "sft.py", *flags, "--out", tmp_path / "bar"]
+    ran = subprocess.run(map(str, command), stdout=subprocess.PIPE, stderr=side, text=True)
+    os.close(side)
+    shown = b""
+    with suppress(OSError):  # the other side is closed
+        while part := os.read(terminal, 2**16):
+            shown += part
+    os.close(terminal)
+    shown = shown.decode()
+    assert re.search(r"3/3 \[\d\d:\d\d<00:00, .*loss=\d", shown) and "step 3" not in ran.stdout
+    assert stage("sft", *flags, "--out", tmp_path / "lines") == 0
+    found = re.findall(r"^step (\d)  loss .*  (\d\d:\d\d) left$", capfd.readouterr().out, re.M)
+    assert [step for step, _ in found] == ["1", "2", "3"] and found[-1][1] == "00:00"
+
+
 def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
     for step in range(1, 6):
-        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
+        runtime.log(LOGGING, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
     runtime.start_log(ONE, str(tmp_path), 3)
     assert read_jsonl(tmp_path / "metrics.jsonl") == [
         {"step": step, "loss": 0.5} for step in (1, 2, 3)
@@ -977,7 +1006,7 @@ def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
 
 def test_half_a_line_in_the_log_is_dropped(tmp_path):
     for step in (1, 2, 3):
-        runtime.log(ONE, str(tmp_path), {"step": step, "loss": 0.5})
+        runtime.log(LOGGING, str(tmp_path), {"step": step, "loss": 0.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert runtime.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
