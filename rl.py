@@ -381,12 +381,14 @@ def rollout_flags(parser, prompts, max_new_tokens):
 
 # -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
-    """Greedy accuracy on --eval-data, every --eval-every steps; it changes nothing of the run. All
-    rows are looked at, and their pictures decoded, before a model is loaded. Raises InputErrorOfAll
-    for one that cannot be used: leaving it out would change the score."""
+    """Greedy accuracy on --eval-data, every --eval-every steps. It changes no number of the run;
+    where it is the highest so far, the state is saved, and stays (`runtime.best_step`).
+
+    All rows are looked at, and their pictures decoded, before a model is loaded. Raises
+    InputErrorOfAll for one that cannot be used: leaving it out would change the score."""
 
     def __init__(self, tools, world):
-        self.tools, self.world, args = tools, world, tools[-1]
+        self.tools, self.world, self.best, args = tools, world, -1.0, tools[-1]
         if not args.eval_every:
             return
         # every row needs an answer, whatever gives the rewards, and pictures that can be decoded
@@ -423,7 +425,10 @@ class Validation:
             for example, (rollout,) in zip(examples, rollouts):
                 text = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
                 right += reward_of(text, example)["accuracy"]
-        return {"eval_accuracy": self.world.sum(right)[0] / len(self.examples)}
+        accuracy = self.world.sum(right)[0] / len(self.examples)
+        if accuracy > self.best:
+            self.best, self.world.due = accuracy, True
+        return {"eval_accuracy": accuracy}
 
 
 def validation_flags(parser):

@@ -912,9 +912,10 @@ def step_of(state):
 
 def save_state(out, world, parts, progress, keep=1, ckpt=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
-    then renamed; the newest `keep` states stay. parts: {name: (model, optimizer)}; progress:
-    JSON-able counters. Sampling needs no generator state: its random numbers depend on (seed, step,
-    prompt, sample). manifest.json holds the checksums of all. InputError when the disk is full.
+    then renamed; the newest `keep` states stay, and the best one. parts: {name: (model,
+    optimizer)}; progress: JSON-able counters. Sampling needs no generator state: its random numbers
+    depend on (seed, step, prompt, sample). manifest.json holds the checksums of all. InputError
+    when the disk is full.
 
     ckpt: the checkpoint that the run started from. Then the state is a checkpoint, too, of its
     first part, and holds one of each other part in a folder."""
@@ -940,9 +941,23 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
+        best = os.path.join(out, f"state.{best_step(out)}")
         for old in find_states(out)[keep:]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
     world.wait()
+
+
+def best_step(out):
+    """The step in OUT/metrics.jsonl with the highest eval_accuracy, the first of equals, or None.
+    """
+    best, path = (None, -1.0), os.path.join(out, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for metrics in map(json.loads, file):
+                if (accuracy := metrics.get("eval_accuracy", -1.0)) > best[1]:
+                    best = metrics["step"], accuracy
+    return best[0]
 
 
 def checksum(path):

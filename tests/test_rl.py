@@ -494,6 +494,20 @@ def test_validation_says_what_eval_says_of_the_state(tiny, policy, tmp_path, scr
     assert 0 < max(found.values()) < 1
 
 
+def test_the_best_state_stays(tiny, policy, tmp_path):
+    """Besides the newest: the first with the highest accuracy. It is saved when it is found, and a
+    continued run knows it from the log."""
+    flags = ["--ckpt", policy, "--data", tiny.rl, "--out", tmp_path, "--prompts", 2, "--lr", 1e-3]
+    flags += ["--rollouts", 4, "--max-new-tokens", 24, "--eval-every", 1, "--eval-data", tiny.sft]
+    for steps, more in ((5, []), (8, ["--resume"])):
+        assert stage("rl", *flags, "--steps", steps, *more) == 0
+        found = [line["eval_accuracy"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
+        best = 1 + found.index(max(found))
+        states = {path.name for path in tmp_path.glob("state.*")}
+        assert states == {f"state.{best}", f"state.{steps}"}
+    assert len(found) == 8 and len(set(found)) > 1
+
+
 def test_validation_needs_rows_that_can_all_be_used(tiny, policy, tmp_path, capfd):
     bad = [dict(row, images=[], prompt="How many?") for row in tiny.examples["rl"]]
     bad[3].pop("answer")
