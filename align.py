@@ -156,7 +156,7 @@ def cut_segments(records, tokenizer):
     teachers = {}
     for r in records:
         if r.rollout.finished:
-            r.segments = split_segments(r.rollout.ids[:-1], tokenizer)  # whichever EOS it ends in
+            r.segments = split_segments(r.rollout.content, tokenizer)  # whichever EOS it ends in
         if r.group not in teachers:
             ids = encode_response(r.example.response, tokenizer)
             teachers[r.group] = split_segments(ids, tokenizer)

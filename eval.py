@@ -453,7 +453,7 @@ def graded(n, example, rollouts, tokenizer):
     """The generations of item n, one a rollout."""
     group = []
     for s, rollout in enumerate(rollouts):
-        response = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
+        response = tokenizer.decode(rollout.content)
         generation = {"item": n, "id": example.id, "sample": s, "response": response}
         generation |= {"finished": rollout.finished, "tokens": len(rollout.ids)}
         generation |= {"gold": example.answer, "info": example.info}

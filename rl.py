@@ -199,7 +199,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
         example = feed.examples[batch[place].index]
         if place not in prompts:
             prompts[place] = feed.encode(example)
-        text = tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
+        text = tokenizer.decode(rollout.content)
         records.append(Record(group, index, example, prompts[place], rollout, text))
     return records
 
@@ -382,13 +382,13 @@ def rollout_flags(parser, prompts, max_new_tokens):
 # -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
     """Greedy accuracy on --eval-data, every --eval-every steps. It changes no number of the run;
-    where it is the highest so far, the state is saved, and stays (`runtime.best_step`).
+    where it is the highest so far, the state is saved, and stays.
 
     All rows are looked at, and their pictures decoded, before a model is loaded. Raises
     InputErrorOfAll for one that cannot be used: leaving it out would change the score."""
 
     def __init__(self, tools, world):
-        self.tools, self.world, self.best, args = tools, world, -1.0, tools[-1]
+        self.tools, self.world, args = tools, world, tools[-1]
         if not args.eval_every:
             return
         # every row needs an answer, whatever gives the rewards, and pictures that can be decoded
@@ -423,11 +423,11 @@ class Validation:
                 compiled=args.compile,
             )
             for example, (rollout,) in zip(examples, rollouts):
-                text = tokenizer.decode(rollout.ids[: len(rollout.ids) - rollout.finished])
+                text = tokenizer.decode(rollout.content)
                 right += reward_of(text, example)["accuracy"]
         accuracy = self.world.sum(right)[0] / len(self.examples)
-        if accuracy > self.best:
-            self.best, self.world.due = accuracy, True
+        if accuracy > self.world.best[1]:
+            self.world.best, self.world.due = (step, accuracy), True
         return {"eval_accuracy": accuracy}
 
 

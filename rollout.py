@@ -106,6 +106,11 @@ class Rollout:
     logprobs: list[float]  # of the distribution sampled from, float32
     finished: bool  # False: cut at the length limit
 
+    @property
+    def content(self):
+        """The ids without the EOS."""
+        return self.ids[: len(self.ids) - self.finished]
+
 
 @torch.no_grad()
 def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None,
@@ -486,8 +491,7 @@ class Trial:
             self.policy, [prompt], args.samples, max_new_tokens=limit, eos_id=self.ends,
             temperature=args.temperature, seeds=[(args.seed,)], watch=stream,
         )  # fmt: skip
-        segments = [split_segments(r.ids[: len(r.ids) - r.finished], self.tokenizer)
-                    for r in rollouts]  # fmt: skip
+        segments = [split_segments(rollout.content, self.tokenizer) for rollout in rollouts]
         scores = self.scores(prompt, [parts for parts in segments if parts])
         print()
         for number, (rollout, parts) in enumerate(zip(rollouts, segments), 1):

@@ -207,6 +207,7 @@ class World:
     state: str | None = None  # the one that --resume continues from
     stop: int = 0  # the signal that has come, SIGTERM or SIGINT
     due: bool = False  # a state has to be saved
+    best: tuple = (None, -1.0)  # step and accuracy of the best validation, see rl.Validation
     write: Callable | None = None  # sends a line of metrics to --logger (rank 0)
     bar: tqdm | None = None  # of the steps, at a terminal (rank 0)
     began: tuple = (0, 0.0)  # step and time at which this part of the run did
@@ -941,23 +942,11 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
-        best = os.path.join(out, f"state.{best_step(out)}")
+        best = os.path.join(out, f"state.{world.best[0]}")
         for old in find_states(out)[keep:]:
             if old != best:
                 shutil.rmtree(old)
     world.wait()
-
-
-def best_step(out):
-    """The step in OUT/metrics.jsonl with the highest eval_accuracy, the first of equals, or None.
-    """
-    best, path = (None, -1.0), os.path.join(out, "metrics.jsonl")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for metrics in map(json.loads, file):
-                if (accuracy := metrics.get("eval_accuracy", -1.0)) > best[1]:
-                    best = metrics["step"], accuracy
-    return best[0]
 
 
 def checksum(path):
@@ -1173,6 +1162,7 @@ def resume(args, world, parts, steps, skips):
     before, now = progress.pop("identity").get("steps"), world.identity["steps"]
     if step > steps:
         raise InputErrorOfAll(f"--resume: {step} steps are done already, --steps makes it {steps}")
+    world.best = tuple(progress.pop("best", world.best))  # none in states of before there was one
     load_state(world.state, world, parts)
     for mine, (row, total) in zip(skips, progress.pop("skips")):
         mine.row, mine.total, mine.named = row, total, total
@@ -1196,7 +1186,7 @@ def end_step(args, world, parts, progress, last, *skips):
             print(f"step {step}: update skipped, loss or gradient was not finite", flush=True)
         s.named = s.total
     progress = progress | {"skips": [(s.row, s.total) for s in skips], "processes": world.size}
-    progress["identity"] = world.identity
+    progress |= {"identity": world.identity, "best": world.best}
     stop = max(world.gather(world.stop))  # on any rank: all have to agree on the step
     if last or stop or args.save_every and step % args.save_every == 0:
         world.due = True
