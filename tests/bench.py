@@ -1,4 +1,4 @@
-"""Run: python tests/bench.py [--only a b c d e f] [--device cpu|cuda] [--size toy|2b|4b]
+"""Run: python tests/bench.py [--only a b c d e f g h i] [--device cpu|cuda] [--size toy|2b|4b]
      [--rounds 3]
 
 One Markdown table; every row is a ratio inside one process: same weights, prompts and responses,
@@ -11,12 +11,20 @@ rounds, and the median of their ratios.
        teacher once) of the batch size that is fastest here
     b  policy, log-probs + gradient of one group: against one padded batch that repeats prompt and
        image N times
-    c  sampling of one group: against generate(num_return_sequences=N), the same number of tokens
+    c  sampling of one group: against generate(num_return_sequences=N), the same number of tokens;
+       then with ragged stops (one token in 20 ends a response), time a token
     d  peak memory of log-probs + gradient of 4 groups, vocabulary 151936: against the logits of all
        targets at once
     e  a whole alignment step of 4 groups: share of each phase; the tokens of the responses count
     f  the same step without optimizers: growth over a small base when P, R, N or the number of
        prompts doubles
+    g  greedy responses to 64 prompts of P/2 to P tokens: against generate on batches padded on the
+       left, of the batch size that is fastest here; the first token alone, then up to R tokens of
+       which one in 20 ends a response, then up to 2 R, one in 10
+    h  SFT, an epoch of 64 demonstrations of 230 to 490 tokens in batches of 16, optimizer included:
+       against transformers' Trainer with batches padded on the right (needs accelerate)
+    i  a whole step of RL, 4 pictures x N rollouts: processor, sampling, reward, advantage, update:
+       against TRL's GRPOTrainer as it comes (prompts of 325 tokens; toy only; needs trl)
 
 P tokens of a prompt with its image, R of a response, N responses. toy: float32, P 256, R 64, N 16.
 2b, 4b: shapes of Qwen3-VL, random weights, bfloat16, activations recomputed, P 1024, R 512, N 16
@@ -41,6 +49,7 @@ from math import isqrt
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,8 +62,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 import align  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
+import rows as rows_module  # noqa: E402
 import runtime  # noqa: E402
-from data import Example, mrope_positions  # noqa: E402
+import sft  # noqa: E402
+from data import Example, encode_prompt, mrope_positions  # noqa: E402
 from rows import ATTENTION, Prompt, banned_ids, set_attention, target_logprobs  # noqa: E402
 from discriminator import Discriminator, bradley_terry  # noqa: E402
 from toy import checkpoint, world  # noqa: E402
@@ -103,12 +114,17 @@ def qwen_config(size):
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
 
 
+def make_toy(folder):
+    """The toy's checkpoint, with random weights."""
+    texts = [world.respond(world.make_problem(np.random.default_rng(i))) for i in range(200)]
+    checkpoint.make_checkpoint(folder, texts)
+
+
 def build_policy(size, device):
     torch.manual_seed(0)
     if size == "toy":
-        texts = [world.respond(world.make_problem(np.random.default_rng(i))) for i in range(200)]
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.make_checkpoint(folder, texts)
+            make_toy(folder)
             return runtime.load_policy(folder).to(device)
     with torch.device(device):
         return Qwen3VLForConditionalGeneration._from_config(qwen_config(size), dtype=torch.bfloat16)
@@ -190,7 +206,7 @@ def stocked(model, function, *args, **kwargs):
 
 def for_rows(model):
     """The attention that the stages choose."""
-    set_attention(model, "flash" if model.device.type == "cuda" else "sdpa")
+    return set_attention(model, "flash" if model.device.type == "cuda" else "sdpa")
 
 
 def padded(prompt, segments, device):
@@ -398,12 +414,38 @@ def bench_policy(setting):
     yield ratio_row("b", "policy update / padded batch", row, batch, tokens, ">= 1.8", work)
 
 
+def generate_inputs(prompts, model):
+    """Prompts padded on the left, as generate wants them; it works out their positions."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for ids_row, mask_row, prompt in zip(ids, mask, prompts):
+        ids_row[longest - len(prompt.input_ids) :] = prompt.input_ids
+        mask_row[longest - len(prompt.input_ids) :] = 1
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
+    }
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def ends_of(model, one_in=20):
+    """Ids that end a response in the benches with ragged stops."""
+    return list(range(10, model.config.text_config.vocab_size, one_in))
+
+
+def until_end(ids, ends):
+    """A sequence as generate returns it, without what follows its end."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: stop + 1]
+
+
 def bench_sampling(setting):
     policy, sizes = setting.policy.eval(), setting.sizes
     prompt = make_prompt(policy.config, sizes.P, np.random.default_rng(0))
-    inputs = padded(prompt, [[]], policy.device)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.config.image_token_id).int()
-    del inputs["position_ids"]  # generate works them out
     settings = {
         "num_return_sequences": sizes.N,
         "max_new_tokens": sizes.R,
@@ -412,9 +454,11 @@ def bench_sampling(setting):
         "pad_token_id": 0,
         "suppress_tokens": banned_ids(policy),
     }
-    ours = partial(rollout.sample, policy, [prompt], sizes.N, max_new_tokens=sizes.R, eos_id=-1)
-    theirs = partial(stocked, policy, policy.generate, **inputs, **settings)
-    drawn, out = ours()[0], theirs(return_dict_in_generate=True, output_scores=True)
+    settings |= generate_inputs([prompt], policy)
+    ours = partial(rollout.sample, policy, [prompt], sizes.N, max_new_tokens=sizes.R)
+    theirs = partial(stocked, policy, policy.generate, **settings)
+    drawn = ours(eos_id=-1)[0]
+    out = theirs(return_dict_in_generate=True, output_scores=True)
     recorded = policy.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
 
     def again(branches):
@@ -424,8 +468,26 @@ def bench_sampling(setting):
     mine = torch.tensor([r.logprobs for r in drawn])
     same(mine, again([r.ids for r in drawn]), setting.tolerance)
     same(recorded.cpu(), again(out.sequences[:, sizes.P :].tolist()), setting.tolerance)
-    slots, generate = clock(setting.device, ours, theirs, rounds=setting.rounds)
-    yield ratio_row("c", "sample / generate", slots, generate, sizes.N * sizes.R, ">= 1.5")
+    times = clock(setting.device, partial(ours, eos_id=-1), theirs, rounds=setting.rounds)
+    yield ratio_row("c", "sample / generate", *times, sizes.N * sizes.R, ">= 1.9")
+
+    # ragged stops: every round draws other responses, what counts is the time of a token
+    ends, rounds, tokens = ends_of(policy), iter(range(2 * setting.rounds + 2)), ([], [])
+
+    def ours_ragged():
+        drawn = ours(eos_id=ends, seeds=[(next(rounds),)])[0]
+        tokens[0].append(sum(len(r.ids) for r in drawn))
+
+    def theirs_ragged():
+        drawn = theirs(eos_token_id=ends)[:, sizes.P :].tolist()
+        tokens[1].append(sum(len(until_end(ids, ends)) for ids in drawn))
+
+    times = clock(setting.device, ours_ragged, theirs_ragged, rounds=setting.rounds)
+    each = []  # seconds for as many tokens as ours were in the middle
+    for (seconds, peak), counts in zip(times, tokens):
+        usual = median(tokens[0])
+        each.append(([s / n * usual for s, n in zip(seconds, counts[1:])], peak))
+    yield ratio_row("c", "sample / generate, ragged stops", *each, median(tokens[0]), ">= 1.5")
 
 
 # ----------------------------------------------------------------------------------- d: head memory
@@ -566,6 +628,218 @@ def bench_growth(setting):
         yield ["f", what, " ".join(f"{ratio:.1f}" for ratio in ratios), "", *seconds, "", ""]
 
 
+# --------------------------------------------------------------------------------- g: evaluation
+def bench_evaluation(setting):
+    policy, sizes, rng = setting.policy.eval(), setting.sizes, np.random.default_rng(0)
+    lengths = rng.integers(sizes.P // 2, sizes.P + 1, 64).tolist()
+    prompts = [make_prompt(policy.config, n, rng) for n in lengths]
+
+    def ours(limit, ends):
+        drawn = rollout.sample(policy, prompts, 1, max_new_tokens=limit, eos_id=ends,
+                               temperature=0, slots=64)  # fmt: skip
+        return [group[0].ids for group in drawn]
+
+    def theirs(limit, ends, batch):
+        settings = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": ends,
+                    "pad_token_id": 0, "suppress_tokens": banned_ids(policy)}  # fmt: skip
+        found = []
+        for start in range(0, len(prompts), batch):
+            inputs = generate_inputs(prompts[start : start + batch], policy)
+            out = stocked(policy, policy.generate, **inputs, **settings)
+            found += out[:, inputs["input_ids"].shape[1] :].tolist()
+        return [until_end(ids, ends) for ids in found]
+
+    for limit, one_in in ((1, 20), (sizes.R, 20), (2 * sizes.R, 10)):
+        given = limit, ends_of(policy, one_in)
+        answers = ours(*given)
+        equal = sum(a == b for a, b in zip(answers, theirs(*given, 16)))
+        assert equal >= (64 if setting.tolerance < 0.1 else 1), f"{equal} of 64 responses are equal"
+        sides = [partial(theirs, *given, batch) for batch in (8, 16, 32, 64)]
+        tried = [median(t) for t, _ in clock(setting.device, *sides, rounds=1, warm=False)]
+        best = sides[tried.index(min(tried))]
+        times = clock(setting.device, partial(ours, *given), best, rounds=setting.rounds)
+        tokens = [len(ids) for ids in answers]
+        what = f"sample / generate of {best.args[-1]} of 64 prompts, {min(tokens)} to {max(tokens)}"
+        what += f" tokens, {sum(tokens) / 64:.0f} in the mean"
+        yield ratio_row("g", what, *times, sum(tokens), ">= 1.5" if limit > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------- h: SFT
+def bench_sft(setting):
+    try:
+        from accelerate.utils import set_seed  # noqa: F401
+    except ImportError:
+        yield ["h", "SFT / transformers' Trainer", "accelerate is missing", *[""] * 6]
+        return
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    policy, rng, batch = setting.policy.train(), np.random.default_rng(0), 16
+    pairs = []  # (Prompt, response ids)
+    for length in rng.integers(30, 291, 64):
+        response = rng.integers(10, 300, length).tolist()
+        pairs.append((make_prompt(policy.config, 200, rng), response))
+
+    def collate(part):
+        ids = [torch.cat([prompt.input_ids, torch.tensor(tail)]) for prompt, tail in part]
+        labels = [torch.cat([torch.full((200,), -100), torch.tensor(tail)]) for _, tail in part]
+        images = {
+            "pixel_values": torch.cat([prompt.pixel_values for prompt, _ in part]),
+            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt, _ in part]),
+        }
+        ids = pad_sequence(ids, batch_first=True)
+        return images | {
+            "input_ids": ids,
+            "attention_mask": pad_sequence([torch.ones(200 + len(t)) for _, t in part], True).int(),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "mm_token_type_ids": (ids == policy.config.image_token_id).int(),
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=1e-6,
+            lr_scheduler_type="constant", report_to="none", save_strategy="no",
+            logging_strategy="no", remove_unused_columns=False, disable_tqdm=True,
+            use_cpu=setting.device == "cpu", bf16=False,
+        )  # fmt: skip
+        trainer = Trainer(policy, options, train_dataset=pairs, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        args, one, skips = argparse.Namespace(max_tokens=16384), setting.one, runtime.Skips()
+        optimizer = runtime.make_optimizer(policy, 1e-6, 0.0)
+
+        def ours():
+            for start in range(0, len(pairs), batch):
+                part = pairs[start : start + batch]
+                loss, _ = sft.accumulate_gradient(policy, part, args, one)
+                skips.step(policy, optimizer, 1e-6, 1.0, one, loss)
+
+        theirs = partial(stocked, policy, trainer.train)
+        sft.accumulate_gradient(policy, pairs[:batch], args, one)
+        gradient = take_gradient(policy)
+        count = sum(len(tail) for _, tail in pairs[:batch])
+        inputs = trainer._prepare_inputs(collate(pairs[:batch]))
+
+        def backward():
+            trainer.compute_loss(policy, inputs, num_items_in_batch=count).backward()
+
+        banned = torch.tensor(banned_ids(policy), device=policy.device)  # only in this comparison
+        hook = policy.lm_head.register_forward_hook(
+            lambda module, given, logits: logits.index_fill(-1, banned, LOWEST)
+        )
+        stocked(policy, backward)
+        hook.remove()
+        same(gradient, take_gradient(policy), setting.tolerance)
+        mine, padded_batch = clock(setting.device, ours, theirs, rounds=setting.rounds)
+    policy.zero_grad(set_to_none=True)
+    tokens = sum(200 + len(tail) for _, tail in pairs)
+    yield ratio_row("h", "SFT / transformers' Trainer", mine, padded_batch, tokens, ">= 1.5")
+
+
+# ---------------------------------------------------------------------------------------- i: RL
+def word_reward(completions, **kwargs):
+    """TRL's form of a reward."""
+    return [len(str(words)) % 7 / 7 for words in completions]
+
+
+def their_trainer(setting, folder, rows, steps):
+    """A GRPOTrainer of the checkpoint; its processor is Qwen3-VL's without the one for videos,
+    which needs torchvision."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, Qwen3VLProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Processor(Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, *given):
+            pass
+
+    policy = runtime.load_policy(folder)
+    tokenizer, image_processor = runtime.load_tokenizer(folder)
+    processor = Processor(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+    unwanted = [policy.config.image_token_id, tokenizer.eos_token_id]
+    config = GRPOConfig(
+        f"{folder}/trl", per_device_train_batch_size=4 * setting.sizes.N, steps_per_generation=1,
+        num_generations=setting.sizes.N, max_completion_length=setting.sizes.R, top_k=0,
+        generation_kwargs={"suppress_tokens": unwanted}, loss_type="grpo", learning_rate=1e-6,
+        lr_scheduler_type="constant", gradient_checkpointing=False, max_steps=steps,
+        use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": [row["prompt"] for row in rows],
+                              "image": [row["image"] for row in rows]})  # fmt: skip
+    trainer = GRPOTrainer(policy, word_reward, config, data, processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def their_records(trainer):
+    """The rollouts of TRL's last step, with its advantages, as records of ours."""
+    batch, config = trainer._buffered_inputs[0], trainer.model.config
+    merge = config.vision_config.spatial_merge_size
+    pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist())
+    records = []
+    for i, ids in enumerate(batch["prompt_ids"]):
+        grid = batch["image_grid_thw"][i : i + 1]
+        positions = mrope_positions(ids, grid, config.image_token_id, merge)
+        tokens = batch["completion_ids"][i].tolist()
+        drawn = rollout.Rollout(tokens, [0.0] * len(tokens), True)
+        prompt = Prompt(ids, positions, pixels[i], grid)
+        records.append(rl.Record(i, i, None, prompt, drawn, ""))
+        records[-1].advantage = batch["advantages"][i].item()
+    return records
+
+
+def bench_rl(setting):
+    try:
+        import accelerate  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError:
+        yield ["i", "RL step / TRL", "trl or accelerate is missing", *[""] * 6]
+        return
+    sizes, one, steps = setting.sizes, setting.one, 3
+    question, rows, examples = "what is to be seen? " * 8, [], []
+    with tempfile.TemporaryDirectory() as folder:
+        make_toy(folder)
+        policy, tools = for_rows(runtime.load_policy(folder)), runtime.load_tokenizer(folder)
+        for i in range(4):
+            cells = world.make_problem(np.random.default_rng(i))["cells"]
+            file, image = f"{folder}/{i}.png", world.draw(cells, i).resize((448, 448))
+            image.save(file)
+            rows.append({"prompt": [{"role": "user", "content": question}], "image": image})
+            prompt = [{"role": "user", "content": f"<image>{question}"}]
+            examples.append(Example(str(i), prompt, images=[file]))
+        optimizer, skips = runtime.make_optimizer(policy, 1e-6, 0.0), runtime.Skips()
+
+        def step():
+            prompts = [encode_prompt(e, *tools, None, None) for e in examples]
+            drawn = rollout.sample(policy, prompts, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+            records = []
+            for group, (prompt, part) in enumerate(zip(prompts, drawn)):
+                for r in part:
+                    text, place = tools[0].decode(r.ids), len(records)
+                    records.append(rl.Record(group, place, examples[group], prompt, r, text))
+            rewards = torch.tensor(word_reward([r.text for r in records]))
+            advantages = rl.group_advantages(rewards.view(-1, sizes.N)).flatten().tolist()
+            for r, advantage in zip(records, advantages):
+                r.advantage = advantage
+            metrics = rl.accumulate_policy_gradient(policy, records, "grpo", ARGS, one)
+            skips.step(policy, optimizer, 1e-6, 1.0, one, metrics["loss"])
+
+        def ours():
+            for _ in range(steps):
+                step()
+
+        trainer = their_trainer(setting, folder, rows, steps)
+        trainer.train()
+        policy.load_state_dict(trainer.model.state_dict())
+        trainer.compute_loss(trainer.model, dict(trainer._buffered_inputs[0])).backward()
+        with mock.patch.object(rows_module, "masked_logits", lambda head, hidden, *_: head(hidden)):
+            # TRL bans no ids here
+            rl.accumulate_policy_gradient(policy, their_records(trainer), "grpo", ARGS, one)
+        same(take_gradient(policy), take_gradient(trainer.model), setting.tolerance)
+        results = clock(setting.device, ours, trainer.train, rounds=setting.rounds)
+    tokens = steps * 4 * sizes.N * sizes.R
+    yield ratio_row("i", "RL step / TRL", *results, tokens, ">= 2")
+
+
 BENCHES = {
     "a": bench_discriminator,
     "b": bench_policy,
@@ -573,6 +847,9 @@ BENCHES = {
     "d": bench_memory,
     "e": bench_step,
     "f": bench_growth,
+    "g": bench_evaluation,
+    "h": bench_sft,
+    "i": bench_rl,
 }
 
 
