@@ -808,29 +808,22 @@ def look(sources, measure, args, world):
 
 
 # ---------------------------------------------------------------------------------------- feed
-def order(n, start, seed):
-    """Endless indices of a data set of n rows from global position `start`: a new permutation every
-    epoch."""
-    epoch, at = divmod(start, n)
-    while True:
-        for i in np.random.default_rng([seed, epoch]).permutation(n)[at:]:
-            yield int(i)
-        epoch, at = epoch + 1, 0
+def order(n, seed):
+    """Endless indices of n rows: a new permutation every epoch."""
+    for epoch in itertools.count():
+        yield from map(int, np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def mixed_order(sources, start, seed):
-    """The same for weighted sources [(first row, rows, weight)]: every position draws a source,
-    which gives its next row."""
+def mixed_order(sources, seed):
+    """Endless indices of weighted sources [(first row, rows, weight)]: every position draws a
+    source, which gives its next row."""
     firsts, sizes, weights = zip(*sources)
     borders = np.cumsum(weights)[:-1] / sum(weights)
-    orders, position = [order(n, 0, seed) for n in sizes], 0
+    orders = [order(n, seed) for n in sizes]
     for block in itertools.count():
         draws = np.random.default_rng([seed, block, 1]).random(1024)
         for source in np.searchsorted(borders, draws, side="right"):
-            i = firsts[source] + next(orders[source])
-            if position >= start:
-                yield i
-            position += 1
+            yield firsts[source] + next(orders[source])
 
 
 @dataclass
@@ -890,17 +883,14 @@ class Feed:
 
     def indices(self, position):
         """Endless indices of usable examples from a position of the run."""
-        sources, seed = [], self.args.seed
+        sources = []
         for number, (first, rows, weight) in enumerate(self.examples.sources, 1):
             low, high = np.searchsorted(self.usable, [first, first + rows])
             if low == high:
                 raise InputErrorOfAll(f"--data: no row of source {number} can be used")
             sources.append((low, high - low, weight))
-        if sources:
-            stream = mixed_order(sources, position, seed)
-        else:
-            stream = order(len(self.usable), position, seed)
-        return (int(self.usable[i]) for i in stream)
+        stream = mixed_order(sources or [(0, len(self.usable), 1.0)], self.args.seed)
+        return (int(self.usable[i]) for i in itertools.islice(stream, position, None))
 
     def start(self, count):
         """Start to encode the next `count` examples -> (their indices, {place: what will be})."""

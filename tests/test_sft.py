@@ -78,16 +78,15 @@ def test_nothing_that_can_be_decoded_ends_the_run(tmp_path):
 def test_sources_are_drawn_by_weight(tmp_path):
     """Whatever their sizes; each source in epochs of its own, and from any position as from the
     start."""
-    whole = list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], 0, 5), 4000))
+    whole = list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], 5), 4000))
     small = [i for i in whole if i >= 40]
     assert 0.22 < len(small) / 4000 < 0.28 and len(whole) == 4000
     for part, n, first in ((small, 7, 40), ([i for i in whole if i < 40], 40, 0)):
-        assert part == [first + i for i in islice(order(n, 0, 5), len(part))]
-    for start in (1, 1023, 1024, 2500):
-        assert (
-            list(islice(mixed_order([(0, 40, 3.0), (40, 7, 1.0)], start, 5), 50))
-            == whole[start : start + 50]
-        )
+        assert part == [first + i for i in islice(order(n, 5), len(part))]
+    _, feed = take(47, 4, 1, tmp_path, seed=5)
+    feed.examples.sources = [(0, 40, 3.0), (40, 7, 1.0)]
+    for start in (0, 1, 1023, 1024, 2500):
+        assert list(islice(feed.indices(start), 50)) == whole[start : start + 50]
 
 
 # --------------------------------------------------------------------------------------------- loss

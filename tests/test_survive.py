@@ -438,7 +438,7 @@ def question(text, images=(), response=None):
 def by_rank(rows, seed=5):
     """The rows in the order that gives them to the ranks as listed, in the first epoch."""
     out = [None] * len(rows)
-    for row, i in zip(rows, order(len(rows), 0, seed)):
+    for row, i in zip(rows, order(len(rows), seed)):
         out[i] = row
     return out
 
