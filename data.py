@@ -192,14 +192,17 @@ SPLITS = {"train", "test", "validation", "val", "dev", "testmini"}
 def open_source(source, split, default=None):
     """One source -> list of File; no file is empty. default: the split that is taken where there
     are several and `split` is None (None: of a Hub id or save_to_disk train, of a folder none)."""
-    if os.path.isdir(source) and is_saved(source):
-        rows = load_saved(source, split, default or "train")
-        files = [File(rows, source, os.path.abspath(source))]
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
+    if is_saved(source):
+        files = [File(load_saved(source, split, default or "train"), source, source)]
     elif paths := files_of(source, split, default):
-        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
-        files = [File(read_file(path), path, folder) for path, folder in zip(paths, folders)]
-    elif is_hub_id(source):
-        files = [File(load_from_hub(source, split or default or "train"), source, "")]
+        files = [File(read_file(path), path, os.path.dirname(path)) for path in paths]
+    elif hub and not hub[1].endswith(KINDS):
+        from datasets import load_dataset  # imported here: the local formats do not need it
+
+        with about(f"{source}: neither a local file nor a data set that the Hub gives"):
+            rows = load_dataset(hub[1], data_files=hub[2], split=split or default or "train")
+            files = [File(undecoded(rows), source, "")]
     else:
         raise InputError(f"{source}: no such file; give a .jsonl, .json or .parquet file, "
                          "a folder, or a Hub id owner/name")
@@ -226,7 +229,7 @@ def files_of(source, split, default):
     else:
         raise InputError(f"{source}: the folder holds no file of {', '.join(KINDS)}")
     words = {name: re.split(r"[-_./]", name) for name in names}
-    found = sorted(word for word in SPLITS if any(word in parts for parts in words.values()))
+    found = sorted(SPLITS & {word for parts in words.values() for word in parts})
     if split is None and len(found) > 1:
         split = choose_split(source, found, default)
     chosen = [name for name in names if split is None or split in words[name]]
@@ -247,8 +250,8 @@ def choose_split(source, found, default):
 
 def is_saved(folder):
     """Did datasets' save_to_disk write this folder?"""
-    names = os.listdir(folder)
-    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names)
+    names = set(glob("*.json", root_dir=folder))
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
 def load_saved(folder, split, default):
@@ -263,19 +266,6 @@ def load_saved(folder, split, default):
     if split:
         raise InputError(f"--split {split}: {folder} is one data set, it has no splits")
     return undecoded(saved)
-
-
-def is_hub_id(source):
-    name = source.partition(":")[0]
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source)) and not name.endswith(KINDS)
-
-
-def load_from_hub(source, split):
-    from datasets import load_dataset  # imported here: the local formats do not need it
-
-    name, _, file = source.partition(":")
-    with about(f"{source}: neither a local file nor a data set that the Hub gives"):
-        return undecoded(load_dataset(name, data_files=file or None, split=split))
 
 
 class JsonLines(Sequence):
