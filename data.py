@@ -289,7 +289,6 @@ class JsonLines(Sequence):
         return int(self.lines[i]) + 1
 
     def __getitem__(self, i):
-        i = range(len(self))[i]
         start = int(self.ends[i - 1]) if i else 0  # blank lines before the object do no harm
         # pread: threads do not share a position
         text = os.pread(self.file.fileno(), int(self.ends[i]) - start, start)
@@ -318,8 +317,8 @@ def read_file(path):
             packed, file = gzip.open(file), tempfile.TemporaryFile()
             shutil.copyfileobj(packed, file)
             file.seek(0)
-        first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        return JsonLines(array_lines(file) if first.lstrip().startswith(b"[") else file)
+        start = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip()
+        return JsonLines(array_lines(file) if start.startswith(b"[") else file)
 
 
 def array_lines(file, chunk=1 << 20):
@@ -493,15 +492,13 @@ def read_answer(row, last):
 def to_answer(answer):
     """A gold answer as text; numbers are written out, and what is no number (NaN is a table's empty
     cell) is no answer."""
-    if isinstance(answer, (int, float)):
-        return str(answer) if math.isfinite(answer) else None
-    if isinstance(answer, str):
-        check_text(answer, "answer")
-        return unwrap(answer)
-    if answer is not None:
+    if answer is None or (isinstance(answer, float) and not math.isfinite(answer)):
+        return None
+    if not isinstance(answer, str | int | float):
         what = type(answer).__name__
         raise InputError(f"the answer must be a text, a number or a list of those, not {what}")
-    return None
+    check_text(str(answer), "answer")
+    return unwrap(str(answer))
 
 
 def unwrap(answer):
