@@ -543,13 +543,12 @@ def resolve(image, base):
                 raise InputError(f"image {quote(path, 200)} is a Git-LFS pointer, "
                                  "not the picture; run git lfs pull")
             return path
-        start, _, data = image.partition(";base64,")
-        data = data if start.startswith("data:") else image
+        data = image.partition(";base64,")[2] if image.startswith("data:") else image
         if len(data) < 64 or not re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", data):
             raise InputError(f"image {quote(image, 200)} does not exist; "
                              "paths are relative to the data file")
         with about(f"image {quote(image)} is no base64"):
-            return base64.b64decode(data, altchars=b"-_" if set("-_") & set(data) else None)
+            return base64.b64decode(data.replace("-", "+").replace("_", "/"))
     if not isinstance(image, bytes | Image.Image):
         what = type(image).__name__
         raise InputError(f"an image must be bytes, a path or a picture, not {what}")
