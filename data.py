@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +135,6 @@ class Examples(Sequence):
         with about(where):
             return self.read(file.rows[place], where, file.folder)
 
-    @cached_property
     def fingerprint(self):
         """A text that changes when the rows do."""
         found = [self.sources]
@@ -703,7 +702,7 @@ class Found:
     each, BAD or LONG in both for one that cannot be used; and why, {index: reason}."""
 
     examples: Examples
-    fingerprint: str
+    identity: dict  # what a run remembers of its data, for --resume
     prompt: np.ndarray
     response: np.ndarray
     reasons: dict[int, str]
@@ -713,11 +712,6 @@ class Found:
     def usable(self):
         """Indices of the examples that can be used."""
         return np.flatnonzero(self.prompt >= 0)
-
-    @property
-    def identity(self):
-        """What a run remembers of its data, for --resume."""
-        return {"data": self.fingerprint}
 
 
 def attempt(function, examples, i):
@@ -760,12 +754,12 @@ def look(sources, measure, args, world):
     except InputError as error:
         raise InputErrorOfAll(str(error)) from error
     limit = 0 if args.bad_rows == "stop" else args.max_bad * len(examples)
-    content = world.on_first(lambda: examples.fingerprint)
+    identity = {"data": world.on_first(examples.fingerprint)}
     kept = os.path.join(args.out, "rows.npz")
     if args.resume and os.path.exists(kept):
         with np.load(kept) as arrays:
-            if arrays["fingerprint"] == content:
-                return Found(examples, content, arrays["prompt"], arrays["response"], {}, limit)
+            if arrays["fingerprint"] == identity["data"]:
+                return Found(examples, identity, arrays["prompt"], arrays["response"], {}, limit)
     tokens, reasons, looked, bad = np.zeros((2, len(examples)), np.int32), {}, 0, []
     for block in attempt_all(measure, examples, world):
         for i, lengths, reason in block:
@@ -777,20 +771,20 @@ def look(sources, measure, args, world):
         looked += len(block)
         if len(bad) > limit:  # a wrong file of a million rows: no need to see them all
             break
-    found = Found(examples, content, *tokens, reasons, limit)
+    found = Found(examples, identity, *tokens, reasons, limit)
     if len(bad) <= limit and len(found.usable):
         return found
     first = (bad or [0])[0]
     reason = "{}:{}: ".format(*examples.where(first)) + reasons[first]
     if len(bad) <= limit:
-        raise InputErrorOfAll(f"{reason} (no row of --data can be used)")
-    if args.bad_rows == "stop":
-        raise InputErrorOfAll(f"{reason} (--bad-rows skip leaves such rows out)")
-    raise InputErrorOfAll(
-        f"{reason} ({len(bad)} of {looked} rows looked at cannot be used, more than --max-bad "
-        f"{args.max_bad:g}; with a higher one they are skipped and listed in "
-        f"{args.out}/skipped.jsonl)"
-    )
+        cure = "no row of --data can be used"
+    elif args.bad_rows == "stop":
+        cure = "--bad-rows skip leaves such rows out"
+    else:
+        cure = (f"{len(bad)} of {looked} rows looked at cannot be used, more than --max-bad "
+                f"{args.max_bad:g}; with a higher one they are skipped and listed in "
+                f"{args.out}/skipped.jsonl")
+    raise InputErrorOfAll(f"{reason} ({cure})")
 
 
 # ---------------------------------------------------------------------------------------- feed
@@ -844,7 +838,7 @@ class Feed:
         if world.rank == 0 and not progress["step"]:
             os.makedirs(args.out, exist_ok=True)
             np.savez(os.path.join(args.out, "rows.npz"), prompt=found.prompt,
-                     response=found.response, fingerprint=found.fingerprint)
+                     response=found.response, fingerprint=found.identity["data"])
             if found.reasons:
                 write_rows(self.path, [self.line(i, why, 0) for i, why in found.reasons.items()])
 
@@ -880,11 +874,9 @@ class Feed:
 
     def start(self, count):
         """Start to encode the next `count` examples -> (their indices, {place: what will be})."""
-        indices, submit = list(itertools.islice(self.stream, count)), self.pool.submit
-        jobs = {}
-        for place in self.need(indices):
-            jobs[place] = submit(attempt, self.encode, self.examples, indices[place])
-        return indices, jobs
+        indices = list(itertools.islice(self.stream, count))
+        submit = partial(self.pool.submit, attempt, self.encode, self.examples)
+        return indices, {place: submit(indices[place]) for place in self.need(indices)}
 
     def draw(self, count, step):
         """-> the next `count` examples, list of Drawn, less those that could not be decoded. count:

@@ -1114,7 +1114,7 @@ def test_folders_of_save_to_disk(tiny, tmp_path, capfd):
     assert capfd.readouterr().out == ""
     assert asked(two) == asked(one)  # which nobody has asked for
     assert capfd.readouterr().out == f"{two}: holds train, test; train is taken\n"
-    assert load_examples(one).fingerprint == load_examples(one).fingerprint
+    assert load_examples(one).fingerprint() == load_examples(one).fingerprint()
     for source, split, words in [
         (one, "test", "is one data set"),
         (two, "dev", "two: holds train, test; choose one with --split"),
