@@ -36,7 +36,7 @@ class Prompt:
     pixel_values: torch.Tensor | None  # [patches, channels * 2 * 16 * 16]
     image_grid_thw: torch.Tensor | None  # [images, 3]  in patches
 
-    @property
+    @cached_property
     def next_position(self):
         return int(self.position_ids.max()) + 1
 
@@ -81,13 +81,13 @@ def pack_rows(prompts, branches, device="cpu"):
         segments.append(Segment(at, len(prompt.input_ids), 0, 0))
         at += len(prompt.input_ids)
     prompt_tokens, source, ends = at, [], []
-    next_positions = [prompt.next_position for prompt in prompts]
     for p, branch in branches:
         if not len(branch):
             raise ValueError(f"a branch of prompt {p} has no token")
         branch = torch.as_tensor(branch)
         ids.append(branch)
-        positions.append((next_positions[p] + torch.arange(len(branch))).expand(3, -1))
+        own = prompts[p].next_position + torch.arange(len(branch))
+        positions.append(own.expand(3, -1))
         prefix = segments[p]
         segments.append(Segment(at, len(branch), prefix.start, prefix.length))
         source += [prefix.start + prefix.length - 1, *range(at, at + len(branch) - 1)]
@@ -121,18 +121,16 @@ def split_rows(rows, max_tokens):
     """
     pack, used = [], 0
     for r, (fixed, lengths) in enumerate(rows):
-        opened = False  # the row has its prompt in this pack
         for b, length in enumerate(lengths):
-            cost = length + (0 if opened else fixed)
-            if pack and used + cost > max_tokens:
+            opened = bool(pack) and pack[-1][0] == r  # the row has its prompt in this pack
+            if pack and used + length + (0 if opened else fixed) > max_tokens:
                 yield pack
                 pack, used, opened = [], 0, False
-                cost = length + fixed
             if not opened:
                 pack.append((r, []))
-                opened = True
+                used += fixed
             pack[-1][1].append(b)
-            used += cost
+            used += length
     if pack:
         yield pack
 
