@@ -88,11 +88,10 @@ class File(NamedTuple):
 
 @dataclass
 class Example:
-    """One row of a data set. `prompt`: chat messages whose content is text with one `<image>` per
-    image."""
+    """One row of a data set."""
 
     id: str
-    prompt: list[dict]
+    prompt: list[dict]  # chat messages whose content is text with one `<image>` per image
     images: list = field(default_factory=list)  # path, bytes or PIL image; see `load_image`
     response: str | None = None
     answer: str | list[str] | None = None
@@ -112,16 +111,16 @@ class Examples(Sequence):
 
     def __init__(self, files, sources=(), read=None):
         self.files, self.sources, self.read = files, sources, read or to_example
-        self.ends = np.cumsum([len(file.rows) for file in files])
+        self.starts = np.cumsum([0] + [len(file.rows) for file in files])  # and the end
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def find(self, i):
         """-> (File, place in it)."""
         i = range(len(self))[i]
-        f = int(np.searchsorted(self.ends, i, side="right"))
-        return self.files[f], i - int(self.ends[f]) + len(self.files[f].rows)
+        f = np.searchsorted(self.starts, i, side="right") - 1
+        return self.files[f], i - int(self.starts[f])
 
     def where(self, i):
         """(path, line or row from 1) of example i."""
@@ -152,13 +151,13 @@ def load_examples(sources, split=None):
     Rows are recognised by columns, see `to_example`, and are parsed when they are used. Nothing but
     16 bytes a row stays in memory. Raises InputError that names the source and the cure.
     """
-    sources, files, parts = as_list(sources), [], []
+    sources, files, parts, first = as_list(sources), [], [], 0
     for source in sources:
         name, weight = split_weight(source)
-        opened = open_source(name, split)
-        first, rows = (sum(len(file.rows) for file in part) for part in (files, opened))
-        parts.append((first, rows, weight))
-        files += opened
+        opened = Examples(open_source(name, split))
+        parts.append((first, len(opened), weight))
+        files += opened.files
+        first += len(opened)
     weights = {weight for _, _, weight in parts}
     if weights == {None}:
         return Examples(files)
@@ -760,7 +759,8 @@ def look(sources, measure, args, world):
         with np.load(kept) as arrays:
             if arrays["fingerprint"] == identity["data"]:
                 return Found(examples, identity, arrays["prompt"], arrays["response"], {}, limit)
-    tokens, reasons, looked, bad = np.zeros((2, len(examples)), np.int32), {}, 0, []
+    tokens = np.zeros((2, len(examples)), np.int32)
+    reasons, bad, looked = {}, [], 0
     for block in attempt_all(measure, examples, world):
         for i, lengths, reason in block:
             if reason:
