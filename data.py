@@ -148,8 +148,7 @@ def load_examples(sources, split=None):
     folder of those, a glob, or a Hub data set `owner/name[:file]`. With weights, `a.jsonl:0.9
     b.jsonl:0.1`, a source is drawn that often whatever its size.
 
-    Rows are recognised by columns, see `to_example`, and are parsed when they are used. Nothing but
-    16 bytes a row stays in memory. Raises InputError that names the source and the cure.
+    Of a file, 16 bytes a row stay in memory. Raises InputError that names the source and the cure.
     """
     sources, files, parts, first = as_list(sources), [], [], 0
     for source in sources:
@@ -320,8 +319,7 @@ def read_file(path):
 
 
 def array_lines(file, chunk=1 << 20):
-    """A JSON array as a temporary file of one value a line; it is read in pieces, however long it
-    is."""
+    """A JSON array as a temporary file of one value a line; it is read in pieces."""
     file.seek(0)
     text, out = io.TextIOWrapper(file, encoding="utf-8-sig"), tempfile.TemporaryFile()
     while text.read(1) != "[":  # which is there
@@ -345,8 +343,7 @@ def array_lines(file, chunk=1 << 20):
 
 
 def undecoded(dataset):
-    """The data set with image columns left as {bytes, path}: `load_image` decodes them when used.
-    """
+    """The data set with image columns left as {bytes, path}, for `load_image` to decode."""
     from datasets import Image as ImageColumn
     from datasets import List
 
@@ -697,14 +694,13 @@ TOO_LONG = "too long for --max-prompt or --max-length"
 
 @dataclass
 class Found:
-    """What one look at every example has found: tokens of its prompt and of its response, [n] int32
-    each, BAD or LONG in both for one that cannot be used; and why, {index: reason}."""
+    """What one look at every example has found."""
 
     examples: Examples
     identity: dict  # what a run remembers of its data, for --resume
-    prompt: np.ndarray
-    response: np.ndarray
-    reasons: dict[int, str]
+    prompt: np.ndarray  # [n] int32, tokens; BAD or LONG for an example that cannot be used
+    response: np.ndarray  # the same
+    reasons: dict[int, str]  # {index: why it cannot be used}; empty after --resume
     limit: float  # more unusable ones end the run
 
     @property
