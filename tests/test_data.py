@@ -432,7 +432,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, kind):
         if kind == "parquet":  # in row groups, as published ones; one of them is decoded at a time
             pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=1000)
         elif kind == "json":
-            path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+            path.write_text("[" + ", ".join(map(json.dumps, rows)) + "]")  # on one line
         else:
             with (gzip.open if kind.endswith("gz") else open)(path, "wt") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
