@@ -110,7 +110,9 @@ class Examples(Sequence):
     without, all rows are drawn alike. read(row, where, folder) -> Example (default: to_example)."""
 
     def __init__(self, files, sources=(), read=None):
-        self.files, self.sources, self.read = files, sources, read or to_example
+        self.files = files
+        self.sources = sources
+        self.read = read or to_example
         self.starts = np.cumsum([0] + [len(file.rows) for file in files])  # and the end
 
     def __len__(self):
@@ -150,7 +152,8 @@ def load_examples(sources, split=None):
 
     Of a file, 16 bytes a row stay in memory. Raises InputError that names the source and the cure.
     """
-    sources, files, parts, first = as_list(sources), [], [], 0
+    sources = as_list(sources)
+    files, parts, first = [], [], 0
     for source in sources:
         name, weight = split_weight(source)
         opened = Examples(open_source(name, split))
@@ -311,7 +314,8 @@ def read_file(path):
                 return undecoded(Dataset.from_parquet(path))
         file.seek(0)
         if magic.startswith(b"\x1f\x8b"):
-            packed, file = gzip.open(file), tempfile.TemporaryFile()
+            packed = gzip.open(file)
+            file = tempfile.TemporaryFile()
             shutil.copyfileobj(packed, file)
             file.seek(0)
         start = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -321,10 +325,13 @@ def read_file(path):
 def array_lines(file, chunk=1 << 20):
     """A JSON array as a temporary file of one value a line; it is read in pieces."""
     file.seek(0)
-    text, out = io.TextIOWrapper(file, encoding="utf-8-sig"), tempfile.TemporaryFile()
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    out = tempfile.TemporaryFile()
     while text.read(1) != "[":  # which is there
         pass
-    decoder, gap, buffer, at = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0
+    decoder = json.JSONDecoder()
+    gap = re.compile(r"[\s,]*")
+    buffer, at = "", 0
     while True:
         at = gap.match(buffer, at).end()
         if buffer.startswith("]", at):
@@ -386,12 +393,11 @@ def to_example(row, where, base=""):
     last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     if not any(message["role"] == "user" for message in messages):
         raise InputError("the chat has no turn of the user")
-    answer, rejected = read_answer(row, last), None
+    answer = read_answer(row, last)
     response = first_of(row, RESPONSES) if last is None else last
     if row.get("teacher_response") or row.get("teacher_caption"):
         response = row.get("teacher_response") or join_blocks(row, "teacher", answer)
-    if row.get("student_caption"):
-        rejected = join_blocks(row, "student", answer)
+    rejected = join_blocks(row, "student", answer) if row.get("student_caption") else None
     if not isinstance(response, str | None):
         raise InputError(f"the response must be a text, not {type(response).__name__}")
     # those of the columns fill the places that the chat leaves open
@@ -513,7 +519,8 @@ def join_blocks(row, who, answer):
     """The canonical response from a published row's two parts, which come with or without their
     tags. A trace without an <answer> block gets the row's answer, or an empty one in warm-up pairs,
     which carry none."""
-    caption, cot = row[f"{who}_caption"], row.get(f"{who}_cot") or ""
+    caption = row[f"{who}_caption"]
+    cot = row.get(f"{who}_cot") or ""
     if not isinstance(caption, str) or not isinstance(cot, str):
         raise InputError(f"{who}_caption and {who}_cot must be texts")
     if "<caption>" not in caption:
@@ -725,7 +732,8 @@ def attempt(function, examples, i):
 def attempt_all(function, examples, world):
     """`attempt` for every example, by threads and a share on each rank. Yields blocks, the same on
     all ranks: [(i, result, reason), ...]."""
-    size, hidden = 1024 * world.size, world.rank > 0 or None  # None: shown on a terminal only
+    size = 1024 * world.size
+    hidden = world.rank > 0 or None  # None: shown on a terminal only
     bar = tqdm(total=len(examples), desc="rows", leave=False, delay=2, disable=hidden)
     with ThreadPoolExecutor(4) as pool, bar:
         for start in range(0, len(examples), size):
@@ -821,14 +829,19 @@ class Feed:
     """
 
     def __init__(self, found, encode, args, world, progress, need=None):
-        self.found, self.examples, self.encode = found, found.examples, encode
-        self.args, self.world = args, world
+        self.found = found
+        self.examples = found.examples
+        self.encode = encode
+        self.args = args
+        self.world = world
         self.need = need or (lambda indices: world.share(self.tokens(indices).tolist()))
         self.position = progress["position"]
         self.lost = set(progress.get("lost", []))  # indices of those that could not be decoded
-        self.dropped, self.unusable = (int((found.prompt == kind).sum()) for kind in (LONG, BAD))
+        self.dropped = int((found.prompt == LONG).sum())
+        self.unusable = int((found.prompt == BAD).sum())
         self.usable = found.usable
-        self.stream, self.pool = self.indices(self.position), ThreadPoolExecutor(4)
+        self.stream = self.indices(self.position)
+        self.pool = ThreadPoolExecutor(4)
         self.coming = None  # the next batch, see `start`
         self.path = os.path.join(args.out, "skipped.jsonl")
         if world.rank == 0 and not progress["step"]:
@@ -913,7 +926,8 @@ class Feed:
     def plan(self, steps, count):
         """Print what the run will do with its data."""
         if self.world.rank == 0:
-            n, tokens = len(self.usable), self.tokens(self.usable).sum(dtype=np.int64)
+            n = len(self.usable)
+            tokens = self.tokens(self.usable).sum(dtype=np.int64)
             print(f"data: {n} of {len(self.examples)} rows ({self.dropped} too long, {self.bad} "
                   f"unusable), {tokens} tokens; {steps} steps of {count}, "
                   f"{steps * count / n:.2f} epochs", flush=True)
