@@ -171,12 +171,11 @@ class Discriminator(nn.Module):
             read = torch.stack([part.mean(0) for part in parts])
         else:
             read = hidden[pack.ends].float()
-        perception = self.heads["perception"]
+        heads = list(self.heads.values())  # two experts have one each
+        d_v = heads[0](read[:n])[caption_of, 0]
         if self.variant == "dense":
-            d = perception(read)[caption_of, 0]
-            return d, d
-        reasoning = perception if self.variant == "learned" else self.heads["reasoning"]
-        return perception(read[:n])[caption_of, 0], reasoning(read[n:])[trace_of, 0]
+            return d_v, d_v
+        return d_v, heads[-1](read[n:])[trace_of, 0]
 
     def balance(self):
         """The load-balancing loss of the last forward, with its coefficient (Switch Transformer,
