@@ -38,7 +38,6 @@ set (of warm-up pairs the teacher's), to filter or label it; ground_v and ground
 
 import argparse
 import copy
-import json
 import math
 import os
 import random
@@ -50,7 +49,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -63,11 +61,11 @@ try:
     from data import Feed, data_flags, encode_prompt, encode_response, load_examples, look
     from data import measure_prompt, system_prompt
     from rollout import parse_response, parse_spans, split_segments
-    from runtime import InputError, Parser, Skips, begin, check_checkpoint, check_weights
+    from runtime import InputError, Parser, Skips, about, begin, check_checkpoint, check_weights
     from runtime import choose_attention, common_flags, compare_weights, copy_processor, cosine
     from runtime import end_step, full_weights, identify, integer, load_tokenizer, local_folder
-    from runtime import log, make_optimizer, most, multiply_patches, read_weights, real, run, setup
-    from runtime import shard, write_json, write_meta, write_rows, writing
+    from runtime import log, make_optimizer, most, multiply_patches, read_json, read_weights, real
+    from runtime import run, setup, shard, write_json, write_meta, write_rows, writing
 except ModuleNotFoundError as error:
     # The model and its loss stand on rows.py and can be copied with that alone; what follows them
     # (a step's gradient, checkpoints, the script) needs the rest.
@@ -434,43 +432,31 @@ def load_discriminator(path, variant="moe", attn="sdpa", readout=None, world=Non
     runtime.shard reads them. Raises InputError when the checkpoint is none of these, another
     variant, or broken."""
     check_checkpoint(path)
-    try:
-        disc = read_discriminator(path, variant, attn, readout, dtype)
+    with about(f"discriminator {path}"):
+        stored = stored_settings(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = BACKBONES[config.model_type]
+        trained_as = "learned" if kind is Qwen3VLMoeModel else stored.get("variant")
+        if variant is None or (trained_as, variant) == ("learned", "moe"):  # the flag's default
+            variant = trained_as or "learned"
+        if trained_as not in (None, variant):
+            raise ValueError(f"trained as {trained_as}; pass --disc-variant {trained_as}")
+        if variant == "learned" and kind is not Qwen3VLMoeModel:
+            raise ValueError("neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
+        fresh = readout or "last"
+        read_as = stored.get("readout", "last" if trained_as else fresh)
+        if readout not in (None, read_as):
+            raise ValueError(f"trained with --readout {read_as}, not {readout}")
+        with torch.device("meta"):
+            backbone = set_attention(kind(config).to(dtype).eval(), attn)
+            disc = Discriminator(backbone, variant, read_as)
+        multiply_patches(backbone.visual)
+        found, names, unused = check_weights(local_folder(path)), None, ()
+        if not stored:
+            names, unused = weights_of_another(disc, found), ("lm_head.weight", *RELEASED_HEADS)
+        disc.stored = compare_weights(disc, found, names, unused)
         if world is None or world.mesh is None:
             read_weights(disc, "cpu")
-        return disc
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"discriminator {path}: {reason}") from error
-
-
-def read_discriminator(path, variant, attn, readout, dtype):
-    """`load_discriminator` up to the weights; its errors do not name the folder yet."""
-    stored = stored_settings(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type not in BACKBONES:
-        raise ValueError(f"a {config.model_type}, not a Qwen3-VL")
-    kind, trained = BACKBONES[config.model_type], stored
-    if kind is Qwen3VLMoeModel:
-        trained = {"readout": "last"} | stored | {"variant": "learned"}
-    trained_as = trained.get("variant")
-    if variant is None or (trained_as, variant) == ("learned", "moe"):  # moe: the flag's default
-        variant = trained_as or "learned"
-    if trained_as not in (None, variant):
-        raise ValueError(f"trained as {trained_as}; pass --disc-variant {trained_as}")
-    if variant == "learned" and kind is not Qwen3VLMoeModel:
-        raise ValueError("neither a folder that align.py wrote nor a Qwen3-VL-MoE checkpoint")
-    if readout and trained.get("readout", readout) != readout:
-        raise ValueError(f"trained with --readout {trained['readout']}, not {readout}")
-    with torch.device("meta"):
-        backbone = set_attention(kind(config).to(dtype).eval(), attn)
-        disc = Discriminator(backbone, variant, readout or trained.get("readout", "last"))
-    multiply_patches(backbone.visual)
-    found = check_weights(local_folder(path))
-    names, unused = None, ()
-    if not stored:
-        names, unused = weights_of_another(disc, found), ("lm_head.weight", *RELEASED_HEADS)
-    disc.stored = compare_weights(disc, found, names, unused)
     return disc
 
 
@@ -479,8 +465,7 @@ def stored_settings(path):
     settings = os.path.join(path, "discriminator.json")
     if not os.path.isfile(settings):
         return {}
-    with open(settings, encoding="utf-8") as file:
-        stored = json.load(file)
+    stored = read_json(settings)
     stored = {"readout": "last"} | (stored if isinstance(stored, dict) else {})
     for name, known in (("variant", VARIANTS), ("readout", READOUTS)):
         if stored.get(name) not in known:
@@ -498,8 +483,8 @@ def weights_of_another(disc, found):
             weight = re.sub(r"\.mlp\.(shared|perception|reasoning)\.", ".mlp.", name)
             names[name] = weight.replace("backbone.", "model.", 1)
     if disc.variant == "learned":
-        heads = [head for head in RELEASED_HEADS if head in found]
-        names["heads.perception.weight"] = heads[0] if heads else RELEASED_HEADS[0]
+        head = next((head for head in RELEASED_HEADS if head in found), RELEASED_HEADS[0])
+        names["heads.perception.weight"] = head
     return names
 
 
