@@ -325,26 +325,25 @@ def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
     -> loss, scores [pairs, 4] with the columns SCORES of the students, row after row, and [m, 4] of
     the ends of the chains. Without a pair the loss is a 0 that still reaches every score: a rank
     without pairs takes part in the collectives."""
-    d = row_scores(disc, rows)
-    pairs, ends, at = ([], []), [], 0  # (better, worse) of each kind: where they are in d
+    d, at = row_scores(disc, rows), 0
+    students, chains, ends = [], [], []  # pairs (better, worse): where they are in d
     for row in rows:
-        places = range(at, at + 1 + len(row.students) + len(row.mismatched))
-        teacher, students = places[0], places[1 : 1 + len(row.students)]
-        chain = [teacher, *places[1 + len(row.students) :]]
-        pairs[0].extend((teacher, student) for student in students)
-        pairs[1].extend(zip(chain, chain[1:]))
-        ends.extend([(teacher, chain[-1])] if row.mismatched else [])
-        at += len(places)
+        teacher, first = at, at + 1 + len(row.students)
+        at = first + len(row.mismatched)
+        chain = [teacher, *range(first, at)]
+        students += [(teacher, student) for student in range(teacher + 1, first)]
+        chains += zip(chain, chain[1:])
+        ends += [(teacher, chain[-1])] if row.mismatched else []
     loss = d.sum() * 0
-    kinds = zip(pairs, counts, (1.0, mismatch), ((0, 1), (0,)))  # the chain is of captions alone
-    for kind, count, weight, experts in kinds:
-        worse, better = scores_of(d, kind).split(2, 1)
-        valid = torch.ones(len(kind), dtype=torch.bool, device=d.device)
+    kinds = zip((students, chains), counts, (1.0, mismatch), ((0, 1), (0,)))
+    for pairs, count, weight, experts in kinds:
+        worse, better = scores_of(d, pairs).split(2, 1)
+        valid = torch.ones(len(pairs), dtype=torch.bool, device=d.device)
         preference = sum(bradley_terry(better[:, k], worse[:, k], valid, count) for k in experts)
         size = score_l2 * 0.5 * (worse.square() + better.square()).sum() / max(1, count)
         loss = loss + weight * (preference + size)
-    share = sum(map(len, pairs)) / max(1, sum(counts))
-    return loss + disc.balance() * share, scores_of(d, pairs[0]), scores_of(d, ends)
+    share = len(students + chains) / max(1, sum(counts))
+    return loss + disc.balance() * share, scores_of(d, students), scores_of(d, ends)
 
 
 def scores_of(d, pairs):
