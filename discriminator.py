@@ -552,39 +552,31 @@ def check_grounding(args, flag, prompts):
         raise InputError(f"--mismatch needs two prompts a step: {flag} {prompts}")
 
 
-def need_pair(example, args):
-    """InputError unless both responses are well-formed, and both or neither with an answer:
-    otherwise that alone would tell them apart. With --mismatch a teacher's is enough that has a
-    picture."""
-    teacher, student = (parse_response(text or "") for text in (example.response, example.rejected))
-    taught = args.mismatch > 0 and example.rejected is None and bool(example.images)
-    for who, response in (("teacher", teacher), ("student", student)):
-        if response is None and not (who == "student" and taught):
+def measure_pair(example, tokenizer, image_processor, system, args):
+    """-> (tokens of the prompt, of its responses), or None: too long. Raises InputError unless both
+    responses are well-formed, and both or neither with an answer: otherwise that alone would tell
+    them apart. With --mismatch a teacher's is enough that has a picture."""
+    texts = {"teacher": example.response, "student": example.rejected}
+    if args.mismatch > 0 and example.images and example.rejected is None:
+        texts.pop("student")
+    responses = {who: parse_response(text or "") for who, text in texts.items()}
+    for who, response in responses.items():
+        if response is None:
             hint = f"no well-formed {who} response (columns {who}_caption and {who}_cot)"
             raise InputError(f"{example.id}: {hint}")
-    if student and bool(teacher.answer) != bool(student.answer):
+    if len({bool(response.answer) for response in responses.values()}) > 1:
         raise InputError(f"{example.id}: of teacher_cot and student_cot only one has an answer")
-
-
-def encode_texts(example, tokenizer):
-    """Token ids of the teacher's response and, where there is one, of the student's."""
-    texts = filter(None, (example.response, example.rejected))
-    return [encode_response(text, tokenizer) for text in texts]
-
-
-def measure_pair(example, tokenizer, image_processor, system, args):
-    """-> (tokens of the prompt, of its responses), or None: too long."""
-    need_pair(example, args)
     prompt = measure_prompt(example, tokenizer, image_processor, system, args)
-    return prompt and (prompt[0], response_tokens(encode_texts(example, tokenizer)))
+    tokens = sum(len(encode_response(text, tokenizer)) for text in texts.values())
+    return prompt and (prompt[0], tokens)
 
 
 def encode_pair(example, tokenizer, image_processor, system, args):
-    """Example with a teacher's and maybe a student's response -> Pairs, or None: too long."""
-    prompt = encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
-    if prompt is None:
-        return None
-    ids = encode_texts(example, tokenizer)
+    """Example with a teacher's and maybe a student's response, which `measure_pair` has let pass ->
+    Pairs."""
+    prompt = encode_prompt(example, tokenizer, image_processor, None, system)
+    texts = filter(None, (example.response, example.rejected))
+    ids = [encode_response(text, tokenizer) for text in texts]
     teacher, *students = [split_segments(response, tokenizer) for response in ids]
     return make_pairs(prompt, example.response, teacher, students, tokenizer, args.disc_variant)
 
