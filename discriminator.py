@@ -280,13 +280,8 @@ def mix(mine, other, rate, rng):
     numbers are drawn at every rate."""
     (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
     (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    mixed = mix_lines(mine[begin:end], other[other_begin:other_end], rate, rng)
-    return mine[:begin] + mixed + mine[end:]
-
-
-def mix_lines(mine, other, rate, rng):
-    mixed = LINES.findall(mine)
-    for i, (line, new_line) in enumerate(zip(mixed, LINES.findall(other))):
+    mixed, new_lines = LINES.findall(mine[begin:end]), LINES.findall(other[other_begin:other_end])
+    for i, (line, new_line) in enumerate(zip(mixed, new_lines)):
         words, new_words = SPACES.split(line), SPACES.split(new_line)
         if len(words) == len(new_words):
             pairs = zip(words, new_words)  # what stands between words stays
@@ -294,7 +289,7 @@ def mix_lines(mine, other, rate, rng):
             mixed[i] = "".join(chosen)
         elif rng.random() < rate:
             mixed[i] = new_line
-    return "".join(mixed)
+    return mine[:begin] + "".join(mixed) + mine[end:]
 
 
 def bradley_terry(teacher, student, valid, count=None):
