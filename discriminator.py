@@ -75,9 +75,6 @@ except ModuleNotFoundError as error:
 VARIANTS = ("moe", "dense", "text-only", "learned")
 READOUTS = ("last", "mean")
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
-MIXTURES = (0.15, 0.3, 0.6)  # --mismatch: shares of a caption's words that are another's
-LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
-SPACES = re.compile(r"(\s+)")
 GROUND_EVERY = 10  # warm-up steps between two measurements of ground_v that need a forward
 
 
@@ -204,6 +201,15 @@ def visible_prompt(prompt, tokenizer, variant):
 
 
 # --------------------------------------------------------------------------------------- the loss
+def bradley_terry(teacher, student, valid, count=None):
+    """(2): mean of -log sigmoid(teacher - student) over the valid pairs, an exact 0 without any.
+
+    All [n]; `count`: valid pairs of the whole global batch (default: of this call), so that the
+    gradient does not depend on the split."""
+    losses = torch.where(valid, -F.logsigmoid(teacher - student), 0.0)
+    return losses.sum() / max(1, valid.sum() if count is None else count)
+
+
 @dataclass
 class Pairs:
     """A shared-prompt row: a prompt, a teacher's response, those of any number of students, each a
@@ -241,64 +247,6 @@ IDLE_ROW = Pairs(IDLE, ([0], [0]), [])  # of a rank with no pack left: no pair, 
 
 def response_tokens(*responses):
     return sum(len(segment) for response in responses for segment in response)
-
-
-def add_mismatched(rows, world, tokenizer, chain=False):
-    """Give each row with a picture the teacher's response to the next one, in the order of the
-    global batch and in a cycle, that has another picture, with `chain` after a mixture for each of
-    MIXTURES; nothing where all pictures are the same.
-
-    rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
-    span ranks is a row on each of them; the first has its mismatched response, so that it counts
-    once and nothing depends on the number of ranks. In a cycle each response is right once and
-    wrong once: what style alone says of them cancels, and lowers no loss (-log sigmoid is convex).
-    """
-    mine, batch = {}, {}
-    for place, row in rows.items():
-        if row.picture is not None:
-            mine[place] = (world.rank, zlib.crc32(row.picture.numpy()), row.text)
-    for part in world.gather(mine):
-        batch = part | batch  # the first rank's stays
-    places = sorted(batch)
-    for i, place in enumerate(places):
-        rank, picture, text = batch[place]
-        others = (batch[other] for other in places[i + 1 :] + places[:i])
-        other = next((text for _, pixels, text in others if pixels != picture), None)
-        if rank == world.rank and other is not None:
-            seed = zlib.crc32((text + other).encode())  # what is wrong at one rate is at the next
-            mixed = [mix(text, other, rate, random.Random(seed)) for rate in MIXTURES if chain]
-            for response in (*mixed, other):
-                ids = encode_response(response, tokenizer)
-                rows[place].mismatched.append(split_segments(ids, tokenizer))
-
-
-def mix(mine, other, rate, rng):
-    """Response text `mine`, in whose caption, at that rate, a word is the one that another
-    teacher's caption has in its place: the third word of the second line for the third word there.
-    Of lines, or sentences, with other numbers of words the whole is exchanged. So it is wrong in
-    little, in the teacher's own style, and no truth is needed. rng: random.Random, of which as many
-    numbers are drawn at every rate."""
-    (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
-    (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    mixed, new_lines = LINES.findall(mine[begin:end]), LINES.findall(other[other_begin:other_end])
-    for i, (line, new_line) in enumerate(zip(mixed, new_lines)):
-        words, new_words = SPACES.split(line), SPACES.split(new_line)
-        if len(words) == len(new_words):
-            pairs = zip(words, new_words)  # what stands between words stays
-            chosen = [b if rng.random() < rate and a.strip() else a for a, b in pairs]
-            mixed[i] = "".join(chosen)
-        elif rng.random() < rate:
-            mixed[i] = new_line
-    return mine[:begin] + "".join(mixed) + mine[end:]
-
-
-def bradley_terry(teacher, student, valid, count=None):
-    """(2): mean of -log sigmoid(teacher - student) over the valid pairs, an exact 0 without any.
-
-    All [n]; `count`: valid pairs of the whole global batch (default: of this call), so that the
-    gradient does not depend on the split."""
-    losses = torch.where(valid, -F.logsigmoid(teacher - student), 0.0)
-    return losses.sum() / max(1, valid.sum() if count is None else count)
 
 
 def row_scores(disc, rows):
@@ -410,6 +358,61 @@ def score_packs(disc, rows, counts, args, world):
             (loss * world.size).backward()
         found.append([kind.detach().float().cpu() for kind in scores])
     return tuple(torch.cat(kind) for kind in zip(*found))
+
+
+# -------------------------------------------------- another picture's caption: --mismatch, ground_v
+MIXTURES = (0.15, 0.3, 0.6)  # shares of a caption's words that are another's
+LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
+SPACES = re.compile(r"(\s+)")
+
+
+def add_mismatched(rows, world, tokenizer, chain=False):
+    """Give each row with a picture the teacher's response to the next one, in the order of the
+    global batch and in a cycle, that has another picture, with `chain` after a mixture for each of
+    MIXTURES; nothing where all pictures are the same.
+
+    rows: {place in the global batch: Pairs} of this rank, changed in place. A prompt whose rollouts
+    span ranks is a row on each of them; the first has its mismatched response, so that it counts
+    once and nothing depends on the number of ranks. In a cycle each response is right once and
+    wrong once: what style alone says of them cancels, and lowers no loss (-log sigmoid is convex).
+    """
+    mine, batch = {}, {}
+    for place, row in rows.items():
+        if row.picture is not None:
+            mine[place] = (world.rank, zlib.crc32(row.picture.numpy()), row.text)
+    for part in world.gather(mine):
+        batch = part | batch  # the first rank's stays
+    places = sorted(batch)
+    for i, place in enumerate(places):
+        rank, picture, text = batch[place]
+        others = (batch[other] for other in places[i + 1 :] + places[:i])
+        other = next((text for _, pixels, text in others if pixels != picture), None)
+        if rank == world.rank and other is not None:
+            seed = zlib.crc32((text + other).encode())  # what is wrong at one rate is at the next
+            mixed = [mix(text, other, rate, random.Random(seed)) for rate in MIXTURES if chain]
+            for response in (*mixed, other):
+                ids = encode_response(response, tokenizer)
+                rows[place].mismatched.append(split_segments(ids, tokenizer))
+
+
+def mix(mine, other, rate, rng):
+    """Response text `mine`, in whose caption, at that rate, a word is the one that another
+    teacher's caption has in its place: the third word of the second line for the third word there.
+    Of lines, or sentences, with other numbers of words the whole is exchanged. So it is wrong in
+    little, in the teacher's own style, and no truth is needed. rng: random.Random, of which as many
+    numbers are drawn at every rate."""
+    (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
+    (_, other_begin), (other_end, _) = parse_spans(other)[:2]
+    mixed, new_lines = LINES.findall(mine[begin:end]), LINES.findall(other[other_begin:other_end])
+    for i, (line, new_line) in enumerate(zip(mixed, new_lines)):
+        words, new_words = SPACES.split(line), SPACES.split(new_line)
+        if len(words) == len(new_words):
+            pairs = zip(words, new_words)  # what stands between words stays
+            chosen = [b if rng.random() < rate and a.strip() else a for a, b in pairs]
+            mixed[i] = "".join(chosen)
+        elif rng.random() < rate:
+            mixed[i] = new_line
+    return mine[:begin] + "".join(mixed) + mine[end:]
 
 
 # ------------------------------------------------------------------------------------ checkpoints
