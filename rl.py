@@ -215,15 +215,17 @@ def gather_table(records, values, args, world):
     return lines.view(len(lines) // args.n, args.n, lines.shape[1])
 
 
-def packed(records, max_tokens):
-    """Packs of at most `max_tokens`, lists of records; those of one prompt share it."""
-    rows = {}  # a row: the records of one prompt
+def packed(records, args, world):
+    """Packs of at most args.max_tokens, lists of records, of which those of one prompt share it; as
+    many on every rank, so the last ones may be empty."""
+    rows, packs = {}, []  # a row: the records of one prompt
     for record in records:
         rows.setdefault(id(record.prompt), []).append(record)
     rows = list(rows.values())
     lengths = [(len(row[0].prompt.input_ids), [len(r.rollout.ids) for r in row]) for row in rows]
-    for pack in split_rows(lengths, max_tokens):
-        yield [rows[r][b] for r, branches in pack for b in branches]
+    for pack in split_rows(lengths, args.max_tokens):
+        packs.append([rows[r][b] for r, branches in pack for b in branches])
+    return packs + [[]] * (most(len(packs), world) - len(packs))
 
 
 def pad(parts):
@@ -233,28 +235,24 @@ def pad(parts):
 
 def logprobs_of(policy, records, args, world, entropies=True):
     """Log-probs and entropies [n, L] (see target_logprobs) of the records of one pack, padded with
-    0, and the mask. Of no records: those of IDLE, so that a rank without work takes part in the
-    collectives."""
+    0. Of no records: those of IDLE, so that a rank without work takes part in the collectives."""
     prompts = list({id(r.prompt): r.prompt for r in records}.values()) or [IDLE]
     place = {id(prompt): i for i, prompt in enumerate(prompts)}
     branches = [(place[id(r.prompt)], r.rollout.ids) for r in records] or [(0, [0])]
     pack = pack_rows(prompts, branches, world.device)  # images are encoded once, in its forward
     settings = {"temperature": args.temperature, "entropies": entropies}
     logp, entropy = pack_logprobs(policy, pack, **settings)
-    mask = torch.ones_like(logp, dtype=torch.bool)
     if entropies:
         entropy = pad(entropy.split(pack.lengths))
-    return pad(logp.split(pack.lengths)), entropy, pad(mask.split(pack.lengths))
+    return pad(logp.split(pack.lengths)), entropy
 
 
 @torch.no_grad()
 def store_logprobs(model, records, name, args, world):
     """One pass without gradient that stores each record's log-probs under `name` (old_logp or
     ref_logp)."""
-    packs = list(packed(records, args.max_tokens))
-    for i in range(most(len(packs), world)):
-        part = packs[i] if i < len(packs) else []
-        logp, _, _ = logprobs_of(model, part, args, world, entropies=False)
+    for part in packed(records, args, world):
+        logp, _ = logprobs_of(model, part, args, world, entropies=False)
         for line, record in zip(logp, part):
             setattr(record, name, line[: len(record.rollout.ids)])
     if hasattr(model, "reshard"):  # without a backward FSDP leaves the root's weights gathered
@@ -270,18 +268,17 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
     """
     tokens, sequences = world.sum(sum(len(r.rollout.ids) for r in records), len(records))
     learned = [r for r in records if r.advantage or r.trace_advantage or kl > 0]
-    packs = list(packed(learned, args.max_tokens))
-    names = ("loss", "entropy", "drift", "clipped", "kl", "trained")
+    names = ["loss", "clipped", *["kl"] * (kl > 0), "entropy", "drift", "trained"]
     sums = dict.fromkeys(names, 0.0)
-    for i in range(most(len(packs), world)):
-        part = packs[i] if i < len(packs) else []
-        logp, entropy, mask = logprobs_of(policy, part, args, world)
+    for part in packed(learned, args, world):
+        logp, entropy = logprobs_of(policy, part, args, world)
         if not part:
             (logp.sum() * 0).backward()
             continue
         old = logp.detach() if part[0].old_logp is None else pad(r.old_logp for r in part)
         ref = pad(r.ref_logp for r in part) if kl > 0 else None
         advantages = pad(r.token_advantages() for r in part).to(logp)
+        mask = pad(torch.ones(len(r.rollout.ids)) for r in part).to(logp)
         loss, metrics = policy_loss(logp, old, advantages, mask, algo, ref, kl, tokens, sequences)
         (loss * world.size).backward()  # FSDP averages over ranks, the loss is of the global mean
         sampled = pad(torch.tensor(r.rollout.logprobs) for r in part).to(logp)
@@ -293,10 +290,8 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
             sums[name] += value
     total = dict(zip(names, world.sum(*sums.values())))
     trained = total.pop("trained")
-    if not kl:
-        total.pop("kl")
     for name in ("entropy", "drift"):  # means per token
-        total[name] = total.pop(name) / max(1, trained)
+        total[name] /= max(1, trained)
     return total if trained else {}
 
 
