@@ -623,24 +623,25 @@ def reward_counts(own, before, world):
 
 
 def update_policy(policy, reference, optimizer, records, skips, step, args, world):
-    """K optimizer steps, each over the records of a K-th of the prompts -> (mean metrics, last
-    gradient norm)."""
+    """K optimizer steps, each over the records of a K-th of the prompts -> mean metrics and the
+    last gradient norm, {} where no rank has anything to learn from."""
     k = args.updates_per_rollout
     if k > 1:
         store_logprobs(policy, records, "old_logp", args, world)
     if args.kl > 0:
         store_logprobs(reference, records, "ref_logp", args, world)
     lr = args.lr * min(1.0, (step + 1) / max(1, args.lr_warmup))
-    made, norm = [], None
+    made = []
     for u in range(k):
         part = [r for r in records if r.group * k // args.prompts == u]
         metrics = accumulate_policy_gradient(policy, part, args.algo, args, world, args.kl)
-        if metrics:  # otherwise no rank has anything to learn from
+        if metrics:
             norm = skips.step(policy, optimizer, lr, args.clip, world, metrics["loss"])
             made.append(metrics)
     if not made:
-        return {}, None
-    return {name: sum(m[name] for m in made) / len(made) for name in made[0]}, norm
+        return {}
+    means = {name: sum(m[name] for m in made) / len(made) for name in made[0]}
+    return means | {"grad_norm": norm}
 
 
 def main():
@@ -687,12 +688,11 @@ def main():
         for r in records:
             r.advantage = advantages[r.index]
         # update policy
-        players = policy, reference, optimizer
-        update, norm = update_policy(*players, records, skips, step, args, world)
+        update = update_policy(policy, reference, optimizer, records, skips, step, args, world)
         # log
         progress = {"step": step + 1, **feed.progress(), "counts": counts}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **counts,
-                   **update, "grad_norm": norm, **rollout_metrics(records, world), **feed.counts,
+                   **update, **rollout_metrics(records, world), **feed.counts,
                    **validate(sampler, policy, step + 1), "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}
