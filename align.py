@@ -25,7 +25,6 @@ trace by D_r alone; (6) the discriminator is warmed up on fresh rollouts until b
     torchrun --nproc_per_node=8 align.py --ckpt sft_out/                      # the paper's settings
 """
 
-import argparse
 import math
 import os
 import time
@@ -40,7 +39,6 @@ from discriminator import check_grounding, compare_tokenizers, expert_metrics, g
 from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
 from rl import Validation, Warn, accumulate_policy_gradient, check_validation, gather_table
 from rl import log_rollouts, prompt_feed, rollout_flags, rollout_metrics, sample_records, show_first
-from rl import validation_flags
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
@@ -211,43 +209,38 @@ def give_advantages(records, scores, args):
 
 
 def parse_args():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", nargs="+",
-                        default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
-                        help="prompts and teacher responses: SOURCE[:WEIGHT] ...")
-    parser.add_argument("--steps", type=integer(0), default=500,
-                        help="steps of the game, which begin after those of the warm-up")
-    parser.add_argument("--warmup-steps", type=integer(0), default=None,
-                        help="so many steps before it, in which the discriminator learns alone "
-                        f"(default: until both experts rank {READY} of the pairs rightly, in the "
-                        f"mean of {RECENT} steps, at most {WARMUP_STEPS})")
-    parser.add_argument("--warmup-disc-lr", type=real(0, 1), default=1e-5,
-                        help="learning rate of the discriminator in them")
-    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
+        help="prompts and teacher responses: SOURCE[:WEIGHT] ...")
+    add("--steps", type=integer(0), default=500,
+        help="steps of the game, which begin after those of the warm-up")
+    add("--warmup-steps", type=integer(0), default=None, help="so many steps before it, in which "
+        f"the discriminator learns alone (default: until both experts rank {READY} of the pairs "
+        f"rightly, in the mean of {RECENT} steps, at most {WARMUP_STEPS})")
+    add("--warmup-disc-lr", type=real(0, 1), default=1e-5,
+        help="learning rate of the discriminator in them")
+    add("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
     group = parser.add_argument_group("discriminator")
-    group.add_argument("--disc", default=None,
-                       help="its checkpoint, or that of its backbone (default: --ckpt)")
-    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
-    group.add_argument("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
-    group.add_argument("--disc-updates", type=integer(1), default=1,
-                       help="discriminator steps per policy step, on the same rollouts")
-    group.add_argument("--score-l2", type=real(0), default=1e-3,
-                       help="weight of the squared scores in its loss")
+    add = group.add_argument
+    add("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
+    add("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
+    add("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
+    add("--disc-updates", type=integer(1), default=1,
+        help="discriminator steps per policy step, on the same rollouts")
+    add("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
     grounding_flags(group)
-    group = parser.add_argument_group("advantage")
-    group.add_argument("--alpha", type=real(0, 1), default=0.5,
-                       help="weight of perception; 1 - alpha is that of reasoning")
-    group.add_argument("--normalize", choices=("per-expert", "combined"), default="per-expert",
-                       help="before (1) or after")
-    group.add_argument("--credit", choices=("response", "segment"), default="response",
-                       help="segment: only the caption's tokens are rewarded for perception")
-    group.add_argument("--std-floor", type=real(0), default=0.1,
-                       help="smallest group std, in score units")
-    group.add_argument("--invalid-penalty", type=real(0), default=1.5,
-                       help="advantage of a broken format is minus this")
+    add = parser.add_argument_group("advantage").add_argument
+    add("--alpha", type=real(0, 1), default=0.5,
+        help="weight of perception; 1 - alpha is that of reasoning")
+    add("--normalize", choices=("per-expert", "combined"), default="per-expert",
+        help="before (1) or after")
+    add("--credit", choices=("response", "segment"), default="response",
+        help="segment: only the caption's tokens are rewarded for perception")
+    add("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
+    add("--invalid-penalty", type=real(0), default=1.5,
+        help="advantage of a broken format is minus this")
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
-    validation_flags(parser)
     common_flags(parser, "align")
     data_flags(parser)
     args = parser.parse_args()

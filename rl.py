@@ -356,22 +356,23 @@ def warn_of_nothing(warn, metrics, records):
 
 
 def rollout_flags(parser, prompts, max_new_tokens):
-    group = parser.add_argument_group("rollouts")
-    group.add_argument("--prompts", type=integer(1), default=prompts,
-                       help="prompts per step, over all processes")
-    group.add_argument("--rollouts", dest="n", type=integer(1), default=16,
-                       help="rollouts per prompt")
-    group.add_argument("--temperature", type=real(1e-3), default=1.0,
-                       help="of sampling and of the log-probs trained on")
-    group.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens,
-                       help="length limit of a response")
-    group.add_argument("--compile", action="store_true",
-                       help="torch.compile the decode step; on CUDA: graphs, not run yet")
-    group.add_argument("--slots", type=integer(1), default=256,
-                       help="rollouts decoded at a time on each process; fewer where their "
-                       f"tokens would be more than {SLOT_TOKENS} x --max-tokens")
-    group.add_argument("--log-rollouts", type=integer(0), default=10,
-                       help="steps between entries in rollouts.jsonl; 0: never")
+    """How the game and RLVR sample, in training and for `Validation`."""
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--prompts", type=integer(1), default=prompts, help="prompts per step, over all processes")
+    add("--rollouts", dest="n", type=integer(1), default=16, help="rollouts per prompt")
+    add("--temperature", type=real(1e-3), default=1.0,
+        help="of sampling and of the log-probs trained on")
+    add("--max-new-tokens", type=integer(1), default=max_new_tokens, help="limit of a response")
+    add("--compile", action="store_true",
+        help="torch.compile the decode step; on CUDA: graphs, not run yet")
+    add("--slots", type=integer(1), default=256, help="rollouts decoded at a time on each process; "
+        f"fewer where their tokens would be more than {SLOT_TOKENS} x --max-tokens")
+    add("--log-rollouts", type=integer(0), default=10,
+        help="steps between entries in rollouts.jsonl; 0: never")
+    add = parser.add_argument_group("validation").add_argument
+    add("--eval-every", type=integer(0), default=0,
+        help="steps between greedy accuracies on --eval-data; 0: never")
+    add("--eval-data", nargs="+", default=None, help="prompts and answers")
 
 
 # -------------------------------------------------------------------- validation, in alignment, too
@@ -424,13 +425,6 @@ class Validation:
         if accuracy > self.world.best[1]:
             self.world.best, self.world.due = (step, accuracy), True
         return {"eval_accuracy": accuracy}
-
-
-def validation_flags(parser):
-    group = parser.add_argument_group("validation")
-    group.add_argument("--eval-every", type=integer(0), default=0,
-                       help="steps between greedy accuracies on --eval-data; 0: never")
-    group.add_argument("--eval-data", nargs="+", default=None, help="prompts and answers")
 
 
 def check_validation(args):
@@ -497,33 +491,27 @@ class OwnReward:
 
 # ------------------------------------------------------------------------------------------- RL
 def parse_args():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", nargs="+",
-                        default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
-                        help="prompts and answers: SOURCE[:WEIGHT] ...")
-    parser.add_argument("--algo", choices=list(ALGOS), default="grpo",
-                        help="row of the table of algorithms")
-    parser.add_argument("--steps", type=integer(0), default=1500, help="rollout batches")
-    parser.add_argument("--lr", type=real(0, 1), default=1e-6, help="learning rate")
-    parser.add_argument("--lr-warmup", type=integer(0), default=0,
-                        help="steps with rising learning rate")
-    parser.add_argument("--updates-per-rollout", type=integer(1), default=1, metavar="K",
-                        help="optimizer steps per rollout batch")
-    parser.add_argument("--max-gen-batches", type=integer(1), default=10,
-                        help="rounds of dynamic sampling per step (dapo)")
-    parser.add_argument("--overlong-buffer", type=integer(0), default=None,
-                        help="tokens before the limit that are penalised (dapo; default: half of "
-                        "--max-new-tokens, at most 4096)")
-    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", default=None,
-                        help="own reward in place of (5): FUNCTION(response, answer, row) gives a "
-                        "number; answer and row (a dict) are those of --data; a call that fails or "
-                        f"takes {REWARD_SECONDS} s is worth 0 and counted")
-    parser.add_argument("--kl", type=real(0), default=0.0,
-                        help="coefficient of the k3 penalty towards --ckpt; 0: none")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
+        help="prompts and answers: SOURCE[:WEIGHT] ...")
+    add("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
+    add("--steps", type=integer(0), default=1500, help="rollout batches")
+    add("--lr", type=real(0, 1), default=1e-6, help="learning rate")
+    add("--lr-warmup", type=integer(0), default=0, help="steps with rising learning rate")
+    add("--updates-per-rollout", type=integer(1), default=1, metavar="K",
+        help="optimizer steps per rollout batch")
+    add("--max-gen-batches", type=integer(1), default=10,
+        help="rounds of dynamic sampling per step (dapo)")
+    add("--overlong-buffer", type=integer(0), default=None, help="tokens before the limit that are "
+        "penalised (dapo; default: half of --max-new-tokens, at most 4096)")
+    add("--reward", metavar="FILE.py:FUNCTION", default=None, help="own reward in place of (5): "
+        "FUNCTION(response, answer, row) gives a number; answer and row (a dict) are those of "
+        f"--data; a call that fails or takes {REWARD_SECONDS} s is worth 0 and counted")
+    add("--kl", type=real(0), default=0.0,
+        help="coefficient of the k3 penalty towards --ckpt; 0: none")
     lora_flag(parser)
     rollout_flags(parser, prompts=32, max_new_tokens=8192)
-    validation_flags(parser)
     common_flags(parser, "rl")
     data_flags(parser)
     args = parser.parse_args()

@@ -32,22 +32,19 @@ from runtime import lora_flag, make_optimizer, most, real, run, save, setup, sha
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data", nargs="+",
-                        default=["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"],
-                        help="demonstrations: SOURCE[:WEIGHT] ...")
-    parser.add_argument("--batch", type=integer(1), default=128,
-                        help="examples per step, over all processes")
-    parser.add_argument("--epochs", type=real(above=0), default=1.0, help="passes over the data")
-    parser.add_argument("--steps", type=integer(0), default=None, help="steps instead of --epochs")
-    parser.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
-    parser.add_argument("--warmup", type=real(0, 1), default=0.1,
-                        help="share of the steps with rising learning rate")
-    parser.add_argument("--max-length", type=integer(1), default=8192,
-                        help="longer demonstrations are dropped and counted")
-    parser.add_argument("--truncate", action="store_true",
-                        help="cut them instead (a prompt is never cut)")
-    parser.add_argument("--freeze", choices=("vision",), default=None,
-                        help="leave the vision tower with its mergers as it is")
+    add = parser.add_argument
+    add("--data", nargs="+", default=["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"],
+        help="demonstrations: SOURCE[:WEIGHT] ...")
+    add("--batch", type=integer(1), default=128, help="examples per step, over all processes")
+    add("--epochs", type=real(above=0), default=1.0, help="passes over the data")
+    add("--steps", type=integer(0), default=None, help="steps instead of --epochs")
+    add("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
+    add("--warmup", type=real(0, 1), default=0.1, help="share of steps with rising learning rate")
+    add("--max-length", type=integer(1), default=8192,
+        help="longer demonstrations are dropped and counted")
+    add("--truncate", action="store_true", help="cut them instead (a prompt is never cut)")
+    add("--freeze", choices=("vision",), default=None,
+        help="leave the vision tower with its mergers as it is")
     lora_flag(parser)
     common_flags(parser, "sft")
     data_flags(parser)
