@@ -168,16 +168,13 @@ def score_records(disc, records, tokenizer, args, world, step=0):
     Also, of all ranks and each group with a valid rollout, what they say of a teacher's response to
     another picture and of its own teacher's, [m, 4]: with --mismatch always, otherwise, as it costs
     a forward, every --log-rollouts steps (`step` counts from 1)."""
-    groups = {}
-    valid = torch.tensor([r.segments is not None for r in records], dtype=torch.bool)
-    for r in records:
-        if r.segments is not None:
-            groups.setdefault(r.group, []).append(r)
     rows = {}
-    for group, members in groups.items():  # in the order of the records, group by group
-        first, students = members[0], [r.segments for r in members]
-        rows[group] = make_pairs(first.prompt, first.example.response, first.teacher, students,
-                                 tokenizer, disc.variant)
+    valid = torch.tensor([r.segments is not None for r in records], dtype=torch.bool)
+    for r in (r for r in records if r.segments is not None):  # group by group, as the scores are
+        if r.group not in rows:
+            texts = r.example.response, r.teacher, []
+            rows[r.group] = make_pairs(r.prompt, *texts, tokenizer, disc.variant)
+        rows[r.group].students.append(r.segments)
     if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
         add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
     scores = torch.full((len(records), 4), math.nan)
