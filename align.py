@@ -37,8 +37,8 @@ from data import data_flags, encode_response, look, measure_prompt, system_promp
 from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched
 from discriminator import check_grounding, compare_tokenizers, expert_metrics, grounding_flags
 from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
-from rl import Validation, Warn, accumulate_policy_gradient, check_validation, gather_table
-from rl import log_rollouts, prompt_feed, rollout_flags, rollout_metrics, sample_records, show_first
+from rl import Validation, Warn, check_validation, gather_table, log_rollouts, prompt_feed
+from rl import rollout_flags, rollout_metrics, sample_records, show_first, update_policy
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
 from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
@@ -237,6 +237,8 @@ def parse_args():
     add("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
     add("--invalid-penalty", type=real(0), default=1.5,
         help="advantage of a broken format is minus this")
+    # the policy's step is that of rl.py with these flags of its own
+    parser.set_defaults(algo="grpo", updates_per_rollout=1, kl=0.0, lr_warmup=0)
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
     common_flags(parser, "align")
     data_flags(parser)
@@ -292,21 +294,21 @@ def main():
         experts = expert_metrics(scores.flatten(0, 1), mismatched)  # {}: no rollout was valid
         play = disc, disc_optimizer, disc_skips, warm_up.lr(step, args), records
         disc_norm = update_discriminator(*play, tokenizer, args, world) if experts else None
-        scored_at, update, norm = time.time(), {}, None
+        scored_at, update = time.time(), {}
         # update policy
         if step >= warm_up.steps:
-            update = accumulate_policy_gradient(policy, records, "grpo", args, world)
-            if update:  # otherwise no rank has anything to learn from
-                norm = skips.step(policy, optimizer, args.lr, args.clip, world, update["loss"])
+            update = update_policy(policy, None, optimizer, records, skips, step, args, world)
         else:
             warm_up.watch(step, told_apart(experts, records, args, world), world)
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),
-                   **experts, **update, "grad_norm": norm, **validate(sampler, policy, step + 1),
-                   "disc_grad_norm": disc_norm, **rollout_metrics(records, world), **feed.counts,
-                   "skipped_steps": skips.total + disc_skips.total,
-                   **seconds(rollout=sampled_at - began, disc=scored_at - sampled_at, began=began)}
+                   **experts, **update, **rollout_metrics(records, world), **feed.counts,
+                   **validate(sampler, policy, step + 1),
+                   "disc_grad_norm": disc_norm, "skipped_steps": skips.total + disc_skips.total,
+                   "seconds_rollout": round(sampled_at - began, 3),
+                   "seconds_disc": round(scored_at - sampled_at, 3),
+                   "seconds": round(time.time() - began, 3)}
         log(world, args.out, metrics)
         log_rollouts(world, args.out, step + 1, records, args.log_rollouts)
         warn(metrics["valid"] == 0, NOTHING_VALID, records)
@@ -333,13 +335,6 @@ def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, w
         score_records(disc, records, tokenizer, args, world)
         norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
     return norm
-
-
-def seconds(rollout, disc, began):
-    """What a step took, for the log."""
-    whole = time.time() - began
-    times = {"seconds_rollout": rollout, "seconds_disc": disc, "seconds": whole}
-    return {name: round(time, 3) for name, time in times.items()}
 
 
 if __name__ == "__main__":
