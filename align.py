@@ -50,8 +50,6 @@ NOTHING_VALID = (
     "--max-new-tokens too small?"
 )
 
-WARMUP_STEPS, READY, RECENT = 200, 0.8, 5  # see WarmUp
-
 
 # ------------------------------------------------------------------------------- pure functions
 def masked_zscore(scores, valid, floor):
@@ -86,6 +84,77 @@ def alignment_advantages(d_v, d_r, valid, alpha=0.5, normalize="per-expert", flo
 
 
 # ------------------------------------------------------------------------------------- the game
+def cut_segments(records, tokenizer):
+    """Caption and trace of each rollout (None: cut at the length limit or format broken, it takes
+    no part) and of its teacher's response."""
+    teachers = {}
+    for r in records:
+        if r.rollout.finished:
+            r.segments = split_segments(r.rollout.content, tokenizer)  # whichever EOS it ends in
+        if r.group not in teachers:
+            ids = encode_response(r.example.response, tokenizer)
+            teachers[r.group] = split_segments(ids, tokenizer)
+        r.teacher = teachers[r.group]
+
+
+def score_records(disc, records, tokenizer, args, world, step=0):
+    """What both experts say of each rollout and of its teacher, [n, 4] float32, NaN where invalid.
+    One forward per pack, whose backward leaves the discriminator's gradient: (2) with an L2 term.
+
+    Also, of all ranks and each group with a valid rollout, what they say of a teacher's response to
+    another picture and of its own teacher's, [m, 4]: with --mismatch always, otherwise, as it costs
+    a forward, every --log-rollouts steps (`step` counts from 1)."""
+    rows = {}
+    valid = torch.tensor([r.segments is not None for r in records], dtype=torch.bool)
+    for r in (r for r in records if r.segments is not None):  # group by group, as the scores are
+        if r.group not in rows:
+            texts = r.example.response, r.teacher, []
+            rows[r.group] = make_pairs(r.prompt, *texts, tokenizer, disc.variant)
+        rows[r.group].students.append(r.segments)
+    if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
+        add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
+    scores = torch.full((len(records), 4), math.nan)
+    scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
+    return scores, torch.cat(world.gather(mismatched))
+
+
+def give_scores(records, scores, args, world):
+    """Scores [n, 4] of this rank's records into the records -> [B, N, 4] of all ranks."""
+    for r, line in zip(records, scores.tolist()):
+        r.scores = dict(zip(SCORES, line)) if r.segments is not None else {}
+    return gather_table(records, scores.tolist(), args, world).float()
+
+
+def give_advantages(records, scores, args):
+    """(1) and (3): scores [B, N, 4] of all ranks, NaN if invalid -> each record's advantage; with
+    --credit segment the trace of a valid one has its own, without D_v, which never saw it."""
+    valid = ~scores[..., 0].isnan()
+    d_v, d_r = scores[..., 0].nan_to_num(), scores[..., 1].nan_to_num()
+    settings = valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
+    advantages = alignment_advantages(d_v, d_r, *settings).flatten().tolist()
+    for r in records:
+        r.advantage = advantages[r.index]
+    if args.credit == "segment":
+        of_traces = alignment_advantages(torch.zeros_like(d_v), d_r, *settings).flatten().tolist()
+        for r in records:
+            if r.segments is not None:
+                r.trace_advantage = of_traces[r.index]
+
+
+def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, world):
+    """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
+    rollouts -> gradient norm of the last."""
+    norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
+    for _ in range(args.disc_updates - 1):
+        score_records(disc, records, tokenizer, args, world)
+        norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
+    return norm
+
+
+# ---------------------------------------------------------------------------------- the warm-up
+WARMUP_STEPS, READY, RECENT = 200, 0.8, 5  # at most, share of pairs, steps of which it is the mean
+
+
 @dataclass
 class WarmUp:
     """The steps before the game, in which the discriminator learns alone: the reward of an expert
@@ -148,63 +217,7 @@ def start_warm_up(args, world):
     return WarmUp(args.warmup_steps, early=False)
 
 
-def cut_segments(records, tokenizer):
-    """Caption and trace of each rollout (None: cut at the length limit or format broken, it takes
-    no part) and of its teacher's response."""
-    teachers = {}
-    for r in records:
-        if r.rollout.finished:
-            r.segments = split_segments(r.rollout.content, tokenizer)  # whichever EOS it ends in
-        if r.group not in teachers:
-            ids = encode_response(r.example.response, tokenizer)
-            teachers[r.group] = split_segments(ids, tokenizer)
-        r.teacher = teachers[r.group]
-
-
-def score_records(disc, records, tokenizer, args, world, step=0):
-    """What both experts say of each rollout and of its teacher, [n, 4] float32, NaN where invalid.
-    One forward per pack, whose backward leaves the discriminator's gradient: (2) with an L2 term.
-
-    Also, of all ranks and each group with a valid rollout, what they say of a teacher's response to
-    another picture and of its own teacher's, [m, 4]: with --mismatch always, otherwise, as it costs
-    a forward, every --log-rollouts steps (`step` counts from 1)."""
-    rows = {}
-    valid = torch.tensor([r.segments is not None for r in records], dtype=torch.bool)
-    for r in (r for r in records if r.segments is not None):  # group by group, as the scores are
-        if r.group not in rows:
-            texts = r.example.response, r.teacher, []
-            rows[r.group] = make_pairs(r.prompt, *texts, tokenizer, disc.variant)
-        rows[r.group].students.append(r.segments)
-    if args.mismatch > 0 or step and args.log_rollouts and step % args.log_rollouts == 0:
-        add_mismatched(rows, world, tokenizer, chain=args.mismatch > 0)
-    scores = torch.full((len(records), 4), math.nan)
-    scores[valid], mismatched = score_and_backward(disc, list(rows.values()), args, world)
-    return scores, torch.cat(world.gather(mismatched))
-
-
-def give_scores(records, scores, args, world):
-    """Scores [n, 4] of this rank's records into the records -> [B, N, 4] of all ranks."""
-    for r, line in zip(records, scores.tolist()):
-        r.scores = dict(zip(SCORES, line)) if r.segments is not None else {}
-    return gather_table(records, scores.tolist(), args, world).float()
-
-
-def give_advantages(records, scores, args):
-    """(1) and (3): scores [B, N, 4] of all ranks, NaN if invalid -> each record's advantage; with
-    --credit segment the trace of a valid one has its own, without D_v, which never saw it."""
-    valid = ~scores[..., 0].isnan()
-    d_v, d_r = scores[..., 0].nan_to_num(), scores[..., 1].nan_to_num()
-    settings = valid, args.alpha, args.normalize, args.std_floor, args.invalid_penalty
-    advantages = alignment_advantages(d_v, d_r, *settings).flatten().tolist()
-    for r in records:
-        r.advantage = advantages[r.index]
-    if args.credit == "segment":
-        of_traces = alignment_advantages(torch.zeros_like(d_v), d_r, *settings).flatten().tolist()
-        for r in records:
-            if r.segments is not None:
-                r.trace_advantage = of_traces[r.index]
-
-
+# ------------------------------------------------------------------------------------ the stage
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -255,6 +268,14 @@ def measure_taught(example, *tools):
         raise InputError(f"{example.id}: the row has no teacher response of <caption>, <think> "
                          "and <answer> blocks")
     return measure_prompt(example, *tools)
+
+
+def load_players(args, attn, world):
+    """-> policy, the model to sample from, discriminator; none of them sharded yet."""
+    policy = set_attention(load_policy(args.ckpt, world=world), attn)
+    sampler = make_sampler(policy, world)
+    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout, world)
+    return policy, sampler, disc
 
 
 def main():
@@ -317,24 +338,6 @@ def main():
     feed.close()
     save_discriminator(disc, os.path.join(args.out, "discriminator"), world, args.ckpt)
     save(policy, args.out, world, "align", args, progress["step"], metrics)
-
-
-def load_players(args, attn, world):
-    """-> policy, the model to sample from, discriminator; none of them sharded yet."""
-    policy = set_attention(load_policy(args.ckpt, world=world), attn)
-    sampler = make_sampler(policy, world)
-    disc = load_discriminator(args.disc or args.ckpt, args.disc_variant, attn, args.readout, world)
-    return policy, sampler, disc
-
-
-def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, world):
-    """A step on the gradient that scoring has left, then --disc-updates - 1 more on the same
-    rollouts -> gradient norm of the last."""
-    norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
-    for _ in range(args.disc_updates - 1):
-        score_records(disc, records, tokenizer, args, world)
-        norm = skips.step(disc, optimizer, lr, args.clip, world, 0.0)
-    return norm
 
 
 if __name__ == "__main__":

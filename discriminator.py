@@ -360,7 +360,7 @@ def score_packs(disc, rows, counts, args, world):
     return tuple(torch.cat(kind) for kind in zip(*found))
 
 
-# -------------------------------------------------- another picture's caption: --mismatch, ground_v
+# ------------------------------------------------ another picture's caption: --mismatch, ground_v
 MIXTURES = (0.15, 0.3, 0.6)  # shares of a caption's words that are another's
 LINES = re.compile(r"[^\n]*?(?:[.!?](?=\s)\s*|\n)|[^\n]+$")  # or sentences
 SPACES = re.compile(r"(\s+)")
