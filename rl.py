@@ -207,9 +207,7 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
 def gather_table(records, values, args, world):
     """values: a list of numbers for each record -> [B, N, numbers] float64 over all ranks."""
     mine = {record.index: line for record, line in zip(records, values)}
-    table = {}
-    for part in world.gather(mine):
-        table |= part
+    table = {index: line for part in world.gather(mine) for index, line in part.items()}
     lines = [table[index] for index in sorted(table)] or torch.zeros(0, 1)
     lines = torch.as_tensor(lines, dtype=torch.float64)
     return lines.view(len(lines) // args.n, args.n, lines.shape[1])

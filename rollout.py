@@ -15,6 +15,7 @@ from codecs import getincrementaldecoder
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -47,9 +48,9 @@ def parse_spans(text):
             return None
         at = start + len(tag)
         spans.append((start, at))
+    places = [0, *chain(*spans), len(text)]
     # before, between and after the blocks: from the end of one to the start of the next
-    ends, starts = [0, *(spans[i][1] for i in (1, 3, 5))], [spans[i][0] for i in (0, 2, 4)]
-    outside = [text[end:start] for end, start in zip(ends, [*starts, len(text)])]
+    outside = [text[places[i] : places[i + 1]] for i in (0, 4, 8, 12)]
     return None if any(part.strip() for part in outside) else spans
 
 
@@ -491,28 +492,24 @@ class Trial:
             self.policy, [prompt], args.samples, max_new_tokens=limit, eos_id=self.ends,
             temperature=args.temperature, seeds=[(args.seed,)], watch=stream,
         )  # fmt: skip
-        segments = [split_segments(rollout.content, self.tokenizer) for rollout in rollouts]
-        scores = self.scores(prompt, [parts for parts in segments if parts])
         print()
-        for number, (rollout, parts) in enumerate(zip(rollouts, segments), 1):
+        for number, rollout in enumerate(rollouts, 1):
+            segments = split_segments(rollout.content, self.tokenizer)
             line = f"answer {number}: {len(rollout.ids)} tokens"
             line += "" if rollout.finished else f", cut at --max-new-tokens {limit}"
-            line += "" if parts else ", not the three blocks"
-            line += next(scores) if parts else ""
+            line += self.scores(prompt, segments) if segments else ", not the three blocks"
             print(line, flush=True)
 
     @torch.no_grad()
     def scores(self, prompt, segments):
-        """What both experts say of well-formed answers, as texts."""
-        from discriminator import make_pairs, row_scores
+        """What both experts say of a well-formed answer, as a text."""
+        from discriminator import visible_prompt
 
-        if not segments or self.disc is None:
-            yield from [""] * len(segments)
-            return
-        first, *others = segments  # the first in the teacher's place
-        row = make_pairs(prompt, "", first, others, self.tokenizer, self.disc.variant)
-        for d_v, d_r in row_scores(self.disc, [row]).T.tolist():
-            yield f", D_v {d_v:.3f}, D_r {d_r:.3f}"
+        if self.disc is None:
+            return ""
+        seen = visible_prompt(prompt, self.tokenizer, self.disc.variant)
+        d_v, d_r = self.disc.scores([seen], *([(0, ids)] for ids in segments))
+        return f", D_v {d_v.item():.3f}, D_r {d_r.item():.3f}"
 
 
 def main():
