@@ -36,7 +36,6 @@ set (of warm-up pairs the teacher's), to filter or label it; ground_v and ground
     python discriminator.py --probe curated.jsonl --ckpt align_out/discriminator --out probe/
 """
 
-import argparse
 import copy
 import math
 import os
@@ -515,7 +514,7 @@ def save_discriminator(disc, out, world, ckpt):
 
 # ---------------------------------------------------------------------------------------- warm-up
 def parse_args():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
     what.add_argument("--score", nargs="+", metavar="SOURCE", help="responses to score")

@@ -435,7 +435,7 @@ def parse_args():
     from data import pixel_flags
     from runtime import InputError, Parser, integer, real
 
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder or Hub id")
     add("--image", nargs="*", default=[], help="pictures, in the order of <image> in the prompt")
