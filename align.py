@@ -152,7 +152,9 @@ def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, w
 
 
 # ---------------------------------------------------------------------------------- the warm-up
-WARMUP_STEPS, READY, RECENT = 200, 0.8, 5  # at most, share of pairs, steps of which it is the mean
+WARMUP_STEPS = 200  # at most
+READY = 0.8  # share of pairs that both experts rank rightly
+RECENT = 5  # steps of which it is the mean
 
 
 @dataclass
@@ -211,7 +213,8 @@ def told_apart(experts, records, args, world):
 def start_warm_up(args, world):
     """The WarmUp of --warmup-steps, or the one that --resume continues."""
     if world.state:
-        return WarmUp(**read_json(os.path.join(world.state, "progress.json"))["warm_up"])
+        progress = read_json(os.path.join(world.state, "progress.json"))
+        return WarmUp(**progress["warm_up"])
     if args.warmup_steps is None:
         return WarmUp(WARMUP_STEPS, early=True)
     return WarmUp(args.warmup_steps, early=False)
@@ -231,15 +234,14 @@ def parse_args():
     add("--warmup-disc-lr", type=real(0, 1), default=1e-5,
         help="learning rate of the discriminator in them")
     add("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
-    group = parser.add_argument_group("discriminator")
-    add = group.add_argument
+    add = parser.add_argument_group("discriminator").add_argument
     add("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
     add("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
     add("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
     add("--disc-updates", type=integer(1), default=1,
         help="discriminator steps per policy step, on the same rollouts")
     add("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
-    grounding_flags(group)
+    grounding_flags(add)
     add = parser.add_argument_group("advantage").add_argument
     add("--alpha", type=real(0, 1), default=0.5,
         help="weight of perception; 1 - alpha is that of reasoning")

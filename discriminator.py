@@ -147,8 +147,7 @@ class Discriminator(nn.Module):
             head                v           v           v          r         r         r
 
         A segment that several responses to a prompt share is one branch. "dense": caption and trace
-        are one branch with one score, given twice; "learned": the backbone routes, and one head
-        reads both segments."""
+        are one branch with one score, given twice."""
         if self.variant == "dense":
             joined = []
             for (p, caption), (_, trace) in zip(captions, traces):
@@ -275,7 +274,8 @@ def pair_loss(disc, rows, counts, score_l2, mismatch=0.0):
         chain = [teacher, *range(first, at)]
         students += [(teacher, student) for student in range(teacher + 1, first)]
         chains += zip(chain, chain[1:])
-        ends += [(teacher, chain[-1])] if row.mismatched else []
+        if row.mismatched:
+            ends.append((teacher, chain[-1]))
     loss = d.sum() * 0
     kinds = zip((students, chains), counts, (1.0, mismatch), ((0, 1), (0,)))
     for pairs, count, weight, experts in kinds:
@@ -402,7 +402,8 @@ def mix(mine, other, rate, rng):
     numbers are drawn at every rate."""
     (_, begin), (end, _) = parse_spans(mine)[:2]  # the tags around the caption
     (_, other_begin), (other_end, _) = parse_spans(other)[:2]
-    mixed, new_lines = LINES.findall(mine[begin:end]), LINES.findall(other[other_begin:other_end])
+    mixed = LINES.findall(mine[begin:end])
+    new_lines = LINES.findall(other[other_begin:other_end])
     for i, (line, new_line) in enumerate(zip(mixed, new_lines)):
         words, new_words = SPACES.split(line), SPACES.split(new_line)
         if len(words) == len(new_words):
@@ -447,7 +448,8 @@ def load_discriminator(path, variant="moe", attn="sdpa", readout=None, world=Non
             backbone = set_attention(kind(config).to(dtype).eval(), attn)
             disc = Discriminator(backbone, variant, read_as)
         multiply_patches(backbone.visual)
-        found, names, unused = check_weights(local_folder(path)), None, ()
+        found = check_weights(local_folder(path))
+        names, unused = None, ()
         if not stored:
             names, unused = weights_of_another(disc, found), ("lm_head.weight", *RELEASED_HEADS)
         disc.stored = compare_weights(disc, found, names, unused)
@@ -515,20 +517,20 @@ def save_discriminator(disc, out, world, ckpt):
 # ---------------------------------------------------------------------------------------- warm-up
 def parse_args():
     parser = Parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
-    what.add_argument("--score", nargs="+", metavar="SOURCE", help="responses to score")
-    what.add_argument("--probe", nargs="+", metavar="SOURCE", help="teacher responses to score, "
-                      "and for ground_v and ground_r those of other pictures in their place")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
+    add("--score", nargs="+", metavar="SOURCE", help="responses to score")
+    add("--probe", nargs="+", metavar="SOURCE", help="teacher responses to score, and for ground_v "
+        "and ground_r those of other pictures in their place")
     parser.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of D_v in `combined`")
-    group = parser.add_argument_group("warm-up")
-    group.add_argument("--batch", type=integer(1), default=128, help="pairs per step, in all")
-    group.add_argument("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
-    group.add_argument("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
-    group.add_argument("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
-    group.add_argument("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
-    group.add_argument("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
-    grounding_flags(group)
+    add = parser.add_argument_group("warm-up").add_argument
+    add("--batch", type=integer(1), default=128, help="pairs per step, in all")
+    add("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
+    add("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
+    add("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
+    add("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
+    add("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
+    grounding_flags(add)
     common_flags(parser, "disc")
     data_flags(parser)
     args = parser.parse_args()
@@ -536,11 +538,11 @@ def parse_args():
     return args
 
 
-def grounding_flags(group):
-    group.add_argument("--readout", choices=READOUTS, default=None,
-                       help="what a head reads of a segment (default: as stored; last)")
-    group.add_argument("--mismatch", type=real(0), default=0.0, metavar="W",
-                       help="weight of pairs with another picture's teacher response; 0: the paper")
+def grounding_flags(add):
+    add("--readout", choices=READOUTS, default=None,
+        help="what a head reads of a segment (default: as stored; last)")
+    add("--mismatch", type=real(0), default=0.0, metavar="W",
+        help="weight of pairs with another picture's teacher response; 0: the paper")
 
 
 def check_grounding(args, flag, prompts):

@@ -207,7 +207,9 @@ def sample_records(sampler, feed, tokenizer, args, world, step):
 def gather_table(records, values, args, world):
     """values: a list of numbers for each record -> [B, N, numbers] float64 over all ranks."""
     mine = {record.index: line for record, line in zip(records, values)}
-    table = {index: line for part in world.gather(mine) for index, line in part.items()}
+    table = {}
+    for part in world.gather(mine):
+        table |= part
     lines = [table[index] for index in sorted(table)] or torch.zeros(0, 1)
     lines = torch.as_tensor(lines, dtype=torch.float64)
     return lines.view(len(lines) // args.n, args.n, lines.shape[1])
@@ -266,7 +268,7 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
     """
     tokens, sequences = world.sum(sum(len(r.rollout.ids) for r in records), len(records))
     learned = [r for r in records if r.advantage or r.trace_advantage or kl > 0]
-    names = ["loss", "clipped", *["kl"] * (kl > 0), "entropy", "drift", "trained"]
+    names = ["loss", "clipped", "entropy", "drift", "trained"] + ["kl"] * (kl > 0)
     sums = dict.fromkeys(names, 0.0)
     for part in packed(learned, args, world):
         logp, entropy = logprobs_of(policy, part, args, world)
@@ -354,7 +356,7 @@ def warn_of_nothing(warn, metrics, records):
 
 
 def rollout_flags(parser, prompts, max_new_tokens):
-    """How the game and RLVR sample, in training and for `Validation`."""
+    """Of the game and of RLVR: how both sample, and `Validation`."""
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=integer(1), default=prompts, help="prompts per step, over all processes")
     add("--rollouts", dest="n", type=integer(1), default=16, help="rollouts per prompt")
