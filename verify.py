@@ -237,8 +237,6 @@ def plain_words(text):
 
 
 # -------------------------------------------------------------------------------------- expression
-FUNCTIONS = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "log": "log10", "lg": "log10"}
-FUNCTIONS |= {name: name for name in "sin cos tan cot sec csc ln exp fabs".split()}  # of mpmath
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 OPERATORS |= {":": operator.truediv, "": operator.mul}  # "": side by side
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "": 2, "^": 3, "!": 3, "°": 3}
@@ -252,8 +250,17 @@ UNCLEAR = re.compile(  # numbers side by side, 5!!, 9^9^9, 1:2:3; signs in a row
     r"[\d)]\s+[\d.(]|!!|\^(?:\{[^{}]*\}|\w)\^|:.*:|"
     r"[-+]\s*[-+]\s*[-+]|^[-+]\s*[-+]|[fgh]\s?\("
 )
-PRECISIONS = (0, 200, 1000)  # digits, 0 is exact: at least 4 for each character of both sides
 POINTS = (1, 1, 1, 1, 20, Fraction(1, 2))  # scales; at the first four letters have either sign
+PRECISION = 1000  # digits of real numbers: at least 4 for each character of both sides
+MP = MPContext()  # threads share it: nothing used here changes its precision
+MP.dps = 4 * PRECISION
+STORE = [+MP.pi, +MP.e, +MP.ln2, +MP.ln10, +MP.degree]  # mpmath's: no thread needs to enlarge it
+MP.dps = PRECISION
+TOLERANCE = MP.mpf(10) ** (-PRECISION // 2)
+CONSTANTS = {"e": +MP.e, r"\pi": +MP.pi, "°": +MP.degree}
+FUNCTIONS = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan, "log": MP.ln, "lg": MP.ln}
+FUNCTIONS |= {"sin": MP.sin, "cos": MP.cos, "tan": MP.tan, "ln": MP.ln, "exp": MP.exp, "fabs": abs}
+FUNCTIONS |= {"csc": MP.sin, "sec": MP.cos, "cot": MP.tan}  # of which the inverse is taken
 
 
 class Unreadable(Exception):
@@ -264,73 +271,47 @@ class Beyond(Exception):
     """Not to be computed so: too large, too small, too deep, or irrational where all is exact."""
 
 
-class Numbers:
-    """Fractions of bounded size, or real numbers with so many digits; none is beyond a fourth of
-    them, so that the others tell two apart.  ArithmeticError: a value is not defined, or not real.
-    """
-
-    def __init__(self, digits):
-        self.mp = MPContext() if digits else None  # its own: threads share no precision
-        if digits:
-            self.mp.dps = digits
-
-    def settle(self, value, is_sum=False):
-        """Every number passes here; what is left of a difference of equal numbers becomes 0."""
-        if self.mp is None:
-            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-                raise Beyond
-            return value
-        if isinstance(value, self.mp.mpc) or not self.mp.isfinite(value):
-            raise ArithmeticError
-        if not value or is_sum and self.mp.mag(value) < -0.75 * self.mp.prec:
-            return self.mp.zero
-        if abs(self.mp.mag(value)) > self.mp.prec / 4:
+def settle(value, may_vanish=False):
+    """Every number passes here: a Fraction of bounded size, or a real number that is not beyond a
+    fourth of its digits, so that the others tell two apart.  What is left of a difference of equal
+    numbers becomes 0.  ArithmeticError: not defined, or not real."""
+    if isinstance(value, Fraction):
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
             raise Beyond
         return value
-
-    def number(self, value):
-        value = Fraction(value)
-        return self.settle(self.mp.mpf(value.numerator) / value.denominator if self.mp else value)
-
-    def power(self, base, exponent):
-        if base == 0 and exponent <= 0:
-            raise ArithmeticError
-        if self.mp:
-            return self.settle(self.mp.power(base, exponent))
-        root, parts = exponent.denominator, (base.numerator, base.denominator)
-        bits = max(part.bit_length() for part in parts)
-        if abs(exponent.numerator) * bits > MAX_BITS or root > 1 and (base < 0 or bits > 300):
-            raise Beyond
-        if root > 1:
-            found = [math.isqrt(x) if root == 2 else round(x ** (1 / root)) for x in parts]
-            if tuple(x**root for x in found) != parts:
-                raise Beyond
-            base = Fraction(*found)
-        return base**exponent.numerator
-
-    def factorial(self, value):
-        if not 0 <= value <= 1000 or value != int(value):
-            raise Beyond
-        return self.number(math.factorial(int(value)))
-
-    def call(self, name, value):
-        if name == "fabs":
-            return abs(value)
-        if self.mp is None:
-            raise Beyond
-        return self.settle(getattr(self.mp, name)(value))
+    if isinstance(value, MP.mpc) or not MP.isfinite(value):
+        raise ArithmeticError
+    if not value or may_vanish and MP.mag(value) < -0.75 * MP.prec:
+        return MP.zero
+    if abs(MP.mag(value)) > MP.prec / 4:
+        raise Beyond
+    return value
 
 
-WARM = MPContext()  # mpmath's store of constants is safe between threads if it is never enlarged
-WARM.dps = 3 * PRECISIONS[-1]
-CONSTANTS = [+WARM.pi, +WARM.ln2, +WARM.ln10, +WARM.degree]
+def exact(text):
+    return settle(Fraction(text))
+
+
+def real(text):
+    return settle(MP.convert(Fraction(text)))
+
+
+def power(base, exponent):
+    if base == 0 and exponent <= 0:
+        raise ArithmeticError
+    if not isinstance(base, Fraction):
+        return settle(MP.power(base, exponent))
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator > 1 or abs(exponent) * bits > MAX_BITS:
+        raise Beyond
+    return base**exponent
 
 
 class Reader:
     """Computes what tokens say while it reads them; the grammar is on top of this file."""
 
-    def __init__(self, tokens, numbers, letters):
-        self.tokens, self.numbers, self.letters = [*tokens, "end"], numbers, letters
+    def __init__(self, tokens, letters, number):
+        self.tokens, self.letters, self.number = [*tokens, "end"], letters, number
         self.at = self.depth = 0
 
     def take(self):
@@ -355,19 +336,19 @@ class Reader:
         while (symbol := self.operator()) is not None and BINDING[symbol] > binding:
             self.at += symbol != ""
             if symbol == "°":
-                value = self.numbers.call("radians", value)
+                value = settle(value * self.constant(symbol))
             elif symbol == "!":
-                value = self.numbers.factorial(value)
+                value = self.factorial(value)
             elif symbol == "^":
-                value = self.numbers.power(value, self.atom())
+                value = power(value, self.atom())
             else:
                 value = OPERATORS[symbol](value, self.value(BINDING[symbol]))
-                value = self.numbers.settle(value, symbol in ("+", "-"))
+                value = settle(value, may_vanish=symbol in ("+", "-"))
         self.depth -= 1
         return value
 
     def atom(self):
-        token, numbers = self.take(), self.numbers
+        token = self.take()
         if token in CLOSING:
             value = self.value()
             if self.take() != CLOSING[token]:
@@ -376,38 +357,48 @@ class Reader:
         if token in self.letters:
             return self.letters[token]
         if token[0] in ".0123456789":
-            return numbers.number(token.replace(",", ""))
-        if token == "e":
-            return numbers.call("exp", numbers.number(1))
-        if token == r"\pi":
-            return numbers.call("radians", numbers.number(180))
+            return self.number(token.replace(",", ""))
+        if token in ("e", r"\pi"):
+            return self.constant(token)
         if token == r"\frac":
-            return numbers.settle(self.atom() / self.atom())
+            return settle(self.atom() / self.atom())
         if token == r"\binom":
             n, k = self.atom(), self.atom()
-            return numbers.factorial(n) / numbers.factorial(k) / numbers.factorial(n - k)
+            return self.factorial(n) / self.factorial(k) / self.factorial(n - k)
         if token == r"\sqrt":
-            root = self.atom() if self.tokens[self.at] == "[" else numbers.number(2)
-            return numbers.power(self.atom(), 1 / root)
+            root = self.atom() if self.tokens[self.at] == "[" else self.number(2)
+            return power(self.atom(), 1 / root)
         return self.function(token)
+
+    def constant(self, token):
+        if self.number is exact:
+            raise Beyond
+        return CONSTANTS[token]
+
+    def factorial(self, value):
+        if not 0 <= value <= 1000 or value != int(value):
+            raise Beyond
+        return self.number(math.factorial(int(value)))
 
     def function(self, token):
         r"""\sin x, \sin^{2} x, \log_{2} 8: of a bracket, or of factors side by side."""
+        if self.number is exact:
+            raise Beyond
         name, _, base = token[1:].partition("_")
-        power, numbers = self.numbers.number(1), self.numbers
+        exponent = 1
         if self.tokens[self.at] == "^" and self.take():
-            power = self.atom()
+            exponent = self.atom()
         if name not in FUNCTIONS or base and not re.fullmatch(r"log\d+", name + base[1:-1]):
             raise Unreadable
-        if power < 0:
+        if exponent < 0:
             raise Unreadable  # \sin^{-1} has two meanings
         is_open, value = self.tokens[self.at] not in CLOSING, self.value(2)
         while is_open and self.operator() == "" and self.tokens[self.at][1:] not in FUNCTIONS:
-            value = numbers.settle(value * self.value(2))
-        value = numbers.call(FUNCTIONS[name], value)
-        if base:
-            value /= numbers.call("log10", numbers.number(base[1:-1]))
-        return numbers.power(value, power)
+            value = settle(value * self.value(2))
+        value = settle(FUNCTIONS[name](value), may_vanish=name != "exp")
+        if name in ("log", "lg"):
+            value = settle(value / MP.ln(int(base[1:-1] or 10)))
+        return power(value, -exponent if name in ("csc", "sec", "cot") else exponent)
 
 
 @lru_cache(maxsize=1 << 13)
@@ -426,23 +417,22 @@ def tokenize(text):
             token = token[len(name) - 1 :]
         tokens.append(token)
     letters = {token for token in tokens if token[0].isalpha() or token[1:].split("_")[0] in GREEK}
-    return tuple(tokens), frozenset(letters - {"e", r"\pi"})
+    return tuple(tokens), frozenset(letters - CONSTANTS.keys())
 
 
 @lru_cache(maxsize=1 << 13)
-def values(text, digits):
+def values(text, number):
     """Expression -> its values at the points, None where it is not defined; () if it is none, None
-    if it is not to be computed with so many digits."""
-    (tokens, names), numbers, found = tokenize(text), Numbers(digits), []
+    if it is not to be computed with such numbers: exact or real."""
+    (tokens, names), found = tokenize(text), []
     for i, scale in enumerate(POINTS if names else POINTS[:1]):
-        random = {name: zlib.crc32(f"{name}{i}".encode()) for name in names}
-        sign = {name: -1 if random[name] & 1 and i < 4 else 1 for name in names}
+        letters = {}
+        for name in names:
+            random = zlib.crc32(f"{name}{i}".encode())
+            sign = -1 if random & 1 and i < 4 else 1
+            letters[name] = number(Fraction(random % 1999 + 1, 997) * scale * sign)
         try:
-            letters = {
-                name: numbers.number(Fraction(random[name] % 1999 + 1, 997) * scale * sign[name])
-                for name in names
-            }
-            reader = Reader(tokens, numbers, letters)
+            reader = Reader(tokens, letters, number)
             found.append(reader.value())
             if reader.at < len(tokens):
                 return ()
@@ -456,24 +446,34 @@ def values(text, digits):
 
 
 def aligned(left, right):
-    """Two expressions -> their values where both are defined, and the digits; no values if one is
-    no expression, or they have other letters, or are defined together at one point alone."""
+    """Two expressions -> pairs of values where both are defined; none if one is no expression, or
+    they have other letters, or are defined together at one point alone."""
     global refusals
     if tokenize(left)[1] != tokenize(right)[1]:
-        return [], 0
-    for digits in PRECISIONS:
-        sides = values(left, digits), values(right, digits)
+        return []
+    for number in (exact, real):
+        sides = values(left, number), values(right, number)
         if () in sides:
-            return [], 0
-        if None not in sides and (not digits or 4 * len(left + right) <= digits):
+            return []
+        if None not in sides and (number is exact or 4 * len(left + right) <= PRECISION):
             pairs = [pair for pair in zip(*sides) if None not in pair]
-            return pairs if len(pairs) > 1 or len(sides[0]) == 1 else [], digits
+            return pairs if len(pairs) > 1 or len(sides[0]) == 1 else []
     refusals += 1
-    return [], 0
+    return []
 
 
-def equal(left, right, digits):
-    return left == right if digits == 0 else abs(left - right) * 10 ** (digits // 2) < 1
+def equal(x, y, slack=0):
+    """Exactly, or to half of the digits, or nearer than `slack`."""
+    if isinstance(x, Fraction):
+        return x == y or abs(x - y) < slack
+    return abs(x - y) <= max(TOLERANCE * abs(y), MP.convert(slack))
+
+
+def same_expression(p, g, slack=0):
+    pairs = aligned(p, g)
+    if not re.search(r"[\d\\+*/^|!-]", p + g):
+        return False  # words are no products of letters: 'no' is not 'on'
+    return pairs != [] and all(equal(x, y, slack) for x, y in pairs)
 
 
 refusals = 0
@@ -539,23 +539,22 @@ def parse_quantity(text):
     head = HEAD.match(text)
     if not head or not re.search(r"\d|\\pi", head[3]) or re.search(r"\d[kKM]$|\d{4}s$", text):
         return Quantity(text, "", Fraction(0))
-    sign, number, tail, factor = head[1], head[3].strip(), text[head.end() :], Fraction(1)
+    number, tail, factor = (head[1] + head[3]).strip(), text[head.end() :], Fraction(1)
     if scale := re.match(r"(?i)(hundred|thousand|million|billion|trillion)s?\b|[万亿]", tail):
         factor *= 10 ** SCALES[scale[0].lower().removesuffix("s")]
         tail = tail[scale.end() :]
-    exact = values(number, 0)
-    unit = None if FORMULA_TAIL.search(text) else parse_unit(tail, is_one=exact == (1,))
+    unit = None if FORMULA_TAIL.search(text) else parse_unit(tail, is_one=number == "1")
     if unit is None:
         return Quantity(text, "", Fraction(0))
     if unit.startswith("%"):
         factor /= 100
-    decimals = re.fullmatch(r"[\d,]*\.(\d*)", number)
-    is_long = decimals and len(re.sub(r"^[0.]+|\D", "", number)) >= 6
+    decimals = re.fullmatch(r"[-+]?[\d,]*\.(\d*)", number)
+    is_long = decimals and len(re.sub(r"^[-+0.]+|\D", "", number)) >= 6
     ulp = factor / 10 ** len(decimals[1]) if is_long else Fraction(0)
     unit = f"{ALIAS.get(head[2], '')} {unit}".strip()
-    if exact and exact[0] is not None:
-        return Quantity(exact[0] * factor * (-1 if sign == "-" else 1), unit, ulp)
-    return Quantity(f"{sign}{number}" if factor == 1 else f"{sign}({number})*{factor}", unit, ulp)
+    number = number if factor == 1 else f"({number})*{factor}"
+    value = (values(number, exact) or [None])[0]
+    return Quantity(number if value is None else value, unit, ulp)
 
 
 def same_unit(a, b):
@@ -568,20 +567,11 @@ def same_quantity(p, g):
     """With equal values, and equal units where both have one; or equal as formulas: 'mv' is no
     millivolt there."""
     a, b = parse_quantity(p), parse_quantity(g)
-    fits, slack = same_unit(a.unit, b.unit), a.ulp if "." not in g else b.ulp if "." not in p else 0
-    if fits and isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
-        if a.value == b.value or abs(a.value - b.value) < slack:
-            return True
-    readings = [(str(a.value), str(b.value))] * fits + [(p, g)] * ("°" not in p + g)
-    for left, right in dict.fromkeys(readings):
-        pairs, digits = aligned(left, right)
-        if len(pairs) == 1 and digits and slack:
-            return abs(pairs[0][0] - pairs[0][1]) * slack.denominator < slack.numerator
-        # words are no products of letters: 'no' is not 'on'
-        if pairs and re.search(r"[\d\\+*/^|!-]", left + right):
-            if all(equal(x, y, digits) for x, y in pairs):
-                return True
-    return False
+    slack = 0 if "." in p and "." in g else a.ulp or b.ulp
+    readings = {} if "°" in p + g else {(p, g): 0}
+    if same_unit(a.unit, b.unit):
+        readings[str(a.value), str(b.value)] = slack
+    return any(same_expression(*sides, within) for sides, within in readings.items())
 
 
 RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
@@ -594,13 +584,13 @@ def same_relation(p, g):
         a, symbol, b = b, "<≤"[symbol == "≥"], a
     if other in ">≥":
         c, other, d = d, "<≤"[other == "≥"], c
-    pairs, digits = aligned(f"{a}-({b})", f"{c}-({d})")
+    pairs = aligned(f"{a}-({b})", f"{c}-({d})")
     if symbol != other or len(pairs) < 2 or 0 in pairs[0]:
         return False
     x, y = pairs[0]
-    if len(tokenize(f"{a}-({b})")[1]) == 1 and x not in (y, -y):
+    if len(tokenize(f"{a}-({b})")[1]) == 1 and not equal(abs(x), abs(y)):
         return False  # 2x = 8 is no solution
-    return (symbol in "=≠" or x / y > 0) and all(equal(x * w, y * v, digits) for v, w in pairs)
+    return (symbol in "=≠" or x / y > 0) and all(equal(x * w, y * v) for v, w in pairs)
 
 
 TIME = re.compile(r"(\d\d?:[0-5]\d)( [ap]m)?")
