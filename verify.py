@@ -122,7 +122,7 @@ UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm de
     ma;ω ohm;kω;megaω;pa pascal;kpa;megapa;mol mole;cal calorie;kcal;mph;% percent pct percentage;
     $ dollar usd;unit;€ euro eur;£ gbp;¥ yuan 元 rmb;¢ cent"""
 ALIAS = {name + s: row.split()[0] for row in UNITS.split(";") for name in row.split()
-         for s in ("", "s")[: len(name)]}  # fmt: skip
+         for s in ("", "s")[: len(name)]} | {"": ""}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- clean
@@ -490,9 +490,9 @@ HEAD = re.compile(  # the longest beginning without letters: [currency] digits, 
     r"((?:[-+\d\s.,:/*()^{}!\[\]]|\\(?:frac|sqrt|pi|binom)(?![a-z])|"
     r"[eE](?=[-+]?\d))+)"
 )
-FORMULA_TAIL = re.compile(  # letters, no units: '\frac{1}{2}mv^{2}', '2\pi h', '5a', '2mg'
+FORMULA_TAIL = re.compile(  # no units: '\frac{1}{2}mv^{2}', '2\pi h'; '5a', '2mg'; '5K', '1990s'
     r"\\.*[ })](?!(?:cm|mm|dm|km|kg|ft|m)\b)[a-zA-Z]{1,2}(?:\^\{\d\})?$|"
-    r"[ \d](?:[anwvjkt]|(?<=\d)m[gva])(?:\^\{\d\})?$"
+    r"[ \d](?:[anwvjkt]|(?<=\d)m[gva])(?:\^\{\d\})?$|\d[KM]$|\d{4}s$"
 )
 TAIL = re.compile(  # '5 cm long', '3 apples in the basket'
     r"(?:^|\s)(?:long|wide|tall|high|deep|old|left|each|total|remaining|altogether|"
@@ -509,8 +509,8 @@ SPELLED = [(re.compile(pattern), replacement) for pattern, replacement in [
 
 class Quantity(NamedTuple):
     value: Fraction | str  # the expression, if it is not exact
-    unit: str
-    ulp: Fraction  # the last place of a decimal with at least six significant digits, else 0
+    unit: str = ""
+    ulp: Fraction = Fraction(0)  # last place of a decimal with at least six significant digits
 
 
 def parse_unit(text, is_one=False):
@@ -521,37 +521,36 @@ def parse_unit(text, is_one=False):
     for pattern, replacement in SPELLED:
         text = pattern.sub(replacement, text).strip()
     parts = re.split(r"(/|[ *]|\^\{\d\})", text)
-    names = [ALIAS.get(name, "" if name else None) for name in parts[::2]]
-    if "" not in names:
-        return "".join(x for pair in zip(names, [*parts[1::2], ""]) for x in pair if x)
+    if all(name in ALIAS for name in parts[::2]):
+        parts[::2] = [ALIAS[name] for name in parts[::2]]
+        return "".join(parts)
     words = text.split()
     counts = is_one or re.search(r"s$|^(?:people|children|men|women)$", words[-1]) or text > "一"
-    if not counts or not all(re.fullmatch(r"[a-z]{3,}|[一-龥]+", word) for word in words):
-        return None
-    if HEDGE.search(text) or CHANGE.search(text):
+    is_plain = all(re.fullmatch(r"[a-z]{3,}|[一-龥]+", word) for word in words)
+    if not counts or not is_plain or HEDGE.search(text) or CHANGE.search(text):
         return None
     return "#" + " ".join(word.removesuffix("s") for word in words)
 
 
 @lru_cache(maxsize=1 << 13)
 def parse_quantity(text):
-    """'1 1/2 cm' -> (3/2, 'cm', 0), '50%' -> (1/2, '', 0), '$5 million' -> (5000000, '$', 0)."""
+    """'1 1/2 cm' -> (3/2, 'cm', 0), '50%' -> (1/2, '%', 0), '$5 million' -> (5000000, '$', 0)."""
     head = HEAD.match(text)
-    if not head or not re.search(r"\d|\\pi", head[3]) or re.search(r"\d[kKM]$|\d{4}s$", text):
-        return Quantity(text, "", Fraction(0))
+    if not head or not re.search(r"\d|\\pi", head[3]) or FORMULA_TAIL.search(text):
+        return Quantity(text)
     number, tail, factor = (head[1] + head[3]).strip(), text[head.end() :], Fraction(1)
     if scale := re.match(r"(?i)(hundred|thousand|million|billion|trillion)s?\b|[万亿]", tail):
         factor *= 10 ** SCALES[scale[0].lower().removesuffix("s")]
         tail = tail[scale.end() :]
-    unit = None if FORMULA_TAIL.search(text) else parse_unit(tail, is_one=number == "1")
+    unit = parse_unit(tail, is_one=number == "1")
     if unit is None:
-        return Quantity(text, "", Fraction(0))
+        return Quantity(text)
     if unit.startswith("%"):
         factor /= 100
     decimals = re.fullmatch(r"[-+]?[\d,]*\.(\d*)", number)
     is_long = decimals and len(re.sub(r"^[-+0.]+|\D", "", number)) >= 6
     ulp = factor / 10 ** len(decimals[1]) if is_long else Fraction(0)
-    unit = f"{ALIAS.get(head[2], '')} {unit}".strip()
+    unit = f"{ALIAS[head[2]]} {unit}".strip()
     number = number if factor == 1 else f"({number})*{factor}"
     value = (values(number, exact) or [None])[0]
     return Quantity(number if value is None else value, unit, ulp)
