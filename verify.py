@@ -832,15 +832,15 @@ def find_choice(text, options):
     spaced = re.fullmatch(r"([A-J])(?: -)? (.+)", text)
     if ending and not parse_choice(text):
         return ending[2] or ending[3], ending[1]
-    if spaced and spaced[1] in LETTERS[: len(options)]:
-        if same_answer(spaced[2], options[LETTERS.index(spaced[1])], 0):
-            return spaced[1], spaced[2]
+    if spaced and spaced[1] in options and same_answer(spaced[2], options[spaced[1]], 0):
+        return spaced.groups()
     return parse_choice(text)
 
 
-def fits_option(rest, text, options):
-    """May `rest` follow the letter of the option `text`?  Also misspelt or cut, but with no other
-    number, letter or option, and no denial."""
+def fits_option(rest, letter, options):
+    """May `rest` follow the letter?  Also misspelt or cut, but with no other number, letter or
+    option, and no denial."""
+    text = options[letter]
     if not rest or same_answer(rest, text) or JUDGEMENT.fullmatch(" " + rest):
         return True
     said, words = plain_words(rest), plain_words(text)
@@ -848,18 +848,18 @@ def fits_option(rest, text, options):
         return False
     if HEDGE.search(rest) and not HEDGE.search(text):
         return False
-    closest = get_close_matches(said, [plain_words(option) for option in options], 1, 0.7)
+    closest = get_close_matches(said, map(plain_words, options.values()), 1, 0.7)
     return len(said) > 2 and (words.startswith(said) or closest == [words])
 
 
 def same_choice(p, letter, options):
     """Does an answer choose the option with this letter: by its letter, alone or with the option's
     text, or else by the text?"""
-    text = options[LETTERS.index(letter)]
     for said in (p, *statements(p)):
         if found := find_choice(said, options):
-            return found[0] == letter and fits_option(found[1], text, options)
-    return not letters_in(p) - letters_in(text) - {letter} and same_answer(p, text)
+            return found[0] == letter and fits_option(found[1], letter, options)
+    others = letters_in(p) - letters_in(options[letter]) - {letter}
+    return not others and same_answer(p, options[letter])
 
 
 # ------------------------------------------------------------------------------------------ verify
@@ -877,12 +877,11 @@ def accepts(prediction, gold, options):
         return True
     if re.fullmatch("A?B?C?D?E?F?G?H?", g) and len(g) > 1:  # several choices: 'A, C' and 'A and C'
         p = re.sub(r"(?<=\b[A-H])(?:\s*[,;]\s*|\s*\band\b\s*|\s+)(?=[A-H]\b)", "", p)
-    if not options:
-        return same_answer(p, g)
-    options = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
+    texts = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
+    options = dict(zip(LETTERS, texts))
     named = (parse_choice(g) or "?")[0]
-    for letter, option in zip(LETTERS, options):
-        if letter == named or named not in LETTERS[: len(options)] and same_answer(option, g, 0):
+    for letter, text in options.items():
+        if letter == named or named not in options and same_answer(text, g, 0):
             return same_choice(p, letter, options)
     return same_answer(p, g)
 
