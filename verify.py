@@ -627,8 +627,6 @@ NAME = re.compile(  # x, x_{1}, f(2), \angle ABC, area, (x, y); no formula
     r"(?i)(?!.*\\(?:frac|sqrt|sin|cos|tan|log|ln|pi)\b)[a-z\\][a-z\\ _'{}]*\d{0,2}\}?"
     r"(?:\([^()]*\))?|\([a-z](?:, ?[a-z])+\)"
 )
-
-
 EITHER = ("or", "∪", "{}")  # 'x < 1 or x > 3' may be a union or a set, but no list
 
 
@@ -695,8 +693,8 @@ def parse_items(text):
     if text.count("±") == 1:
         return Items(EITHER, [text.replace("±", "+"), text.replace("±", "-")], False)
     numbered = re.split(r"\s*[,;]?\s*\((\d)\)\s*", text)
-    if numbered[1::2] == [str(i) for i in range(1, 1 + len(numbered) // 2)] and len(numbered) > 3:
-        if not numbered[0] and all(numbered[2::2]):
+    if len(numbered) > 3 and not numbered[0] and "123456789".startswith("".join(numbered[1::2])):
+        if all(numbered[2::2]):
             return Items(("",), numbered[2::2], True)
     if text[:1] in "([{" and text[-1:] in ")]}" and (inner := split_top(text[1:-1])):
         if len(inner) > 1:
@@ -717,14 +715,13 @@ def same_content(p, g, top):
     if (verdict := same_range(p, g)) is not None:
         return verdict
     (name, said), (other, golds) = parse_named(p), parse_named(g)
-    if (name or other) and (not name or not other or name == other):
-        top_of_value = min(top, 1)
-        if all(same_answer(value, golds[-1], top_of_value) for value in said):  # not x = 4 = 5
+    if len({name, other} - {""}) == 1:
+        if all(same_answer(value, golds[-1], min(top, 1)) for value in said):  # not x = 4 = 5
             return True
     chain = RELATION.split(p)
-    if set(chain[1::2]) == {"="} and not RELATION.search(g) and len(set(chain)) > 2:  # 6 * 7 = 42
-        if all(same_quantity(part, g) for part in chain[::2]):
-            return True
+    is_sum = set(chain[1::2]) == {"="} and len(set(chain)) > 2 and not RELATION.search(g)
+    if is_sum and all(same_quantity(part, g) for part in chain[::2]):  # 6 * 7 = 42
+        return True
     if as_interval(p) and g[-1] in ")]":
         p = as_interval(p)
     elif as_interval(g) and p[-1] in ")]":
@@ -739,12 +736,11 @@ def same_content(p, g, top):
 def same_items(left, right, top):
     if len(left.parts) == len(right.parts) == 1:
         return same_statement(left.parts[0], right.parts[0])
-    other_name = left.name and right.name and left.name != right.name
-    if other_name or not set(left.kinds) & set(right.kinds):
+    if len(left.parts) != len(right.parts) or not set(left.kinds) & set(right.kinds):
+        return False
+    if left.name and right.name and left.name != right.name:
         return False
     rest = list(right.parts)
-    if len(left.parts) != len(rest):
-        return False
     if left.is_ordered and right.is_ordered or not top or len(rest) > MAX_SET:
         return all(same_answer(a, b, 0) for a, b in zip(left.parts, rest))
     for a in left.parts:
