@@ -573,16 +573,17 @@ def same_quantity(p, g):
     return any(same_expression(*sides, within) for sides, within in readings.items())
 
 
-RELATION = re.compile(r"\s*([<>=≤≥≠])\s*")
+def relation(text):
+    """'1 <= x < 3' -> ['1', '≤', 'x', '<', '3'], 'x > 2' -> ['2', '<', 'x'], '5' -> ['5']."""
+    chain = re.split(r"\s*([<>=≤≥≠])\s*", text)
+    if set(chain[1::2]) <= {">", "≥"}:
+        chain = [{">": "<", "≥": "≤"}.get(part, part) for part in reversed(chain)]
+    return chain
 
 
 def same_relation(p, g):
     """Equations and inequalities whose left - right agree up to a factor, a positive one for <."""
-    (a, symbol, b), (c, other, d) = RELATION.split(p), RELATION.split(g)
-    if symbol in ">≥":
-        a, symbol, b = b, "<≤"[symbol == "≥"], a
-    if other in ">≥":
-        c, other, d = d, "<≤"[other == "≥"], c
+    (a, symbol, b), (c, other, d) = relation(p), relation(g)
     pairs = aligned(f"{a}-({b})", f"{c}-({d})")
     if symbol != other or len(pairs) < 2 or 0 in pairs[0]:
         return False
@@ -602,8 +603,9 @@ RANGE = re.compile(  # '18-29', 'from 18 to 29', 'between 18 and 29'
 def same_statement(p, g):
     """'3 to 4' may be the ratio 3:4."""
     p, g = (re.sub(r"^([\d.]+) to ([\d.]+)$", r"\1:\2", text) for text in (p, g))
-    relations = len(RELATION.split(p)) == len(RELATION.split(g)) == 3
-    return same_relation(p, g) if relations else same_quantity(p, g)
+    if len(relation(p)) == len(relation(g)) == 3:
+        return same_relation(p, g)
+    return same_quantity(p, g)
 
 
 def same_range(p, g):
@@ -652,9 +654,7 @@ def split_top(text):
 
 def as_interval(text):
     """'1 <= x < 3' -> '[1, 3)', 'x > 2' -> '(2, \\infty)'; '' if it bounds no single letter."""
-    chain = RELATION.split(text)
-    if set(chain[1::2]) <= {">", "≥"}:
-        chain = [{">": "<", "≥": "≤"}.get(part, part) for part in reversed(chain)]
+    chain = relation(text)
     if len(chain) == 3:
         chain = ["-\\infty", "<", *chain] if chain[0].isalpha() else [*chain, "<", "\\infty"]
     if len(chain) != 5 or not {chain[1], chain[3]} <= {"<", "≤"} or not chain[2].isalpha():
@@ -664,7 +664,7 @@ def as_interval(text):
 
 def parse_named(text):
     """'x = 2 + 3 = 5' -> ('x', ['2 + 3', '5']), anything else -> ('', [text])."""
-    name, *rest = RELATION.split(text)
+    name, *rest = relation(text)
     named = set(rest[::2]) == {"="} and NAME.fullmatch(name) and not HEDGE.search(name)
     if not named or len(split_top(text)) != 1:
         return "", [text]
@@ -701,7 +701,7 @@ def parse_items(text):
             return Items((text[0] + text[-1],), inner, text[0] != "{")
         return parse_items(inner[0])
     parts = split_top(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)) or [text]
-    chain = RELATION.split(text)
+    chain = relation(text)
     if len(parts) == 1 and len(chain) > 3 and set(chain[1::2]) != {"="}:
         return Items(("",), ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)], False)
     is_either = bool(re.search(r"(?i)\bor\b", text))
@@ -718,14 +718,12 @@ def same_content(p, g, top):
     if len({name, other} - {""}) == 1:
         if all(same_answer(value, golds[-1], min(top, 1)) for value in said):  # not x = 4 = 5
             return True
-    chain = RELATION.split(p)
-    is_sum = set(chain[1::2]) == {"="} and len(set(chain)) > 2 and not RELATION.search(g)
+    chain = relation(p)
+    is_sum = set(chain[1::2]) == {"="} and len(set(chain)) > 2 and len(relation(g)) == 1
     if is_sum and all(same_quantity(part, g) for part in chain[::2]):  # 6 * 7 = 42
         return True
-    if as_interval(p) and g[-1] in ")]":
-        p = as_interval(p)
-    elif as_interval(g) and p[-1] in ")]":
-        g = as_interval(g)
+    if p[-1] in ")]" or g[-1] in ")]":
+        p, g = as_interval(p) or p, as_interval(g) or g
     if "[[" in (p[:2], g[:2]) and not (p[:2] + g[:2]).strip("([{"):  # matrices
         p, g = (text.translate(str.maketrans("({})", "[[]]")) for text in (p, g))
         if len(re.findall(r"\], ?\[", p)) != len(re.findall(r"\], ?\[", g)):
