@@ -79,19 +79,17 @@ HEDGE = re.compile(  # says two things, nothing, or the opposite
     doubt\w* impossible opposite other~than far~from such~as beside besides if else versus vs any
     anything everything everyone all every none some guess one~of""")
 )
-CHANGE = re.compile(  # beside a number they make it another: 'half of 5', 'after 5', '5 fewer'
-    one_of(r"""than least most more less fewer under over above below up~to within exceed\w* too
-    squared? cubed? factorial roots? log minus plus negative times twice double\w* triple\w*
-    hal(?:f|ves) thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? dozens?
-    grand hundreds? thousands? [mbtr]+illions? divided multipl\w+ factors? divisors? reciprocal
-    inverse complement supplement negation sum product difference after before until till since past
-    almost nearly between short off out and point modulo remainder base power through minimum
-    maximum ago later earlier pairs? """ + " ".join(ONES + TENS))
+CHANGES = """hal(?:f|ves) twice double triple minus plus times than less fewer more multiples?
+    divisors? factors? reciprocal inverse negation before after until remainder"""
+SUBJECT = re.compile(one_of(CHANGES))  # 'Half of the answer is 5'
+CHANGE = re.compile(  # beside a number they make it another; 'the area under the third curve is 5'
+    one_of(CHANGES + r""" least most under over above below within exceed\w* too squared? cubed?
+    factorial roots? log negative double\w* triple\w* thirds? quarters? dozens? grand hundreds?
+    (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? thousands? [mbtr]+illions? divided
+    multipl\w+ complement supplement sum product difference till since past almost nearly between
+    short off out and point modulo base power through minimum maximum ago later earlier pairs? """
+    + " ".join(ONES + TENS))
 )  # fmt: skip
-SUBJECT = re.compile(  # 'Half of the answer is 5', but 'The area under the third curve is 5'
-    one_of("""hal(?:f|ves) twice double triple minus plus times than less fewer more multiples?
-    divisors? factors? reciprocal inverse negation before after until remainder""")
-)
 LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; last, first
     rf"(?s).*{lazy}(?:"
     + one_of("""is are was were be equals?(?:~to)? has have had shows? contains? choose select pick
@@ -106,11 +104,6 @@ LABEL = re.compile(  # 'Year 2014', 'in 2014', 'a total of 5'
 JUDGEMENT = re.compile(  # 'B is the correct answer'
     r"(?i)\s+(?:is|are) (?:(?:the )?(?:(?:correct|right|final|best) )?(?:answer|option|choice|one)"
     r"|correct|right)$"
-)
-CHINESE = (  # what may stand before an answer: '面积是', then '所以答案是', '应选', '约'; no denial
-    r"^(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)(?=[-\dA-Za-z(\[{\\$])",
-    r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|"
-    r"大约|共|一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])",
 )
 UNITS = """mm millimeter millimetre 毫米;cm centimeter centimetre 厘米;dm decimeter decimetre 分米;
     m meter metre 米;km kilometer kilometre 千米 公里;μm micrometer;nm nanometer;in inch inches;
@@ -195,10 +188,14 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<=\d)(?<!\b0)\s*x\s*(?=\d)", "*"),
     (r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
      lambda match: match[0].replace(" ", "")),
-    # '03:45 p.m.' -> '3:45 pm'; Chinese phrases
+    # '03:45 p.m.' -> '3:45 pm'
     (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda match: f" {match[1].lower()}m"),
     (r"^0(?=\d:\d\d)", ""),
-    (CHINESE[0], ""), (CHINESE[1], ""), (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
+    # Chinese before an answer: '面积是', then '所以答案是', '应选', '约', no denial; then behind it
+    (r"^(?:(?![不非没无未除或大小超多少])[一-龥]){1,8}(?:是|为|等于)(?=[-\dA-Za-z(\[{\\$])", ""),
+    (r"^(?:所以|因此|因而|故|则|本题|最终|最后|正确|答案|应该?|选择|选项?|结果|的|是|为|等于|约|"
+     r"大约|共|一共|总共|有|[:,\s])+(?=[-\dA-Za-z(\[{\\$])", ""),
+    (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
     (rf"(?i)^(?:{SPOKEN})\b(?!-[^hqtfsen])",
      lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),
