@@ -260,10 +260,6 @@ FUNCTIONS |= {"sin": MP.sin, "cos": MP.cos, "tan": MP.tan, "ln": MP.ln, "exp": M
 FUNCTIONS |= {"csc": MP.sin, "sec": MP.cos, "cot": MP.tan}  # of which the inverse is taken
 
 
-class Unreadable(Exception):
-    """Not an expression."""
-
-
 class Beyond(Exception):
     """Not to be computed so: too large, too small, too deep, or irrational where all is exact."""
 
@@ -349,7 +345,7 @@ class Reader:
         if token in CLOSING:
             value = self.value()
             if self.take() != CLOSING[token]:
-                raise Unreadable
+                raise SyntaxError
             return value
         if token in self.letters:
             return self.letters[token]
@@ -386,9 +382,9 @@ class Reader:
         if self.tokens[self.at] == "^" and self.take():
             exponent = self.atom()
         if name not in FUNCTIONS or base and not re.fullmatch(r"log\d+", name + base[1:-1]):
-            raise Unreadable
+            raise SyntaxError
         if exponent < 0:
-            raise Unreadable  # \sin^{-1} has two meanings
+            raise SyntaxError  # \sin^{-1} has two meanings
         is_open, value = self.tokens[self.at] not in CLOSING, self.value(2)
         while is_open and self.operator() == "" and self.tokens[self.at][1:] not in FUNCTIONS:
             value = settle(value * self.value(2))
@@ -433,7 +429,7 @@ def values(text, number):
             found.append(reader.value())
             if reader.at < len(tokens):
                 return ()
-        except (Unreadable, IndexError):
+        except (SyntaxError, IndexError):
             return ()
         except Beyond:
             return None
