@@ -66,10 +66,8 @@ def one_of(words):
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMERALS = {word: str(i) for i, word in enumerate(ONES)}
-NUMERALS |= {ten: f"{i}0" for i, ten in enumerate(TENS, 2)}
-NUMERALS |= {f"{t}-{ONES[i]}": f"{NUMERALS[t][0]}{i}" for t in TENS for i in range(1, 10)}
-SPOKEN = "|".join(sorted(NUMERALS, key=len, reverse=True)).replace("-", "[- ]")
+NUMERALS = dict(zip(ONES + TENS, [*range(20), *range(20, 100, 10)]))
+SPOKEN = rf"(?:{'|'.join(TENS)})(?:[- ](?:{'|'.join(ONES[1:10])}))?|{'|'.join(ONES)}"
 PARTS = "half third quarter fifth sixth seventh eighth ninth tenth".split()  # 1/2, 1/3, ..
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 HEDGE = re.compile(  # says two things, nothing, or the opposite
@@ -88,7 +86,7 @@ CHANGE = re.compile(  # beside a number they make it another; 'the area under th
     (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? thousands? [mbtr]+illions? divided
     multipl\w+ complement supplement sum product difference till since past almost nearly between
     short off out and point modulo base power through minimum maximum ago later earlier pairs? """
-    + " ".join(ONES + TENS))
+    + " ".join(NUMERALS))
 )  # fmt: skip
 LEADS = [re.compile(  # 'The answer is', 'So the length of AB equals', 'Answer:'; last, first
     rf"(?s).*{lazy}(?:"
@@ -171,7 +169,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\(?:text\w*|math\w+|operatorname|mbox|underline|emph|boldsymbol|bm)\s*\{([^{}]*)\}",
      r" \1 "),
     (r"\\(?:vec|hat|(?:overline|bar)(?=\s*\{[A-Za-z]{2}))\s*\{([A-Za-z][^{}]*)\}", r" \1 "),
-    (r"\\([%${}&#])|\{(,)\}", r"\1\2"), (r"\\\|", "|"),
+    (r"\\([%${}&#|])|\{(,)\}", r"\1\2"),
     (r"\\([A-Za-z]+)|[<>=]=|\*\*", lambda match: COMMANDS.get(match[1] or match[0], match[0])),
     (r"\s+", " "),
     # degrees, of a temperature, or of a true bearing
@@ -198,7 +196,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<=[A-J])\s*选?项(?:是?正确的?|对)?$", ""),
     # spoken numbers, at the start only: 'six, so 5' says six
     (rf"(?i)^(?:{SPOKEN})\b(?!-[^hqtfsen])",
-     lambda match: NUMERALS[match[0].lower().replace(" ", "-")]),
+     lambda match: str(sum(NUMERALS[word] for word in re.split("[- ]", match[0].lower())))),
     (rf"(?i)^(?:(\d+) and (?:an?|1) |(?:(\d+)|an?|one)[ -])({'|'.join(PARTS)})s?$|^half$", part),
     # what says nothing: 'about 5', '5 because ..'
     (r"(?i)\b(?:approximately|approx\.?|about|around|roughly) (?=[-\d$\\.])", ""),
