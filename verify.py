@@ -279,15 +279,16 @@ def settle(value, may_vanish=False):
     return value
 
 
-def exact(text):
-    return settle(Fraction(text))
+def exact(number):
+    return settle(Fraction(number))
 
 
-def real(text):
-    return settle(MP.convert(Fraction(text)))
+def real(number):
+    return settle(MP.convert(Fraction(number)))
 
 
 def power(base, exponent):
+    """Exact for a whole exponent; 0^0 is not defined."""
     if base == 0 and exponent <= 0:
         raise ArithmeticError
     if not isinstance(base, Fraction):
@@ -314,7 +315,9 @@ class Reader:
         no factor without a sign: '2 3' is not 6."""
         token = self.tokens[self.at]
         is_factor = token in CLOSING or token[0] == "\\" or token[0].isalpha() and token != "end"
-        return token if token in BINDING else "" if is_factor else None
+        if token in BINDING:
+            return token
+        return "" if is_factor else None
 
     def value(self, binding=0):
         """All that binds more than `binding`."""
@@ -388,7 +391,7 @@ class Reader:
             value = settle(value * self.value(2))
         value = settle(FUNCTIONS[name](value), may_vanish=name != "exp")
         if name in ("log", "lg"):
-            value = settle(value / MP.ln(int(base[1:-1] or 10)))
+            value /= settle(MP.ln(int(base[1:-1] or 10)))
         return power(value, -exponent if name in ("csc", "sec", "cot") else exponent)
 
 

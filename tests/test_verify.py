@@ -565,6 +565,11 @@ e^{\pi\sqrt{163}} != 262537412640768744
 0/0 != 1
 1/0 != \infty
 5^0 == 1
+-3-4 == -7
+-3-4 != 1
+\sqrt{1+10^{-800}} != 1
+\ln(1+10^{-800}) != 0
+\log_{0} 5 != 0
 # ranges, which are no differences
 18-29 == 18-29
 18–29 == 18-29
@@ -1054,6 +1059,8 @@ two three != 23
 \cos 60° == 1/2
 \cos 60^\circ == 0.5
 \cos 60 != 1/2
+\cos 90^\circ == 0
+1+\sin \pi == 1
 \sin\frac{\pi}{6} == \frac12
 \tan 45^\circ == 1
 \arctan 1 == \frac{\pi}{4}
