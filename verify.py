@@ -330,7 +330,7 @@ class Reader:
         while (symbol := self.operator()) is not None and BINDING[symbol] > binding:
             self.at += symbol != ""
             if symbol == "°":
-                value = settle(value * self.constant(symbol))
+                value = settle(value * self.irrational(symbol))
             elif symbol == "!":
                 value = self.factorial(value)
             elif symbol == "^":
@@ -352,8 +352,6 @@ class Reader:
             return self.letters[token]
         if token[0] in ".0123456789":
             return self.number(token.replace(",", ""))
-        if token in ("e", r"\pi"):
-            return self.constant(token)
         if token == r"\frac":
             return settle(self.atom() / self.atom())
         if token == r"\binom":
@@ -362,22 +360,19 @@ class Reader:
         if token == r"\sqrt":
             root = self.atom() if self.tokens[self.at] == "[" else self.number(2)
             return power(self.atom(), 1 / root)
-        return self.function(token)
-
-    def constant(self, token):
-        if self.number is exact:
-            raise Beyond
-        return CONSTANTS[token]
+        return self.irrational(token)
 
     def factorial(self, value):
         if not 0 <= value <= 1000 or value != int(value):
             raise Beyond
         return self.number(math.factorial(int(value)))
 
-    def function(self, token):
-        r"""\sin x, \sin^{2} x, \log_{2} 8: of a bracket, or of factors side by side."""
+    def irrational(self, token):
+        r"""\pi; \sin x, \sin^{2} x, \log_{2} 8: of a bracket, or of factors side by side."""
         if self.number is exact:
             raise Beyond
+        if token in CONSTANTS:
+            return CONSTANTS[token]
         name, _, base = token[1:].partition("_")
         exponent = 1
         if self.tokens[self.at] == "^" and self.take():
