@@ -682,9 +682,9 @@ def parse_items(text):
     if text.count("±") == 1:
         return Items(EITHER, [text.replace("±", "+"), text.replace("±", "-")], False)
     numbered = re.split(r"\s*[,;]?\s*\((\d)\)\s*", text)
-    if len(numbered) > 3 and not numbered[0] and "123456789".startswith("".join(numbered[1::2])):
-        if all(numbered[2::2]):
-            return Items(("",), numbered[2::2], True)
+    marks, said = "".join(numbered[1::2]), numbered[2::2]
+    if len(said) > 1 and not numbered[0] and all(said) and "123456789".startswith(marks):
+        return Items(("",), said, True)
     if text[:1] in "([{" and text[-1:] in ")]}" and (inner := split_top(text[1:-1])):
         if len(inner) > 1:
             return Items((text[0] + text[-1],), inner, text[0] != "{")
@@ -723,9 +723,8 @@ def same_content(p, g, top):
 def same_items(left, right, top):
     if len(left.parts) == len(right.parts) == 1:
         return same_statement(left.parts[0], right.parts[0])
-    if len(left.parts) != len(right.parts) or not set(left.kinds) & set(right.kinds):
-        return False
-    if left.name and right.name and left.name != right.name:
+    names = {left.name, right.name} - {""}
+    if len(left.parts) != len(right.parts) or not {*left.kinds} & {*right.kinds} or len(names) > 1:
         return False
     rest = list(right.parts)
     if left.is_ordered and right.is_ordered or not top or len(rest) > MAX_SET:
@@ -855,9 +854,8 @@ def accepts(prediction, gold, options):
     if max(map(len, texts)) > MAX_CHARS or max(map(abs, accumulate(steps))) > MAX_DEPTH:
         return prediction.casefold().split() == gold.casefold().split()
     p, g = clean(prediction), clean(re.sub(r"(?s)^.*####|</?answer>", " ", gold))
-    based = re.fullmatch(r"(\d+)_\{\d+\}", g)  # 72_8: who is asked for octal need not say it
-    if based and p == based[1]:
-        return True
+    if "_" not in p:  # 72_8: who is asked for octal need not say it
+        g = re.sub(r"^(\d+)_\{\d+\}$", r"\1", g)
     if re.fullmatch("A?B?C?D?E?F?G?H?", g) and len(g) > 1:  # several choices: 'A, C' and 'A and C'
         p = re.sub(r"(?<=\b[A-H])(?:\s*[,;]\s*|\s*\band\b\s*|\s+)(?=[A-H]\b)", "", p)
     texts = [(parse_choice(option) or ("", ""))[1] or option for option in map(clean, options)]
