@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
 from string import ascii_uppercase
@@ -40,8 +41,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_text, encode_prompt
-from data import as_list, load_image, open_source, pixel_flags, read_file, resolve
-from data import system_prompt, to_example, undecoded
+from data import as_list, load_image, measure_prompt, open_source, pixel_flags, read_file
+from data import resolve, system_prompt, to_example, undecoded
 from page import MOST, save_pictures, write_page
 from rollout import Rollout, parse_response, sample
 from rows import set_attention
@@ -277,6 +278,14 @@ class TestSet:
     def __getitem__(self, n):
         return self.examples[self.indices[n]]
 
+    def attempt(self, function, n):
+        """function(item n), or None where that is too long. Raises InputError that names file and
+        row."""
+        result, why = attempt(function, self.examples, self.indices[n])
+        if why not in (None, TOO_LONG):
+            raise InputError("{}:{}: {}".format(*self.examples.where(self.indices[n]), why))
+        return result
+
 
 def load_bench(spec):
     """`name` (from the Hub) or `name=PATH` (a file, glob or folder of files, a copy of the Hub's)
@@ -415,36 +424,57 @@ def vote(group, options):
             firsts.setdefault(first, said)
 
 
+AHEAD = 8  # prompts that are encoded, or are being so, before they are asked for
+
+
+class Ahead:
+    """Prompts for `sample`: threads encode the next ones while others decode. One that was given is
+    not kept; where a rollout starts again it is encoded again."""
+
+    def __init__(self, encode, items, pool):
+        self.encode, self.items, self.pool = encode, items, pool
+        self.coming, self.jobs = iter(items), {}
+
+    def __getitem__(self, p):
+        item = self.items[p]
+        for new in islice(self.coming, AHEAD - len(self.jobs)):
+            self.jobs[new] = self.pool.submit(self.encode, new)
+        job = self.jobs.pop(item, None) or self.pool.submit(self.encode, item)
+        return job.result()
+
+
 @torch.no_grad()
 def generate(model, test_set, tokenizer, image_processor, args, world):
     """One dict per (item, sample), in order, on every rank: item, id, sample, response, finished,
     tokens and the verdict. The ranks take every size-th item; a prompt that is too long counts as
     an empty, wrong response."""
-    generations, system = [], system_prompt(args)
+    generations, tools, system = [], (tokenizer, image_processor), system_prompt(args)
+    limits = argparse.Namespace(max_prompt=args.max_prompt, bad_rows="skip")  # `look` decoded all
 
-    def encode(example):
-        return encode_prompt(example, tokenizer, image_processor, args.max_prompt, system)
+    def measure(n):
+        return test_set.attempt(lambda one: measure_prompt(one, *tools, system, limits), n)
+
+    def encode(n):
+        return test_set.attempt(lambda one: encode_prompt(one, *tools, None, system), n)
 
     mine = range(world.rank, len(test_set), world.size)
-    chunk = max(1, 2 * args.slots // args.samples)  # so many prompts are kept encoded at a time
-    for start in tqdm(range(0, len(mine), chunk), disable=world.rank > 0, leave=False):
-        items, prompts = mine[start : start + chunk], {}
-        for n in items:
-            prompt, why = attempt(encode, test_set.examples, test_set.indices[n])
-            if prompt is not None:
-                prompts[n] = prompt
-            elif why != TOO_LONG:
-                where = test_set.examples.where(test_set.indices[n])
-                raise InputError("{}:{}: {}".format(*where, why))
-        rollouts = sample(
-            model, list(prompts.values()), args.samples, max_new_tokens=args.max_new_tokens,
-            slots=args.slots, eos_id=eos_ids(tokenizer, model), temperature=args.temperature,
-            seeds=[(args.seed, n) for n in prompts],
-        )
-        found = dict.fromkeys(items, [Rollout([], [], False)] * args.samples)
-        found |= zip(prompts, rollouts)
-        for n in items:
-            generations += graded(n, test_set[n], found[n], tokenizer)
+    chunk = max(1, 16 * args.slots // args.samples)  # of so many items the rollouts are kept
+    bar = tqdm(total=len(mine) * args.samples, disable=world.rank > 0, leave=False)
+    with ThreadPoolExecutor(4) as pool, bar:
+        for start in range(0, len(mine), chunk):
+            items = mine[start : start + chunk]
+            measured = zip(items, pool.map(measure, items))
+            lengths = {n: length[0] for n, length in measured if length}
+            rollouts = sample(
+                model, Ahead(encode, list(lengths), pool), args.samples, slots=args.slots,
+                max_new_tokens=args.max_new_tokens, eos_id=eos_ids(tokenizer, model),
+                temperature=args.temperature, seeds=[(args.seed, n) for n in lengths],
+                lengths=list(lengths.values()), watch=lambda _, ended: bar.update(len(ended)),
+            )
+            found = dict.fromkeys(items, [Rollout([], [], False)] * args.samples)
+            found |= zip(lengths, rollouts)
+            for n in items:
+                generations += graded(n, test_set[n], found[n], tokenizer)
     everything = [generation for part in world.gather(generations) for generation in part]
     return sorted(everything, key=lambda generation: (generation["item"], generation["sample"]))
 

@@ -115,7 +115,7 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None,
-           slots=256, max_tokens=16384, compiled=False, watch=None):  # fmt: skip
+           slots=256, max_tokens=16384, compiled=False, watch=None, lengths=None):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
     A finished rollout leaves its slot to the next. Two slots, two rollouts of p and one of q:
@@ -136,17 +136,19 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
     (see decode_step). watch: called after every token with the Slots that got one, and those of
-    them that are finished."""
-    seeds = seeds or [(i,) for i in range(len(prompts))]
-    samples = samples or [range(n)] * len(prompts)
+    them that are finished. lengths: the tokens of each prompt; then `prompts` is indexed only when
+    a prompt is prefilled, and may encode it as late as that (see eval.Ahead)."""
+    if lengths is None:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+    seeds = seeds or [(i,) for i in range(len(lengths))]
+    samples = samples or [range(n)] * len(lengths)
     ends, training = {eos_id} if isinstance(eos_id, int) else set(eos_id), model.training
     model.eval()  # in train mode a model that recomputes activations is given no cache
     queue = deque()
-    for p, (prompt, numbers) in enumerate(zip(prompts, samples)):
-        tokens, position = len(prompt.input_ids), prompt.next_position
+    for p, (tokens, numbers) in enumerate(zip(lengths, samples)):
         for s in numbers:
             noise = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, np.float32)
-            queue.append(Slot(p, s, tokens, noise, position - tokens))
+            queue.append(Slot(p, s, tokens, noise))
     batch = Batch(model, prompts, queue, slots, max_new_tokens, max_tokens, compiled)
     banned = torch.tensor(banned_ids(model), device=model.device)
     done = [dict.fromkeys(numbers) for numbers in samples]
@@ -291,6 +293,7 @@ class Batch:
             tail = slot.prompt_tokens // page
             pool.kv[:, slot.pages[tail]] = pool.kv[:, sibling.pages[tail]]
             slot.start = self.states[slot.place] = sibling.start
+            slot.offset = sibling.offset
 
     def prefill(self, slots):
         """Encode prompts, and what their rollouts have sampled so far, in one forward. slots: list
@@ -311,6 +314,7 @@ class Batch:
             pool.flatten(0, 1)[at] = new.transpose(0, 1)
         ends = np.cumsum([len(part) for part in parts]) - 1
         for i, (slot, _) in enumerate(slots):
+            slot.offset = prompts[i].next_position - slot.prompt_tokens
             slot.start = states[ends[i]].clone()
             self.states[slot.place] = states[ends[i + len(slots) if slot.ids else i]]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import threading
+import weakref
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import combinations
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
-from data import Example, Examples, File, load_examples
+from data import Example, Examples, File, encode_prompt, load_examples
 import eval as E
 from runtime import InputError
 
@@ -465,6 +466,47 @@ def test_a_picture_that_is_lost_while_the_model_runs_names_file_and_row(
     error = capfd.readouterr().err.splitlines()[-1]  # after the progress bar
     assert error.startswith(f"eval.py: error: {path}:2: image cannot be read"), error
     assert error.count(path) == 1
+
+
+# --------------------------------------------------------------------------------------- generation
+@pytest.mark.parametrize("max_tokens", [200, 1])
+def test_threads_encode_and_few_prompts_are_alive_at_once(tiny, monkeypatch, max_tokens):
+    """However many items there are, only those of one prefill and the few that come next are
+    encoded at a time; in a pool for one rollout, where others start again and again, too. The
+    rollouts are those of prompts that are all encoded before."""
+    examples = Examples(load_examples(tiny.rl).files * 4, read=E.own)
+    questions, limit = E.look(E.Benchmark(), examples, ONE), 20
+    seen = SimpleNamespace(made=[], peak=0, begun=0)
+    args = SimpleNamespace(slots=8, samples=2, temperature=1.5, max_new_tokens=limit, seed=5,
+                           max_prompt=10**6, system_prompt=None)
+    settings = {"slots": 8, "temperature": 1.5, "max_new_tokens": limit, "max_tokens": max_tokens}
+    tools, sample = (tiny.tokenizer, tiny.image_processor), E.sample
+    prompts = [encode_prompt(questions[n], *tools) for n in range(48)]
+    seeds = [(5, n) for n in range(48)]
+    groups = sample(tiny.model, prompts, 2, eos_id=tiny.eos, seeds=seeds, **settings)
+    expected = [(r.finished, len(r.ids), tiny.tokenizer.decode(r.content)) for r in sum(groups, [])]
+
+    def encode(*given):
+        prompt = encode_prompt(*given)
+        assert threading.current_thread() is not threading.main_thread()
+        seen.made.append(weakref.ref(prompt))
+        seen.peak = max(seen.peak, sum(one() is not None for one in seen.made))
+        return prompt
+
+    def sample_it(*given, watch, **more):
+        def watched(growing, ended):
+            seen.begun = seen.begun or len(seen.made)
+            watch(growing, ended)
+
+        return sample(*given, watch=watched, **more | {"max_tokens": max_tokens})
+
+    monkeypatch.setattr(E, "encode_prompt", encode)
+    monkeypatch.setattr(E, "sample", sample_it)
+    rows = E.generate(tiny.model, questions, *tools, args, ONE)
+    assert [(row["finished"], row["tokens"], row["response"]) for row in rows] == expected
+    pack = max(1, max_tokens // min(len(prompt.input_ids) for prompt in prompts))
+    assert 1 < seen.peak <= pack + E.AHEAD and seen.begun <= 8 + E.AHEAD
+    assert len(seen.made) == 48 or max_tokens == 1 and len(seen.made) > 48
 
 
 # ---------------------------------------------------------------------------------------- k samples
