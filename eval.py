@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, wraps
 from glob import glob
@@ -264,13 +264,13 @@ BENCHMARKS = {
 # --------------------------------------------------------------------------------------- test sets
 @dataclass
 class TestSet:
-    """A benchmark or an own file. indices: of the examples that count. checksums: {part of them:
-    number}."""
+    """A benchmark or an own file."""
 
     benchmark: Benchmark
     examples: Examples
-    indices: list[int]
-    checksums: dict[str, int]
+    indices: list[int]  # of the examples that count
+    checksums: dict[str, int]  # {part of them: number}
+    pictures: dict[int, list] = field(default_factory=dict)  # {item: their paths from a page}
 
     def __len__(self):
         return len(self.indices)
@@ -913,10 +913,9 @@ def report(runs, ckpts, sets, args, timed_out):
     print("\n".join(parts))
 
 
-def write_wrong_first(job, generations, test_set, pictures, args):
-    """OUT/<checkpoint>/<test set>.html: the generations with their pictures, wrong ones first.
-    pictures: {item: their paths} of the test set, to which those are added that are not there."""
-    lines = []
+def write_wrong_first(job, generations, test_set, args):
+    """OUT/<checkpoint>/<test set>.html: the generations with their pictures, wrong ones first."""
+    lines, pictures = [], test_set.pictures
     for generation in sorted(generations, key=lambda one: one["accuracy"])[:MOST]:
         item = generation["item"]
         example = test_set[item]
@@ -1070,7 +1069,6 @@ def main():
     if args.judge:  # a server that is not there is said before an hour of sampling
         world.on_first(ask, JUDGE.format("How much is 1 + 1?", "2", "two"), args)
     runs, loaded = {path: {} for path in folders}, None
-    pictures = {data: {} for data in sets}
     for job in jobs:
         test_set = sets[job.data]
         if job.kept:
@@ -1090,7 +1088,7 @@ def main():
                 write_rows(job.file, generations)
         runs[job.path][job.data] = generations if world.rank == 0 else None
         if world.rank == 0 and not args.keep_pass_rate:
-            write_wrong_first(job, generations, test_set, pictures[job.data], args)
+            write_wrong_first(job, generations, test_set, args)
     timed_out = int(world.sum(timeouts())[0])
     if world.rank == 0 and args.keep_pass_rate:
         keep_rows(*runs.values(), sets, args)
