@@ -73,7 +73,7 @@ def published(read):
     return reader
 
 
-def question(key, text, images, answer, options=(), digits=None, info=None):
+def question(key, text, images, answer, options, info, digits=None):
     """The columns of a row -> Example. images: {i: picture or nothing}; `<image i>` in the text
     becomes `<image>` where it comes first and a reference after that; pictures without a place
     come first."""
@@ -140,7 +140,7 @@ def mathvista(row):
     images = {1: row.get("decoded_image") or row.get("image")}
     info = {"task": (row.get("metadata") or {}).get("task"), "type": kind}
     digits = digits if kind == "float" else None
-    return question(row["pid"], text, images, answer, options, digits, info)
+    return question(row["pid"], text, images, answer, options, info, digits)
 
 
 @published
@@ -150,7 +150,7 @@ def mathverse(row):
     answer = answer and answer.replace("掳", "°")  # in the published file: a wrong encoding
     info = {"problem": row["problem_index"], "version": row["problem_version"]}
     info["subject"] = (row.get("metadata") or {}).get("subject")
-    return question(row["sample_index"], text, images, answer, options, info=info)
+    return question(row["sample_index"], text, images, answer, options, info)
 
 
 @published
@@ -158,14 +158,14 @@ def mathvision(row):
     options, text = option_texts(row.get("options")), row["question"]
     images = {1: row.get("decoded_image") or row.get("image")}
     info = {"subject": row["subject"], "level": row["level"]}
-    return question(row["id"], text + listed(options), images, row["answer"], options, info=info)
+    return question(row["id"], text + listed(options), images, row["answer"], options, info)
 
 
 @published
 def wemath(row):
     options, images = split_options(row["option"], r";；\n"), {1: row.get("image_path")}
     text, info = f"{row['question']}\n{row['option']}", {"problem": row["ID"], "key": row["key"]}
-    return question(f"{row['ID']}/{row['key']}", text, images, row["answer"], options, info=info)
+    return question(f"{row['ID']}/{row['key']}", text, images, row["answer"], options, info)
 
 
 @published
@@ -180,7 +180,7 @@ def mmmu(row):
     images = {i: row.get(f"image_{i}") for i in range(1, 8)} | {0: row.get("image")}
     info = {"setting": "vision" if vision else "standard", "problem": row["id"]}
     info["subject"] = row.get("subject") or "_".join(row["id"].split("_")[1:-1])
-    return question(row["id"], text, images, answer, options, info=info)
+    return question(row["id"], text, images, answer, options, info)
 
 
 FIGURES = ("category", "subcategory", "set_id")
@@ -193,7 +193,7 @@ def hallusion(row):
     info = {key: str(row[key]) for key in (*FIGURES, "figure_id", "question_id")}
     text, answer = f"{row['question']} Answer yes or no.", ("no", "yes")[int(row["gt_answer"])]
     images = {1: row.get("image") or row.get("filename")}
-    return question("/".join(info.values()), text, images, answer, [], info=info)
+    return question("/".join(info.values()), text, images, answer, [], info)
 
 
 def own(row, where, folder):
@@ -1054,7 +1054,7 @@ def main():
     args = parse_args()
     check_args(args)
     ckpts, folders = checkpoints(args.ckpt)
-    copies = [path for _, _, path in (spec.partition("=") for spec in args.bench) if path]
+    copies = [spec.partition("=")[2] for spec in args.bench]
     inputs = {"--ckpt": [*folders], "--data": args.data, "--bench": copies}
     for out in (args.out, args.folder):
         check_out(out, inputs | {"--system-prompt": args.system_prompt})

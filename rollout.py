@@ -137,7 +137,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
     (see decode_step). watch: called after every token with the Slots that got one, and those of
     them that are finished. lengths: the tokens of each prompt; then `prompts` is indexed only when
-    a prompt is prefilled, and may encode it as late as that (see eval.Ahead)."""
+    a prompt is prefilled, and may encode it as late as that."""
     if lengths is None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
     seeds = seeds or [(i,) for i in range(len(lengths))]
