@@ -40,9 +40,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import TOO_LONG, Example, Examples, File, attempt, attempt_all, check_text, encode_prompt
-from data import as_list, load_image, measure_prompt, open_source, pixel_flags, read_file
-from data import resolve, system_prompt, to_example, undecoded
+from data import CHATS, TOO_LONG, Example, Examples, File, as_list, attempt, attempt_all
+from data import check_text, encode_prompt, load_image, measure_prompt, open_source, pixel_flags
+from data import read_chat, read_file, resolve, system_prompt, to_example, undecoded
 from page import MOST, save_pictures, write_page
 from rollout import Rollout, parse_response, sample
 from rows import set_attention
@@ -942,12 +942,7 @@ def keep_rows(generated, sets, args):
         for n, rate in enumerate(measured["accuracy"].tolist()):
             rates.append(rate)
             if low <= rate <= high:
-                file, place = test_set.examples.find(test_set.indices[n])
-                row = dict(file.rows[place])
-                row.pop("image", None), row.pop("images", None)
-                for k, image in enumerate(test_set[n].images):
-                    path = portable(image, f"{len(kept)}_{k}", args)
-                    row.setdefault("images", []).append(path)
+                row = kept_row(test_set[n], len(kept), args)
                 kept.append(row | {"pass_rate": rate})
     hard, easy = sum(rate < low for rate in rates), sum(rate > high for rate in rates)
     counts = f"kept {len(kept)} of {len(rates)} rows, dropped {hard} too hard (pass rate below "
@@ -956,6 +951,18 @@ def keep_rows(generated, sets, args):
         raise InputError(f"--keep-pass-rate: {counts}; {args.out} is not written")
     write_rows(os.path.abspath(args.out), kept)
     print(f"{args.out}: {counts}")
+
+
+def kept_row(example, number, args):
+    """The row of an example with paths of its pictures; a chat in which they stand is written as it
+    was read."""
+    row = {name: value for name, value in example.row.items() if name not in ("image", "images")}
+    if any(read_chat(row)[1]):
+        row = {name: value for name, value in row.items() if name not in CHATS}
+        row |= {"prompt": example.prompt, "response": example.response, "answer": example.answer}
+    for k, image in enumerate(example.images):
+        row.setdefault("images", []).append(portable(image, f"{number}_{k}", args))
+    return row
 
 
 def portable(image, name, args):

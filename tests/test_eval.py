@@ -1069,6 +1069,23 @@ def test_difficulty_filter_of_parquet(tiny, policy, tmp_path):
     assert open(example.images[0], "rb").read() == png() and example.answer == "1"
 
 
+def test_difficulty_filter_of_pictures_in_the_chat(tmp_path):
+    """They are kept once, and found from the folder of --out."""
+    (tmp_path / "a.png").write_bytes(png())
+    turn = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]
+    chat = [{"role": "user", "content": turn}, {"role": "assistant", "content": "2"}]
+    questions = own(tmp_path, [{"messages": chat, "answer": "1", "level": 3}])
+    out = str(tmp_path / "deep" / "kept.jsonl")
+    args = SimpleNamespace(keep_pass_rate=(0, 1), out=out, folder=str(tmp_path / "deep" / "more"))
+    E.keep_rows({"own": generations(questions, lambda *_: "1")}, {"own": questions}, args)
+    (before,), (after,) = load_examples(str(tmp_path / "own.jsonl")), load_examples(out)
+    for name in ("prompt", "answer", "response"):
+        assert getattr(after, name) == getattr(before, name)
+    (image,) = after.images
+    assert open(image, "rb").read() == png()
+    assert (after.row["level"], after.row["pass_rate"]) == (3, 1)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--data", "FILE", "--out", "FILE"], "--data FILE"),
     (["--data", "FILE", "--out", "."], "--ckpt ck"),
