@@ -475,7 +475,7 @@ def test_threads_encode_and_few_prompts_are_alive_at_once(tiny, monkeypatch, max
     encoded at a time; in a pool for one rollout, where others start again and again, too. The
     rollouts are those of prompts that are all encoded before."""
     examples = Examples(load_examples(tiny.rl).files * 4, read=E.own)
-    questions, limit = E.look(E.Benchmark(), examples, ONE), 20
+    questions, limit = E.look(E.Benchmark(), examples, ONE), 9
     seen = SimpleNamespace(made=[], peak=0, begun=0)
     args = SimpleNamespace(slots=8, samples=2, temperature=1.5, max_new_tokens=limit, seed=5,
                            max_prompt=10**6, system_prompt=None)
