@@ -942,8 +942,7 @@ def keep_rows(generated, sets, args):
         for n, rate in enumerate(measured["accuracy"].tolist()):
             rates.append(rate)
             if low <= rate <= high:
-                row = kept_row(test_set[n], len(kept), args)
-                kept.append(row | {"pass_rate": rate})
+                kept.append(kept_row(test_set[n], len(kept), args) | {"pass_rate": rate})
     hard, easy = sum(rate < low for rate in rates), sum(rate > high for rate in rates)
     counts = f"kept {len(kept)} of {len(rates)} rows, dropped {hard} too hard (pass rate below "
     counts += f"{low}; {long} of them longer than --max-prompt) and {easy} too easy (above {high})"
