@@ -14,7 +14,7 @@ import sys
 from codecs import getincrementaldecoder
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 
 import numpy as np
@@ -213,10 +213,11 @@ class Pool:
     The full pages of a prompt are shared; its last one, partly filled, is copied for each rollout.
     Page 0 is nobody's: what a compiled step computes for empty slots goes there."""
 
-    def __init__(self, text, pages, page, dtype, device):
+    def __init__(self, text, pages, page, dtype, device, compiled=False):
         heads = 2 * text.num_key_value_heads
         shape = (text.num_hidden_layers, 1 + pages, page, heads, text.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        memory = static_memory if compiled else torch.zeros
+        self.kv = memory(shape, dtype=dtype, device=device)
         self.page, self.free, self.holders = page, list(range(pages, 0, -1)), Counter()
 
     def hold(self, pages):
@@ -245,9 +246,12 @@ class Batch:
         if compiled:
             longest = -(-longest // 1024) * 1024  # another number is another shape to compile
         self.width = -(-longest // page)  # pages of the longest rollout
-        slots = min(slots, len(queue))
-        pages = max(self.width, min(SLOT_TOKENS * max_tokens // page, slots * self.width))
-        self.pool = Pool(text, pages, page, model.dtype, model.device)
+        slots, pages = min(slots, len(queue)), SLOT_TOKENS * max_tokens // page
+        if not compiled:  # otherwise the same number in every call
+            pages = min(pages, slots * self.width)
+        self.pool = Pool(
+            text, max(self.width, pages), page, model.dtype, model.device, compiled
+        )  # fmt: skip
         self.slots, self.leaving = [None] * slots, []
         self.states = torch.zeros(slots, text.hidden_size, dtype=model.dtype, device=model.device)
 
@@ -394,10 +398,20 @@ def decode_step(text, pool, table, state):
     return text.norm(hidden)[:, 0]
 
 
+@lru_cache(maxsize=1)
+def static_memory(shape, dtype, device):
+    """The pool of all calls: a CUDA graph writes to the address that it was captured with, and
+    inductor captures none that writes to an input whose address may change."""
+    kv = torch.zeros(shape, dtype=dtype, device=device)
+    torch._dynamo.mark_static_address(kv)
+    return kv
+
+
 @cache
 def compiled_decode_step():
     """One compilation for each number of slots and window; on CUDA the steps between are replayed
     as CUDA graphs."""
+    torch._dynamo.config.recompile_limit = 64  # after 8 it would decode without, and not say so
     return torch.compile(decode_step, mode="reduce-overhead", dynamic=False)
 
 

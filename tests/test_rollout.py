@@ -392,6 +392,33 @@ def test_the_decode_step_is_one_graph(tiny):
     assert counter.frame_count == 2  # tables of 3 pages and of 1
 
 
+def test_the_pool_of_compiled_steps_is_one_and_static(tiny, monkeypatch):
+    """Inductor captures no graph that writes to an input whose address may change: the pool's may
+    not, and is the same in the next call, whatever prompts it has."""
+    types, pools = [], []
+
+    def backend(module, inputs):
+        for node in module.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("example_value")
+            if torch.is_tensor(value) and value.dim() == 5:
+                types.append(node.meta["tensor_dict"].get("_dynamo_static_input_type"))
+        return module.forward
+
+    step = torch.compile(rollout.decode_step, backend=backend, dynamic=False)
+
+    def watched(text, pool, table, state):
+        pools.append(pool.data_ptr())
+        return step(text, pool, table, state)
+
+    rollout.static_memory.cache_clear()
+    monkeypatch.setattr(rollout, "compiled_decode_step", lambda: watched)
+    settings = {"max_new_tokens": 4, "eos_id": -1, "compiled": True, "max_tokens": 256}
+    for cases in ((0, 1), (3,)):
+        sample(tiny.model, [tiny.prompts[c] for c in cases], 2, **settings)
+    assert types and None not in types
+    assert len(pools) == 6 and len(set(pools)) == 1
+
+
 def test_compiled_sampling_equals_eager(tiny, monkeypatch):
     """The same tokens whatever the slots, which empty and are filled again. (Traced and replayed,
     but without the code generator, which needs a C++ compiler.)"""
