@@ -865,20 +865,18 @@ def write_rows(path, rows):
     os.replace(path + ".tmp", path)
 
 
-def start_log(world, out, step):
+def cut_logs(out, step):
     """After --resume drop from the logs the lines of steps that will be repeated -> the last
     metrics that stay, or {}."""
-    rows = []
-    if world.rank == 0:
-        names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
-        for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
-            with open(path, encoding="utf-8") as file:  # a killed run may leave half a line
-                with about(f"--resume: {path} is damaged"):
-                    rows = [json.loads(line) for line in file if line.endswith("\n")]
-            rows = [row for row in rows if row["step"] <= step]
-            write_rows(path, rows)
-    world.wait()
-    return rows[-1] if rows else {}
+    lines = []
+    names = ("rollouts.jsonl", "skipped.jsonl", "metrics.jsonl")
+    for path in filter(os.path.exists, (os.path.join(out, name) for name in names)):
+        with open(path, encoding="utf-8") as file, about(f"--resume: {path} is damaged"):
+            # a killed run may leave half a line
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        lines = [line for line in lines if line["step"] <= step]
+        write_rows(path, lines)
+    return lines[-1] if lines else {}
 
 
 def open_logger(args, step):
@@ -1114,28 +1112,21 @@ def begin(args, world, parts, steps, *skips):
     """With --resume load the newest whole state; clear OUT of what lies beyond it, or of another
     run; open the logs; from now on SIGTERM and Ctrl-C end the run after the step. -> (progress:
     counters of the run, the last line of metrics.jsonl or {})."""
-    processor_files.cache_clear()
-    processor_files(args.ckpt)
-    progress = {"step": 0, "position": 0}
+    progress, metrics = {"step": 0, "position": 0}, {}
     if world.state:
         progress = resume(args, world, parts, steps, skips)
     elif not all_finite(parts, world):
         raise InputErrorOfAll(f"--ckpt {args.ckpt}: weights are not finite")
-    elif world.rank == 0:
-        remove_run(args.out, args.overwrite)
     step = progress["step"]
-    metrics = start_log(world, args.out, step)
-    if world.rank == 0:
-        for state in find_states(args.out):
-            if step_of(state) > step:
-                shutil.rmtree(state)
-        shutil.rmtree(os.path.join(args.out, "bad"), ignore_errors=True)
-        if os.path.exists(os.path.join(args.out, "meta.json")):
-            os.remove(os.path.join(args.out, "meta.json"))  # not finished any more
-    if args.logger and world.rank == 0:
-        world.write = open_logger(args, step)
     world.began = step, time.time()
     if world.rank == 0:
+        processor_files.cache_clear()
+        processor_files(args.ckpt)
+        if world.state:
+            metrics = cut_logs(args.out, step)
+        clear(args, step)
+        if args.logger:
+            world.write = open_logger(args, step)
         world.bar = tqdm(total=steps, initial=step, unit="step", disable=None)
         CLOSING.callback(world.bar.close)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1144,15 +1135,22 @@ def begin(args, world, parts, steps, *skips):
     return progress, metrics
 
 
-def remove_run(out, finished):
-    """Remove the logs that a former run has left in OUT, with --overwrite its checkpoint, too: what
-    stays would pass for the new run's."""
-    kinds = ["metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "rollouts.html", "curves.png"]
-    kinds += ["README.md", "config.json", "model*.safetensors*"] if finished else []
-    for path in (path for kind in kinds for path in glob(kind, root_dir=out)):
-        os.remove(os.path.join(out, path))
-    for folder in ("pictures", "discriminator") if finished else ():
-        shutil.rmtree(os.path.join(out, folder), ignore_errors=True)
+def clear(args, step):
+    """Remove from OUT what would pass for this run's: what lies beyond the step, of another run the
+    logs, with --overwrite its checkpoint, too."""
+    kinds = ["meta.json", "bad"]  # it is not finished any more
+    if not args.resume:
+        kinds += ["metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "rollouts.html", "curves.png"]
+    if args.overwrite:
+        kinds += ["README.md", "config.json", "model*.safetensors*", "pictures", "discriminator"]
+    found = [state for state in find_states(args.out) if step_of(state) > step]
+    for kind in kinds:
+        found += Path(args.out).glob(kind)
+    for path in found:
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
 
 
 def resume(args, world, parts, steps, skips):

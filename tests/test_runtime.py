@@ -996,11 +996,11 @@ def test_a_terminal_gets_a_bar_and_a_file_lines(tiny, tmp_path, capfd):
 def test_resume_drops_the_log_of_steps_that_are_repeated(tmp_path):
     for step in range(1, 6):
         runtime.log(LOGGING, str(tmp_path), {"step": step, "loss": 0.5, "grad_norm": None})
-    runtime.start_log(ONE, str(tmp_path), 3)
+    runtime.cut_logs(str(tmp_path), 3)
     assert read_jsonl(tmp_path / "metrics.jsonl") == [
         {"step": step, "loss": 0.5} for step in (1, 2, 3)
     ]
-    runtime.start_log(ONE, str(tmp_path), 0)
+    runtime.cut_logs(str(tmp_path), 0)
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
@@ -1009,7 +1009,7 @@ def test_half_a_line_in_the_log_is_dropped(tmp_path):
         runtime.log(LOGGING, str(tmp_path), {"step": step, "loss": 0.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    assert runtime.start_log(ONE, str(tmp_path), 2) == {"step": 2, "loss": 0.5}
+    assert runtime.cut_logs(str(tmp_path), 2) == {"step": 2, "loss": 0.5}
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -1019,7 +1019,7 @@ def test_half_a_surrogate_does_not_break_a_log(tmp_path):
     assert read_jsonl(tmp_path / "rollouts.jsonl") == rows
     assert "\u00e9 \U0001f600" in (tmp_path / "rollouts.jsonl").read_text()
     runtime.append_rows(str(tmp_path / "rollouts.jsonl"), rows)
-    runtime.start_log(ONE, str(tmp_path), 1)
+    runtime.cut_logs(str(tmp_path), 1)
     assert read_jsonl(tmp_path / "rollouts.jsonl") == rows * 2
 
 
