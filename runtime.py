@@ -268,9 +268,11 @@ def setup(args, global_sizes=()):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
         raise InputError(f"{size} processes, {local} on this node: start as many on every node")
+    shares = []
     for flag, n in dict(global_sizes).items():
-        if n < 1 or n % size:
+        if n % size:
             raise InputError(f"{flag} = {n} is not divisible by the {size} processes")
+        shares.append(f"; {flag} {n}: {n // size} on each")
     check_out(args.out, {flag_of(name): getattr(args, name, None) for name in PATHS + SOURCES})
     if hasattr(args, "save_every"):
         check_run(args)
@@ -285,9 +287,7 @@ def setup(args, global_sizes=()):
     if size > 1 or device.type == "cuda" or world.dtype != torch.float32:
         world.mesh = connect(size, local, device)
     if world.rank == 0 and size > 1:
-        shares = [f"{flag} {n}: {n // size} on each" for flag, n in dict(global_sizes).items()]
-        shape = list(world.mesh.mesh.shape)
-        print("; ".join([f"{size} processes, mesh {shape}", *shares]), flush=True)
+        print(f"{size} processes, mesh {list(world.mesh.shape)}{''.join(shares)}", flush=True)
     world.on_first(claim, args.out)
     return world
 
@@ -325,15 +325,10 @@ def check_run(args):
     states = find_states(args.out)
     if args.resume and not states:
         raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
-    found = None
-    if os.path.exists(os.path.join(args.out, "README.md")):
-        found = "a README.md"
-    if os.path.exists(os.path.join(args.out, "config.json")):
-        found = "a checkpoint"
-    if states:
-        found = "an unfinished run"
-    if os.path.exists(os.path.join(args.out, "meta.json")):
-        found = "a finished run"
+    names = os.listdir(args.out) if os.path.isdir(args.out) else []
+    holds = {"a finished run": "meta.json" in names, "an unfinished run": states,
+             "a checkpoint": "config.json" in names, "a README.md": "README.md" in names}
+    found = next((what for what, there in holds.items() if there), None)
     if found and not (args.resume or args.overwrite):
         cure = "add --resume to go on or --overwrite to lose it, or give another folder"
         raise InputError(f"--out {args.out} holds {found}: {cure}")
@@ -432,8 +427,7 @@ def start_lora(model, seed):
             whole = torch.rand(parameter.shape, generator=generator) * 2 - 1
             whole = whole.to(parameter.device) / math.sqrt(parameter.shape[1])
             if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                whole = distribute_tensor(whole, mesh, placements)
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
             parameter.copy_(whole)
 
 
@@ -931,9 +925,8 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
             write(folder, world, ckpt)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
-        names = glob("**", root_dir=new, recursive=True, include_hidden=True)
-        names = [name for name in sorted(names) if os.path.isfile(os.path.join(new, name))]
-        files = checksums(new, world.gather(names)[0], world)
+        names = [str(path.relative_to(new)) for path in Path(new).rglob("*") if path.is_file()]
+        files = checksums(new, sorted(world.gather(names)[0]), world)
         if world.rank == 0:
             write_json(os.path.join(new, "manifest.json"), files)
     world.wait()  # `writing` is done with the folder on every rank
@@ -967,17 +960,17 @@ def checksums(folder, names, world):
     return {name: found for part in world.gather(mine) for name, found in part.items()}
 
 
-def read_manifest(folder):
+def read_manifest(path):
     """{file: checksum} of the state that a folder is or, as state.9/discriminator, lies in; {} of
     any other folder, which may have a manifest.json of somebody else's."""
-    folder = os.path.abspath(folder)
-    above = os.path.dirname(folder)
-    state = above if above in find_states(os.path.dirname(above)) else folder
-    path, progress = (os.path.join(state, name) for name in ("manifest.json", "progress.json"))
-    if not (os.path.isfile(path) and os.path.isfile(progress)):
-        return {}
-    with about(f"{folder}: the state is damaged (manifest.json)"):
-        return {os.path.join(state, name): found for name, found in read_json(path).items()}
+    path = os.path.abspath(path)
+    for state in (path, os.path.dirname(path)):
+        manifest = os.path.join(state, "manifest.json")
+        if os.path.isfile(manifest) and os.path.isfile(os.path.join(state, "progress.json")):
+            with about(f"{path}: the state is damaged (manifest.json)"):
+                found = read_json(manifest)
+                return {os.path.join(state, name): content for name, content in found.items()}
+    return {}
 
 
 def whole_state(out, world):
