@@ -53,7 +53,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
-from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from page import redraw, write_card
@@ -513,26 +512,37 @@ def all_finite(parts, world):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+SETTINGS = (".json", ".jinja", ".txt", ".model")  # what a checkpoint has beside its weights
+FILES = (".safetensors", *SETTINGS)
+
+
+def local_folder(path, kinds=FILES):
+    """The folder of a checkpoint; of a Hub id files of these kinds are downloaded."""
+    if os.path.isdir(path):
+        return path
+    with about("neither a folder nor a checkpoint that the Hub gives"):
+        return snapshot_download(path, allow_patterns=[f"*{kind}" for kind in kinds])
+
+
 def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
     InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
-    an adapter, with whole weights in safetensors, or could be a Hub id (owner/name)."""
+    an adapter, with whole weights in safetensors; of a Hub id (owner/name) only its settings are
+    downloaded to look at them."""
     local = os.path.isdir(path)
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise InputError(f"{flag} {path}: no such folder")
-    try:
-        file = os.path.join(path, "config.json") if local else cached_file(path, "config.json")
-    except (OSError, ValueError):
-        return  # from_pretrained knows better what is wrong with a Hub id
     with about(f"{flag} {path}"):
-        if local and any(name.startswith("adapter_") for name in os.listdir(path)):
+        folder = local_folder(path, SETTINGS)
+        names, states = os.listdir(folder), find_states(folder)
+        if any(name.startswith("adapter_") for name in names):
             raise ValueError("an adapter (adapter_*) is not read: merge or remove it")
-        if not os.path.isfile(file) and (states := find_states(path)):
-            state, inner = states[0], os.path.join(states[0], "discriminator")
-            state = inner if flag == "--disc" and os.path.isdir(inner) else state
+        if states and "config.json" not in names:
+            inner = os.path.join(states[0], "discriminator")
+            state = inner if flag == "--disc" and os.path.isdir(inner) else states[0]
             raise ValueError(f"an unfinished run: give one of its states, such as {state}")
         with about("config.json"):
-            config = read_json(file)
+            config = read_json(os.path.join(folder, "config.json"))
             kind, quantised = config.get("model_type"), config.get("quantization_config")
         if kind not in kinds:
             raise ValueError(f"a {kind}; a {' or '.join(kinds)} is needed")
@@ -540,7 +550,7 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
             method = quantised.get("quant_method")
             raise ValueError(f"a quantised checkpoint ({method}) cannot be trained")
         if local:
-            check_weights(path)
+            check_weights(folder)
 
 
 def check_weights(path):
@@ -571,13 +581,13 @@ def load_tokenizer(path, args=None, flag="--ckpt"):
     check_checkpoint(path, flag=flag)
     code = {"trust_remote_code": False}
     with about(f"{flag} {path}"):
+        folder = local_folder(path, SETTINGS)
         with about("tokenizer or image processor"):
-            tokenizer = AutoTokenizer.from_pretrained(path, **code)
-            processor = AutoImageProcessor.from_pretrained(path, backend="pil", **code)
-            rows = AutoConfig.from_pretrained(path, **code).get_text_config().vocab_size
-            absent = {"_raise_exceptions_for_missing_entries": False}
-            older = cached_file(path, "chat_template.json", **absent)
-            if tokenizer.chat_template is None and older:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **code)
+            rows = AutoConfig.from_pretrained(folder, **code).get_text_config().vocab_size
+            older = os.path.join(folder, "chat_template.json")
+            if tokenizer.chat_template is None and os.path.exists(older):
                 tokenizer.chat_template = read_json(older)["chat_template"]
         if (n := len(tokenizer)) > rows:
             raise ValueError(f"the tokenizer has {n} tokens, the embedding {rows} rows")
@@ -613,8 +623,9 @@ def load_policy(path, dtype=torch.float32, world=None):
         multiply_patches(model.model.visual)
         if os.path.exists(os.path.join(folder, "generation_config.json")):
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # for rows.py: the embedding may have more rows than the tokenizer has tokens
-        model.usable_vocabulary = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        model.usable_vocabulary = len(tokenizer)
         model.stored = compare_weights(model, check_weights(folder))
         if world is None or world.mesh is None:
             read_weights(model, "cpu")
@@ -632,13 +643,6 @@ def multiply_patches(visual):
         return F.linear(pixels.to(weight.dtype), weight.flatten(1), embed.proj.bias)
 
     visual.patch_embed.forward = MethodType(forward, visual.patch_embed)
-
-
-def local_folder(path):
-    """The folder of a checkpoint; of a Hub id its weights and settings are downloaded."""
-    if os.path.isdir(path):
-        return path
-    return snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
 
 
 @dataclass
@@ -756,26 +760,19 @@ def write_checkpoint(model, out, world, ckpt):
 
 @cache
 def processor_files(ckpt):
-    """{name: content} of tokenizer, chat template and preprocessor files, {} of a Hub id. `begin`
-    reads them: a parent that is a state of a run at work may be gone when this one saves."""
+    """{name: content} of tokenizer, chat template and preprocessor files. `begin` reads them: a
+    parent that is a state of a run at work may be gone when this one saves."""
     others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
               "progress", "manifest")
-    files = {}
-    for name in os.listdir(ckpt) if os.path.isdir(ckpt) else ():
-        stem, kind = name.split(".")[0], os.path.splitext(name)[1]
-        if kind in (".json", ".txt", ".jinja", ".model") and stem not in others:
-            files[name] = Path(ckpt, name).read_bytes()
-    return files
+    files = Path(local_folder(ckpt, SETTINGS)).iterdir()
+    files = [file for file in files if file.suffix in SETTINGS]
+    return {file.name: file.read_bytes() for file in files if file.name.split(".")[0] not in others}
 
 
 def copy_processor(ckpt, out):
-    """Write tokenizer, chat template and preprocessor files as they are; from a Hub id they are
-    saved anew."""
-    files = processor_files(ckpt)
-    for name, content in files.items():
+    """Write tokenizer, chat template and preprocessor files as they are."""
+    for name, content in processor_files(ckpt).items():
         Path(out, name).write_bytes(content)
-    for part in () if files else load_tokenizer(ckpt):
-        part.save_pretrained(out)
 
 
 def write_meta(out, stage, args, step, metrics):
@@ -1056,10 +1053,10 @@ def run(main):
 def fingerprint(path):
     """Of a file or of the files of a checkpoint, the same wherever they lie: names, sizes, all
     content. Raises InputError for a damaged state."""
-    kinds, paths = (".safetensors", ".json", ".jinja", ".txt", ".model"), [path]
+    paths = [path]
     if os.path.isdir(path):
         others = ("meta.json", "progress.json", "manifest.json")
-        names = (name for name in sorted(os.listdir(path)) if name.endswith(kinds))
+        names = (name for name in sorted(os.listdir(path)) if name.endswith(FILES))
         paths = [os.path.join(path, name) for name in names if name not in others]
     found = [(os.path.relpath(p, path), checksum(p)) for p in paths]
     manifest = read_manifest(path)

@@ -301,18 +301,38 @@ def test_moments_that_are_not_finite_are_found():
 
 # -------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("name, message", [
-    ("Qwen/Qwen3-VL-4B-Instruct", None), ("prism-vlm/Qwen3-VL-2B.x_y", None),
+    ("Qwen/Qwen3-VL-4B-Instruct", "neither a folder nor a checkpoint that the Hub gives: "),
+    ("prism-vlm/Qwen3-VL-2B.x_y", "neither a folder nor a checkpoint that the Hub gives: "),
     ("nowhere", "no such folder"), ("nowhere/", "no such folder"), ("./a/b", "no such folder"),
     ("a/b/c", "no such folder"), ("/no/where", "no such folder"),
     ("../nowhere", "no such folder"), ("a/", "no such folder"),
 ])  # fmt: skip
 def test_folders_and_hub_ids(name, message):
-    """owner/name is a Hub id unless there is such a folder; anything else has to be a folder."""
-    if message is None:
+    """owner/name is a Hub id, here out of reach, unless there is such a folder; anything else has
+    to be a folder."""
+    with pytest.raises(InputError, match=f"--ckpt {name}: {message}"):
         runtime.check_checkpoint(name)
-    else:
-        with pytest.raises(InputError, match=f"--ckpt .*{message}"):
-            runtime.check_checkpoint(name)
+
+
+def test_a_hub_id_is_the_folder_that_is_downloaded(tiny, tmp_path, monkeypatch):
+    """With a cache as the Hub leaves it in place of the Hub: what is trained and written is the
+    same, the files of tokenizer and processor to the byte."""
+    cached, commit = tmp_path / "models--owner--tiny.1_b", "0" * 40
+    folder = Path(shutil.copytree(tiny.base, cached / "snapshots" / commit))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    contents = []
+    for out, ckpt in (("hub", "owner/tiny.1_b"), ("local", tiny.base)):
+        assert stage("sft", *flags_of(tiny, tmp_path / out, ckpt=ckpt, steps=1)) == 0
+        contents.append(content_of(tmp_path / out))
+    names = {name for name in contents[1] if name.endswith((".json", ".jinja", ".safetensors"))}
+    names = {name for name in names if Path(name).name not in OWN_TO_A_RUN}
+    assert len(names) == 2 * 7 and names <= contents[0].keys()
+    assert all(contents[0][name] == contents[1][name] for name in names)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="--ckpt owner/tiny.1_b: no weights"):
+        runtime.load_policy("owner/tiny.1_b")
 
 
 @pytest.mark.parametrize("load", [runtime.load_policy, load_discriminator])
