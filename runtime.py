@@ -900,12 +900,11 @@ def step_of(state):
     return int(state.rpartition(".")[2])
 
 
-def save_state(out, world, parts, progress, keep=1, ckpt=None):
+def save_state(out, world, parts, progress, ckpt=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
-    then renamed; the newest `keep` states stay, and the best one. parts: {name: (model,
-    optimizer)}; progress: JSON-able counters. Sampling needs no generator state: its random numbers
-    depend on (seed, step, prompt, sample). manifest.json holds the checksums of all. InputError
-    when the disk is full.
+    then renamed. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling needs no
+    generator state: its random numbers depend on (seed, step, prompt, sample). manifest.json holds
+    the checksums of all. InputError when the disk is full.
 
     ckpt: the checkpoint that the run started from. Then the state is a checkpoint, too, of its
     first part, and holds one of each other part in a folder."""
@@ -918,8 +917,10 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
         dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
         for name, (model, _) in parts.items() if ckpt else ():
             folder = new if name == next(iter(parts)) else os.path.join(new, name)
-            write = getattr(model, "write_checkpoint", partial(write_checkpoint, model))
-            write(folder, world, ckpt)
+            if isinstance(model, PreTrainedModel):
+                write_checkpoint(model, folder, world, ckpt)
+            else:  # a discriminator
+                model.write_checkpoint(folder, world, ckpt)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
         names = [str(path.relative_to(new)) for path in Path(new).rglob("*") if path.is_file()]
@@ -930,10 +931,6 @@ def save_state(out, world, parts, progress, keep=1, ckpt=None):
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
-        best = os.path.join(out, f"state.{world.best[0]}")
-        for old in find_states(out)[keep:]:
-            if old != best:
-                shutil.rmtree(old)
     world.wait()
 
 
@@ -1167,7 +1164,8 @@ def resume(args, world, parts, steps, skips):
 def end_step(args, world, parts, progress, last, *skips):
     """Save the state when it is due, and when the run has to end: after SIGTERM or Ctrl-C on any
     rank (status 143, 130), and when it has become useless, which leaves OUT/bad/state.STEP to look
-    at. While updates are being skipped nothing is saved: the states of OUT are from before."""
+    at. While updates are being skipped nothing is saved: the states of OUT are from before. The
+    --keep newest states stay, and the best one."""
     step, row = progress["step"], max(s.row for s in skips)
     for s in skips:
         if s.total > s.named and world.rank == 0:
@@ -1191,9 +1189,12 @@ def end_step(args, world, parts, progress, last, *skips):
             f"{args.out}/bad/state.{step}, the states in {args.out} are untouched"
         )
     if due:
-        save_state(args.out, world, parts, progress, args.keep, args.ckpt)
+        save_state(args.out, world, parts, progress, args.ckpt)
         world.due = False
         if world.rank == 0:
+            for state in find_states(args.out)[args.keep :]:
+                if step_of(state) != world.best[0]:
+                    shutil.rmtree(state)
             redraw(args.out, last)
     if stop and due and not last:
         if world.rank == 0:
