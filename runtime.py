@@ -506,7 +506,7 @@ def all_finite(parts, world):
     """Whether all weights and moments of {name: (model, optimizer)} are, on all ranks."""
     tensors = [p for model, _ in parts.values() for p in model.parameters()]
     states = [state for _, optimizer in parts.values() for state in optimizer.state.values()]
-    tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+    tensors += [value for state in states for value in state.values()]
     tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return not world.sum(sum(not t.isfinite().all() for t in tensors))[0]
 
@@ -700,23 +700,21 @@ def read_weights(model, device):
     """Read the weights of a model on the meta device, whose `stored` says where they are, see
     `compare_weights`; of a sharded one the shards of this rank alone."""
     materialize(model, device)
-    with ExitStack() as stack:
-        opened = {}
-        for file in {stored.file for stored in model.stored.values()}:
-            opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-        for name, parameter in model.named_parameters():
-            local, first = parameter, 0
-            if isinstance(parameter, DTensor):
-                # FSDP2 shards the first dimension, as torch.chunk does
-                local, mesh = parameter.to_local(), parameter.device_mesh
-                each = math.ceil(len(parameter) / mesh.size(-1))
-                first = mesh.get_coordinate()[-1] * each
-            if name not in model.stored:
-                local.zero_()
-            elif len(local):  # the last ranks may hold nothing
-                stored = model.stored[name]
-                rows = opened[stored.file].get_slice(stored.name)[first : first + len(local)]
-                local.copy_(rows.mT if stored.transposed else rows)
+    files = {stored.file for stored in model.stored.values()}
+    opened = {file: safe_open(file, framework="pt") for file in files}
+    for name, parameter in model.named_parameters():
+        local, first = parameter, 0
+        if isinstance(parameter, DTensor):
+            # FSDP2 shards the first dimension, as torch.chunk does
+            local, mesh = parameter.to_local(), parameter.device_mesh
+            each = math.ceil(len(parameter) / mesh.size(-1))
+            first = mesh.get_coordinate()[-1] * each
+        if name not in model.stored:
+            local.zero_()
+        elif len(local):  # the last ranks may hold nothing
+            stored = model.stored[name]
+            rows = opened[stored.file].get_slice(stored.name)[first : first + len(local)]
+            local.copy_(rows.mT if stored.transposed else rows)
 
 
 def choose_attention(name, world):
@@ -787,14 +785,12 @@ def write_meta(out, stage, args, step, metrics):
 
 def write_json(path, value):
     """Under a temporary name, then renamed: a file that exists is complete."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(value, file, indent=1)
+    Path(path + ".tmp").write_text(json.dumps(value, indent=1))
     os.replace(path + ".tmp", path)
 
 
 def read_json(path):
-    with open(path) as file:
-        return json.load(file)
+    return json.loads(Path(path).read_text())
 
 
 @contextmanager
@@ -878,12 +874,10 @@ def open_logger(args, step):
         CLOSING.callback(writer.close)
         add = writer.add_scalar
         return lambda metrics: [add(key, metrics[key], metrics["step"]) for key in metrics]
-    path = os.path.join(args.out, "wandb_id")
-    if step == 0 or not os.path.exists(path):
-        with open(path, "w") as file:
-            file.write(uuid.uuid4().hex)
-    with open(path) as file:
-        where = {"project": "prism", "id": file.read(), "dir": args.out}
+    kept = Path(args.out, "wandb_id")
+    if step == 0 or not kept.exists():
+        kept.write_text(uuid.uuid4().hex)
+    where = {"project": "prism", "id": kept.read_text(), "dir": args.out}
     run = module.init(**where, resume="allow", config=vars(args))
     return lambda metrics: run.log(metrics, step=metrics["step"])
 
