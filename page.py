@@ -269,27 +269,26 @@ LOADS = {True: "A discriminator: `align.py --disc` loads it.",
 def write_card(out, meta):
     """OUT/README.md, with the columns that the Hub reads, from what meta.json holds. Licence and
     base_model go from parent to child; nobody is assumed to have given a licence."""
-    args, parent = meta["args"], meta["parent"]
+    args, parent, discriminator = meta["args"], meta["parent"], bool(meta["args"].get("pairs"))
     sources = args.get("data") or args.get("pairs") or []
-    hub = [re.sub(":.*", "", source) for source in sources if is_hub_id(source)]
     # what a user has written into the card of OUT stays
-    before, discriminator = front_matter(parent) | front_matter(out), meta["stage"] == "pairs"
-    front = {"license": before.get("license", "unknown")}
-    base = parent if is_hub_id(parent) else before.get("base_model")
-    front |= {"base_model": base} if base else {}
-    front |= {"datasets": hub} if hub else {}
-    if not discriminator:
-        front |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    front["tags"] = ["prism", meta["stage"]]
+    before = front_matter(parent) | front_matter(out)
+    front = {
+        "license": before.get("license", "unknown"),
+        "base_model": parent if is_hub_id(parent) else before.get("base_model"),
+        "datasets": [re.sub(":.*", "", source) for source in sources if is_hub_id(source)],
+        "library_name": None if discriminator else "transformers",
+        "pipeline_tag": None if discriminator else "image-text-to-text",
+        "tags": ["prism", meta["stage"]],
+    }
     # JSON is YAML
-    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
-    given = {name: value for name, value in args.items() if value is not None}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
     text = CARD.format(
         front="\n".join(lines), name=plain(os.path.basename(os.path.abspath(out))),
         step=meta["step"], stage=meta["stage"], loads=LOADS[discriminator], parent=plain(parent),
         data=", ".join(f"`{plain(source)}`" for source in sources) or "none",
         commit=meta["git_commit"] or "unknown", metrics=table("metric", meta["metrics"]),
-        settings=table("setting", given),
+        settings=table("setting", args),
     )  # fmt: skip
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8", errors="replace") as file:
         file.write(text)

@@ -55,7 +55,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
-from page import redraw, write_card
+from page import read_lines, redraw, write_card
 
 # dcp.save and dcp.load say so of every single process, also where no_dist tells them that it is one
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
@@ -1186,9 +1186,13 @@ def end_step(args, world, parts, progress, last, *skips):
         save_state(args.out, world, parts, progress, args.ckpt)
         world.due = False
         if world.rank == 0:
-            for state in find_states(args.out)[args.keep :]:
-                if step_of(state) != world.best[0]:
-                    shutil.rmtree(state)
+            state, *older = find_states(args.out)
+            (metrics,) = read_lines(os.path.join(args.out, "metrics.jsonl"), 1)
+            with writing(state):
+                write_meta(state, args.stage, args, step, metrics)
+            for old in older[args.keep - 1 :]:
+                if step_of(old) != world.best[0]:
+                    shutil.rmtree(old)
             redraw(args.out, last)
     if stop and due and not last:
         if world.rank == 0:

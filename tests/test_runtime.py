@@ -855,6 +855,20 @@ def test_a_state_is_the_checkpoint_that_the_run_would_have_saved(
     assert first | {"out": second["out"]} == second
 
 
+def test_a_state_has_a_card(tiny, tmp_path):
+    """Licence and base model go from a state to what starts from it."""
+    parent = Path(shutil.copytree(tiny.base, tmp_path / "parent"))
+    (parent / "README.md").write_text("---\nlicense: mit\nbase_model: owner/name\n---\n")
+    assert stage("sft", *flags_of(tiny, tmp_path / "one", ckpt=parent, steps=1)) == 0
+    state = tmp_path / "one" / "state.1"
+    assert stage("sft", *flags_of(tiny, tmp_path / "two", ckpt=state, steps=1)) == 0
+    cards = [(folder / "README.md").read_text() for folder in (state, tmp_path / "two")]
+    for card in cards:
+        assert 'license: "mit"\nbase_model: "owner/name"\n' in card
+    loss = read_jsonl(tmp_path / "one" / "metrics.jsonl")[0]["loss"]
+    assert "# state.1\n" in cards[0] and f"| loss | `{loss}` |" in cards[0]
+
+
 def test_a_state_of_the_warm_up_is_a_discriminator(tiny, policy, tmp_path):
     """The one that the run would have saved, for align.py --disc."""
     pair = {"question": "How many?", "teacher_caption": "1 red", "teacher_cot": "<think>a</think>"}
