@@ -645,19 +645,11 @@ def multiply_patches(visual):
     visual.patch_embed.forward = MethodType(forward, visual.patch_embed)
 
 
-@dataclass
-class Stored:
-    """Where a parameter lies in the files of a checkpoint."""
-
-    file: str
-    name: str
-    transposed: bool = False  # [E, m, n] of what is a parameter [E, n, m]
-
-
 def compare_weights(model, found, names=None, unused=()):
     """Raise ValueError unless the weights found, see `check_weights`, are those of the model ->
-    {parameter: Stored}. names: {parameter: name of its weight} where that is another one; several
-    may have the same, and one without any will be 0. unused: weights that nothing is made of."""
+    {parameter: (file, its weight there)}, of which one of an [E, n, m] may be [E, m, n]. names:
+    {parameter: its weight} where that has another name; several may have the same, and one without
+    any will be 0. unused: weights that nothing is made of."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}  # of tied ones the first
     names = {name: name for name in shapes} if names is None else names
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -665,9 +657,8 @@ def compare_weights(model, found, names=None, unused=()):
     for name, weight in names.items():
         if weight in found:
             (file, shape), own = found[weight], shapes[name]
-            swapped = [own[0], own[2], own[1]] if len(own) == 3 else own
-            stored[name] = Stored(file, weight, shape != own)
-            if shape not in (own, swapped):
+            stored[name] = file, weight
+            if shape != own and (len(own) != 3 or shape != [own[0], own[2], own[1]]):
                 other.add(weight)
     missing = set(names.values()) - found.keys()
     unknown = found.keys() - {*names.values(), *tied, *unused}
@@ -700,7 +691,7 @@ def read_weights(model, device):
     """Read the weights of a model on the meta device, whose `stored` says where they are, see
     `compare_weights`; of a sharded one the shards of this rank alone."""
     materialize(model, device)
-    files = {stored.file for stored in model.stored.values()}
+    files = {file for file, _ in model.stored.values()}
     opened = {file: safe_open(file, framework="pt") for file in files}
     for name, parameter in model.named_parameters():
         local, first = parameter, 0
@@ -712,9 +703,9 @@ def read_weights(model, device):
         if name not in model.stored:
             local.zero_()
         elif len(local):  # the last ranks may hold nothing
-            stored = model.stored[name]
-            rows = opened[stored.file].get_slice(stored.name)[first : first + len(local)]
-            local.copy_(rows.mT if stored.transposed else rows)
+            file, weight = model.stored[name]
+            rows = opened[file].get_slice(weight)[first : first + len(local)]
+            local.copy_(rows if rows.shape == local.shape else rows.mT)
 
 
 def choose_attention(name, world):

@@ -191,7 +191,7 @@ def policy_on_meta(config):
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config).eval()
     runtime.multiply_patches(model.model.visual)
-    model.stored = {name: runtime.Stored("file", name) for name, _ in model.named_parameters()}
+    model.stored = {name: ("file", name) for name, _ in model.named_parameters()}
     return rows.set_attention(model, "flash")
 
 
@@ -223,7 +223,7 @@ def discriminator_on_meta(config):
         backbone = rows.set_attention(Qwen3VLModel(config).eval(), "flash")
         disc = discriminator.Discriminator(backbone, "moe", "last")
     runtime.multiply_patches(backbone.visual)
-    disc.stored = {name: runtime.Stored("file", name) for name, _ in disc.named_parameters()}
+    disc.stored = {name: ("file", name) for name, _ in disc.named_parameters()}
     return disc
 
 
