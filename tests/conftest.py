@@ -218,6 +218,11 @@ def assert_same_grads(left, right, tolerance=1e-5):
     assert largest > 100 * tolerance  # otherwise the comparison says nothing
 
 
+def as_flags(given):
+    """{"max-new-tokens": 8} -> ["--max-new-tokens", 8]."""
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
 def at_once(script, flags):
     """The flags of a run in which a game begins at once, unless they say something else."""
     plays = "align" in str(script) and "--warmup-steps" not in flags

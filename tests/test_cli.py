@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import launch, read_jsonl, stage, untimed
+from conftest import as_flags, launch, read_jsonl, stage, untimed
 from safetensors.torch import load_file
 
 SFT = {
@@ -65,13 +65,8 @@ def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
     """Same seed, same global batch: same losses, rewards, scores, lengths, weights; under FSDP2 on
     two ranks as on one."""
     script, ckpt, data, more = RUNS[name]
-    flags = {
-        "ckpt": {"base": tiny.base, "policy": policy}[ckpt],
-        "data": getattr(tiny, data),
-        "steps": 3,
-        "seed": 5,
-    } | more
-    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": getattr(tiny, data)}
+    flags = as_flags(flags | {"steps": 3, "seed": 5} | more)
     assert stage(script, *flags, "--out", tmp_path / "one") == 0
     result = launch(f"{script}.py", *flags, "--out", tmp_path / "two", processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -93,8 +88,8 @@ def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
 
 def test_two_processes_resume_what_one_began(tiny, policy, tmp_path):
     """A state is not bound to the number of processes that wrote it."""
-    flags = {"ckpt": policy, "data": tiny.rl, "prompts": 2, "rollouts": 4, "kl": 0.1} | GAME
-    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    flags = {"ckpt": policy, "data": tiny.rl, "prompts": 2, "rollouts": 4, "kl": 0.1}
+    flags = as_flags(flags | GAME)
     assert stage("rl", *flags, "--out", tmp_path / "whole", "--steps", 3) == 0
     assert stage("rl", *flags, "--out", tmp_path / "broken", "--steps", 1) == 0
     result = launch(
@@ -276,20 +271,14 @@ CASES = [(name, script) for name, (scripts, *_) in BAD.items() for script in scr
 
 def bad_flags(tiny, tmp_path, script, name):
     flags = {"ckpt": tiny.base, "data": getattr(tiny, script), "out": tmp_path / "out", "steps": 1}
-    flags |= (
-        {"batch": 24} if script == "sft" else {"prompts": 2, "rollouts": 2, "max-new-tokens": 4}
-    )
-    flags |= (
-        {"bad-rows": "stop"} if name.startswith("row") else {}
-    )  # otherwise one bad row of 24 is skipped
-    flags[BAD[name][1]] = BAD[name][2](tiny, tmp_path)
-    return [
-        part
-        for key, value in flags.items()
-        if value is not None
-        for part in (f"--{key}", value)
-        if part != ""
-    ]
+    game = {"prompts": 2, "rollouts": 2, "max-new-tokens": 4}
+    flags |= {"batch": 24} if script == "sft" else game
+    if name.startswith("row"):  # otherwise one bad row of 24 is skipped
+        flags["bad-rows"] = "stop"
+    _, flag, value, _ = BAD[name]
+    flags[flag] = value(tiny, tmp_path)
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [part for part in as_flags(given) if part != ""]
 
 
 def assert_one_clear_line(script, error, words, out):
@@ -325,19 +314,8 @@ def test_a_batch_that_the_processes_do_not_divide(
 ):
     """Every flag that the line names must exist."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (
-        stage(
-            script,
-            "--ckpt",
-            tiny.base,
-            "--data",
-            getattr(tiny, script),
-            "--out",
-            tmp_path / "out",
-            *flags,
-        )
-        == 2
-    )
+    given = {"ckpt": tiny.base, "data": getattr(tiny, script), "out": tmp_path / "out"}
+    assert stage(script, *as_flags(given), *flags) == 2
     error = capfd.readouterr().err
     assert_one_clear_line(script, error, words, tmp_path / "out")
     stage(script, "--help")
@@ -371,19 +349,8 @@ def test_a_bad_row_on_one_rank_ends_all(tiny, tmp_path):
     """Only the rank that draws the row sees it; the others must not wait for it in a collective for
     ever."""
     data = with_row(tiny, tmp_path, [4], images=[a_file(tmp_path, "a.png", b"text")] * 2)
-    flags = [
-        "--ckpt",
-        tiny.base,
-        "--data",
-        data,
-        "--batch",
-        24,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "out",
-    ]
-    result = launch("sft.py", *flags, "--bad-rows", "stop", processes=2)
+    flags = {"ckpt": tiny.base, "data": data, "batch": 24, "steps": 1, "out": tmp_path / "out"}
+    result = launch("sft.py", *as_flags(flags | {"bad-rows": "stop"}), processes=2)
     assert result.returncode != 0 and result.stderr.count("sft.py: error: ") == 1
     assert re.search(r"sft.py: error: .*data.jsonl:4: image cannot be read", result.stderr)
 
@@ -397,7 +364,7 @@ def begun(tiny, policy, tmp_path_factory):
         out = tmp_path_factory.mktemp(script) / "out"
         flags = {"ckpt": policy, "data": getattr(tiny, script), "prompts": 2, "rollouts": 2, "max-new-tokens": 4, "out": out}
         runs[script] = flags | {"steps": 1}
-        assert stage(script, *(part for key, value in runs[script].items() for part in (f"--{key}", value))) == 0
+        assert stage(script, *as_flags(runs[script])) == 0
     return runs
 
 
@@ -418,7 +385,7 @@ def test_resume_of_another_run_names_what_differs(tiny, begun, capfd, script, fl
     out = begun[script]["out"]
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     capfd.readouterr()
-    assert stage(script, *(part for key, value in flags.items() for part in (f"--{key}", value)), "--resume") == 2
+    assert stage(script, *as_flags(flags), "--resume") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert re.match(f"{script}.py: error: --resume: the state was made with {words}", line) and "may differ" in line
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -440,7 +407,7 @@ def test_a_run_that_cannot_work_says_so_once(tiny, policy, tmp_path, capfd, name
     data = with_row(tiny, tmp_path, EVERY, **change)
     flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": data, "steps": 12, "prompts": 1, "rollouts": 2}
     flags |= {"max-new-tokens": 4, "save-every": 0, "out": tmp_path / "out"} | more
-    assert stage(script, *(part for key, value in flags.items() for part in (f"--{key}", value))) == 0
+    assert stage(script, *as_flags(flags)) == 0
     text = capfd.readouterr().out
     assert len(re.findall(f"^warning: 10 steps in a row {words}.*; a response: .+$", text, re.M)) == 1
     step = text.index("step 10 ")
@@ -481,53 +448,14 @@ def test_only_the_checkpoint_has_to_be_given(monkeypatch, capsys, script):
 
 def test_one_stage_hands_over_to_the_next(tiny, policy, tmp_path):
     """sft -> align -> rl by folders alone; each records where it came from."""
-    small = ["--prompts", 1, "--rollouts", 2, "--max-new-tokens", 16, "--steps", 1]
-    assert (
-        stage(
-            "sft",
-            "--ckpt",
-            policy,
-            "--data",
-            tiny.sft,
-            "--out",
-            tmp_path / "sft",
-            "--batch",
-            2,
-            "--steps",
-            1,
-        )
-        == 0
-    )
-    assert (
-        stage(
-            "align",
-            "--ckpt",
-            tmp_path / "sft",
-            "--data",
-            tiny.align,
-            "--out",
-            tmp_path / "align",
-            *small,
-        )
-        == 0
-    )
-    assert (
-        stage(
-            "rl", "--ckpt", tmp_path / "align", "--data", tiny.rl, "--out", tmp_path / "rl", *small
-        )
-        == 0
-    )
-    for script, parent in (
-        ("sft", policy),
-        ("align", str(tmp_path / "sft")),
-        ("rl", str(tmp_path / "align")),
-    ):
+    game, parent = {"prompts": 1, "rollouts": 2, "max-new-tokens": 16}, policy
+    for script, sizes in (("sft", {"batch": 2}), ("align", game), ("rl", game)):
+        out = str(tmp_path / script)
+        flags = {"ckpt": parent, "data": getattr(tiny, script), "out": out, "steps": 1}
+        assert stage(script, *as_flags(flags | sizes)) == 0
         meta = json.loads((tmp_path / script / "meta.json").read_text())
-        assert (meta["stage"], meta["step"], meta["parent"], meta["args"]["ckpt"]) == (
-            script,
-            1,
-            parent,
-            parent,
-        )
+        found = meta["stage"], meta["step"], meta["parent"], meta["args"]["ckpt"]
+        assert found == (script, 1, parent, parent)
         logged = read_jsonl(tmp_path / script / "metrics.jsonl")[-1]
         assert {key: value for key, value in meta["metrics"].items() if value is not None} == logged
+        parent = out

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import page
 import pytest
-from conftest import ROOT, noise, read_jsonl, stage, write_jsonl
+from conftest import ROOT, as_flags, noise, read_jsonl, stage, write_jsonl
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -122,7 +122,7 @@ def test_readme_explains_every_curve_and_every_number_has_one():
 def test_a_run_leaves_its_curves_its_rollouts_and_its_card(tiny, policy, tmp_path):
     flags = {"ckpt": policy, "data": tiny.rl, "out": tmp_path / "rl", "prompts": 4, "rollouts": 2}
     flags |= {"max-new-tokens": 24, "steps": 3, "log-rollouts": 1, "save-every": 2}
-    assert stage("rl", *(part for key, value in flags.items() for part in (f"--{key}", value))) == 0
+    assert stage("rl", *as_flags(flags)) == 0
     lines = read_jsonl(tmp_path / "rl" / "rollouts.jsonl")
     shown = lines_of(tmp_path / "rl" / "rollouts.html")
     assert sorted(shown, key=lambda line: line["step"]) == lines and len(lines) == 24

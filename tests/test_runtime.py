@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, ROOT, branch_logprobs, launch, read_jsonl, stage, stock_inputs
-from conftest import stock_logprobs, untimed, write_jsonl
+from conftest import ONE, ROOT, as_flags, branch_logprobs, launch, read_jsonl, stage
+from conftest import stock_inputs, stock_logprobs, untimed, write_jsonl
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -39,24 +39,14 @@ from runtime import InputError
 
 
 def flags_of(tiny, out, **more):
-    flags = {
-        "ckpt": tiny.base,
-        "data": tiny.sft,
-        "out": out,
-        "seed": 5,
-        "batch": 4,
-        "lr": 1e-3,
-    } | more
-    return [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
+    flags = {"ckpt": tiny.base, "data": tiny.sft, "out": out, "seed": 5, "batch": 4, "lr": 1e-3}
+    return as_flags({name.replace("_", "-"): value for name, value in (flags | more).items()})
 
 
 def one_line(capfd):
     """The one line that was written to stderr."""
-    lines = [
-        line
-        for line in capfd.readouterr().err.splitlines()
-        if "Warning" not in line and line[:2] != "  "
-    ]
+    lines = capfd.readouterr().err.splitlines()
+    lines = [line for line in lines if "Warning" not in line and line[:2] != "  "]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -103,10 +93,8 @@ def test_ranks_share_work_by_length(seed):
     slices = [runtime.World(rank, size, None).share(lengths) for rank in range(size)]
     assert [i for part in slices for i in part] == list(range(len(lengths))) and all(slices)
     if seed % 2 == 0 and len(lengths) > 3 * size:
-        assert all(
-            abs(sum(lengths[i] for i in part) - sum(lengths) / size) <= max(lengths)
-            for part in slices
-        )
+        sums = np.array([sum(lengths[i] for i in part) for part in slices])
+        assert abs(sums - sum(lengths) / size).max() <= max(lengths)
     equal = [runtime.World(rank, size, None).share([1] * 3 * size) for rank in range(size)]
     assert equal == [range(3 * rank, 3 * rank + 3) for rank in range(size)]
 
@@ -138,13 +126,10 @@ def test_a_run_in_the_folder_of_what_it_reads_is_refused(tiny, tmp_path, capfd, 
     folder = shutil.copytree(tiny.base, tmp_path / "ck")
     data = shutil.copy(tiny.sft, folder)
     before = content_of(folder)
-    assert (
-        stage("sft", *flags_of(tiny, folder, **{flag: {"ckpt": folder, "data": data}[flag]})) == 2
-    )
-    assert (
-        one_line(capfd).startswith(f"sft.py: error: --out {folder} ")
-        and content_of(folder) == before
-    )
+    read = {"ckpt": folder, "data": data}[flag]
+    assert stage("sft", *flags_of(tiny, folder, **{flag: read})) == 2
+    assert one_line(capfd).startswith(f"sft.py: error: --out {folder} ")
+    assert content_of(folder) == before
 
 
 def test_a_folder_belongs_to_one_run(tiny, tmp_path, capfd):
@@ -179,13 +164,11 @@ def test_checkpointing_recomputes_activations(tiny, load):
     activations."""
     runs = {}
     for checkpointing in (False, True):
-        model = runtime.shard(
-            load(tiny.base), [], ONE, target_logprobs, checkpointing=checkpointing
-        )
+        recompute = {"checkpointing": checkpointing}
+        model = runtime.shard(load(tiny.base), [], ONE, target_logprobs, **recompute)
         backbone, calls = getattr(model, "backbone", None) or model.model, []
-        backbone.language_model.layers[0].input_layernorm.register_forward_hook(
-            lambda *_: calls.append(1)
-        )
+        norm = backbone.language_model.layers[0].input_layernorm
+        norm.register_forward_hook(lambda *_: calls.append(1))
         if hasattr(model, "heads"):
             d_v, d_r = model.scores([tiny.prompts[1]], [(0, [20, tiny.eos])], [(0, [21, tiny.eos])])
             (d_v.sum() + d_r.sum()).backward()
@@ -199,13 +182,8 @@ def test_checkpointing_recomputes_activations(tiny, load):
 def test_checkpointing_leaves_sampling_alone(tiny):
     """Under checkpointing transformers drops the cache of a model in train mode; sampling needs
     it."""
-    model = runtime.shard(
-        set_attention(runtime.load_policy(tiny.base), "sdpa"),
-        [],
-        ONE,
-        target_logprobs,
-        checkpointing=True,
-    )
+    model = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    runtime.shard(model, [], ONE, target_logprobs, checkpointing=True)
 
     def draw(model):
         settings = {"max_new_tokens": 6, "eos_id": tiny.eos}
@@ -256,19 +234,16 @@ def test_steps_that_are_not_finite_are_skipped():
         assert all(p.grad is None for p in model.parameters())
         return norm, torch.equal(before, model.weight)
 
-    assert step(2.0) == (
-        pytest.approx(math.sqrt(12)),
-        False,
-    )  # the norm before clipping; a step was made
+    # the norm before clipping; a step was made
+    assert step(2.0) == (pytest.approx(math.sqrt(12)), False)
     assert step(math.nan) == (None, True)
     assert step(math.inf) == (None, True)
     assert step(2.0)[1] is False  # two in a row, then a good one: the count starts again
     assert step(2.0, loss=math.nan) == (None, True)
     assert step(math.nan) == (None, True)
     assert step(math.nan) == (None, True)
-    assert (skips.row, skips.total) == (3, 5) and all(
-        p.isfinite().all() for p in model.parameters()
-    )
+    assert (skips.row, skips.total) == (3, 5)
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_weights_that_are_not_finite_are_no_checkpoint(tiny, tmp_path, capfd, monkeypatch):
@@ -340,12 +315,8 @@ def test_a_missing_weight_is_an_error(tiny, tmp_path, load):
     """Otherwise transformers initialises it at random and training goes on."""
     broken = Path(shutil.copytree(tiny.base, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
-    key = next(k for k in weights if k.endswith("layers.1.mlp.up_proj.weight"))
-    save_file(
-        {k: w for k, w in weights.items() if k != key},
-        broken / "model.safetensors",
-        {"format": "pt"},
-    )
+    weights.pop(next(k for k in weights if k.endswith("layers.1.mlp.up_proj.weight")))
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
         load(str(broken))
 
@@ -442,8 +413,7 @@ def test_every_stage_computes_in_bfloat16(tiny, policy, tmp_path, name):
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     save_discriminator(disc, str(tmp_path / "disc"), ONE, policy)
     flags = {"ckpt": policy, name if name in ("pairs", "score") else "data": tiny.align} | flags
-    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
-    flags = [tmp_path / "disc" if part == "DISC" else part for part in flags]
+    flags = [tmp_path / "disc" if part == "DISC" else part for part in as_flags(flags)]
     half = tmp_path / "half"
     ran = launch(f"{script}.py", *flags, "--out", half, "--dtype", "bf16", processes=2)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -454,10 +424,9 @@ def test_every_stage_computes_in_bfloat16(tiny, policy, tmp_path, name):
         assert read_jsonl(half / "metrics.jsonl")[-1]["drift"] < 0.1
     if near:
         assert stage(script, *flags, "--out", tmp_path / "whole") == 0
-        half, whole = (
-            [line.get(near[1]) or 0.0 for line in read_jsonl(out / near[0])]
-            for out in (half, tmp_path / "whole")
-        )
+        file, key = near
+        half, whole = read_jsonl(half / file), read_jsonl(tmp_path / "whole" / file)
+        half, whole = ([line.get(key) or 0.0 for line in lines] for lines in (half, whole))
         assert half == pytest.approx(whole, rel=0.1, abs=0.05) and half != whole and any(whole)
 
 
@@ -587,11 +556,8 @@ def test_a_checkpoint_is_looked_at_before_it_is_loaded(tiny, tmp_path, capfd, na
     other, words = CHECKPOINTS[name]
     flags = flags_of(tiny, tmp_path / "out", ckpt=variant(tiny, tmp_path, **other), steps=1)
     assert stage("sft", *flags) == 2
-    line = one_line(capfd)
-    assert (
-        re.match(f"sft.py: error: --ckpt .*/ck: .*{words}", line)
-        and not (tmp_path / "out").exists()
-    )
+    assert re.match(f"sft.py: error: --ckpt .*/ck: .*{words}", one_line(capfd))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("cut", [3, 9, 5000])
@@ -653,18 +619,14 @@ def test_every_eos_of_the_generation_config_ends_a_response(tiny, tmp_path, give
 def test_weights_are_written_with_the_mode_of_any_file(tiny, tmp_path):
     before = os.umask(0o027)
     try:
-        flags = flags_of(tiny, tmp_path / "out", data=tiny.align, steps=1, prompts=1, rollouts=2,
-                         max_new_tokens=4)  # fmt: skip
-        assert (
-            stage("align", *(flags[: flags.index("--batch")] + flags[flags.index("--batch") + 2 :]))
-            == 0
-        )
+        flags = {"ckpt": tiny.base, "data": tiny.align, "out": tmp_path / "out", "steps": 1}
+        flags |= {"prompts": 1, "rollouts": 2, "max-new-tokens": 4}
+        assert stage("align", *as_flags(flags)) == 0
     finally:
         os.umask(before)
     for folder in (tmp_path / "out", tmp_path / "out" / "discriminator"):
-        assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()} == {
-            0o640
-        }
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def changed_model(tiny):
@@ -688,18 +650,11 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
         assert torch.equal(again(**inputs).logits, before(**inputs).logits)
         assert not torch.allclose(again(**inputs).logits, tiny.stock(**inputs).logits)
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert (meta["stage"], meta["step"], meta["parent"], meta["metrics"]) == (
-        "sft",
-        7,
-        tiny.base,
-        {"loss": 1.5},
-    )
-    assert meta["args"]["lr"] == 1e-5
+    assert (meta["stage"], meta["step"], meta["parent"]) == ("sft", 7, tiny.base)
+    assert meta["metrics"] == {"loss": 1.5} and meta["args"]["lr"] == 1e-5
     tokenizer, image_processor = runtime.load_tokenizer(str(tmp_path))
-    assert (
-        tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
-        and tokenizer.chat_template == tiny.tokenizer.chat_template
-    )
+    assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+    assert tokenizer.chat_template == tiny.tokenizer.chat_template
     assert image_processor.to_dict() == tiny.image_processor.to_dict()
 
 
@@ -707,21 +662,16 @@ def test_saved_checkpoint_gives_bitwise_equal_logits(tiny, tmp_path):
 def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
     """Read from several shards, written, read again in bfloat16 as other tools do, with the files
     of the parent's processor."""
-    stock = AutoModelForImageTextToText.from_pretrained(
-        tiny.base, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    plain = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    stock = AutoModelForImageTextToText.from_pretrained(tiny.base, **plain)
     if not tied:
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = False
         stock.lm_head.weight = torch.nn.Parameter(torch.randn(stock.lm_head.weight.shape) * 0.1)
     parent, out = tmp_path / "parent", tmp_path / "out"
     stock.save_pretrained(parent, max_shard_size="200KB")
     assert len(list(parent.glob("*.safetensors"))) > 1
-    processor = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "preprocessor_config.json",
-        "chat_template.jinja",
-    )
+    processor = ["tokenizer.json", "tokenizer_config.json"]
+    processor += ["preprocessor_config.json", "chat_template.jinja"]
     for name in processor:
         shutil.copy(Path(tiny.base) / name, parent)
     policy = set_attention(runtime.load_policy(str(parent)), "sdpa")
@@ -733,13 +683,9 @@ def test_sharded_checkpoints_with_tied_and_untied_heads(tiny, tmp_path, tied):
     assert all((out / name).read_bytes() == (parent / name).read_bytes() for name in processor)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tiny.tokenizer.get_vocab()
     half = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
-    assert (
-        half.dtype == torch.bfloat16
-        and (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
-    )
-    again = AutoModelForImageTextToText.from_pretrained(
-        out, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    assert half.dtype == torch.bfloat16
+    assert (stock_logprobs(tiny, prompt, ids, half) - expected).abs().max() < 0.2
+    again = AutoModelForImageTextToText.from_pretrained(out, **plain)
     assert torch.equal(stock_logprobs(tiny, prompt, ids, again), expected)
 
 
@@ -757,10 +703,8 @@ def poisoned(tiny, tmp_path, kind):
     """-> (a checkpoint folder that tries to run code, the file that the code would write)."""
     folder, sprung = Path(shutil.copytree(tiny.base, tmp_path / "stranger")), tmp_path / "sprung"
     if kind in ("bin", "index"):
-        weights, name = (
-            folder / "model.safetensors",
-            "pytorch_model.bin" if kind == "bin" else "weights.bin",
-        )
+        weights = folder / "model.safetensors"
+        name = "pytorch_model.bin" if kind == "bin" else "weights.bin"
         if kind == "index":  # an index may name any file
             keys = load_file(weights)
             index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
@@ -769,19 +713,14 @@ def poisoned(tiny, tmp_path, kind):
         (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
         return folder, sprung
     (folder / "evil.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Evil: pass\n")
-    auto_map = {
-        name: "evil.Evil"
-        for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoImageProcessor")
-    }
+    kinds = ["Config", "Model", "ModelForImageTextToText", "ImageProcessor"]
+    auto_map = {f"Auto{name}": "evil.Evil" for name in kinds}
     auto_map["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         settings = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
         if kind == "unknown class":
-            settings |= {
-                "model_type": "evil",
-                "tokenizer_class": "Evil",
-                "image_processor_type": "Evil",
-            }
+            settings |= {"model_type": "evil", "tokenizer_class": "Evil"}
+            settings |= {"image_processor_type": "Evil"}
         (folder / name).write_text(json.dumps(settings))
     return folder, sprung
 
@@ -848,10 +787,8 @@ def test_a_state_is_the_checkpoint_that_the_run_would_have_saved(
         found.append(run(out, "--ckpt", ckpt, "--disc", ckpt / "discriminator"))
     assert found[0] == found[1]
     assert same_weights(tmp_path / "0" / "model.safetensors", tmp_path / "1" / "model.safetensors")
-    first, second = (
-        runtime.read_json(tmp_path / name / "state.2" / "progress.json")["identity"]
-        for name in "01"
-    )
+    states = [tmp_path / name / "state.2" for name in "01"]
+    first, second = (runtime.read_json(state / "progress.json")["identity"] for state in states)
     assert first | {"out": second["out"]} == second
 
 
@@ -1071,13 +1008,12 @@ def test_state_restores_model_and_optimizer(tiny, tmp_path):
         optimizer.zero_grad()
 
     step(model, optimizer)
-    runtime.save_state(
-        str(tmp_path), ONE, {"policy": (model, optimizer)}, {"step": 1, "position": 2}
-    )
+    progress = {"step": 1, "position": 2}
+    runtime.save_state(str(tmp_path), ONE, {"policy": (model, optimizer)}, progress)
     fresh = set_attention(runtime.load_policy(tiny.base), "sdpa")
     fresh_optimizer = runtime.make_optimizer(fresh, 1e-3, 0.01)
     (state,) = runtime.find_states(tmp_path)
-    assert runtime.read_json(Path(state) / "progress.json") == {"step": 1, "position": 2}
+    assert runtime.read_json(Path(state) / "progress.json") == progress
     runtime.load_state(state, ONE, {"policy": (fresh, fresh_optimizer)})
     step(model, optimizer)
     step(fresh, fresh_optimizer)
@@ -1109,16 +1045,8 @@ def test_only_whole_states_are_found(tmp_path):
     """Newest first, by number and not by letters; what a killed save or a person left there is
     none."""
     assert runtime.find_states(tmp_path / "nowhere") == []
-    for name in (
-        "state.new",
-        "state.9",
-        "state.100",
-        "state.12.old",
-        "state.bak",
-        "state",
-        "metrics.jsonl",
-        "state.x1",
-    ):
+    others = ["state.new", "state.12.old", "state.bak", "state", "metrics.jsonl", "state.x1"]
+    for name in ("state.9", "state.100", *others):
         (tmp_path / name).mkdir()
     assert [Path(path).name for path in runtime.find_states(tmp_path)] == ["state.100", "state.9"]
 
@@ -1174,41 +1102,26 @@ def test_without_a_whole_state_the_run_ends_in_one_line(tiny, tmp_path, capfd):
     before = content_of(tmp_path / "out")
     capfd.readouterr()
     assert stage("sft", *flags, "--resume") == 2
-    words = (
-        r"state.2 is damaged \(.metadata\); .*state.1 is damaged \(manifest.json\): no whole state"
-    )
-    assert re.search(words, one_line(capfd)) and content_of(tmp_path / "out") == before
+    words = r"state.2 is damaged \(.metadata\); .*state.1 is damaged \(manifest.json\): no whole"
+    assert re.search(f"{words} state", one_line(capfd)) and content_of(tmp_path / "out") == before
 
 
 def test_a_killed_run_resumes_bitwise(tiny, tmp_path):
-    flags = [
-        "--ckpt",
-        tiny.base,
-        "--data",
-        tiny.sft,
-        "--batch",
-        8,
-        "--steps",
-        6,
-        "--save-every",
-        2,
-        "--lr",
-        1e-3,
-    ]
-    assert stage("sft", *flags, "--out", tmp_path / "whole") == 0
-    process = launch("sft.py", *flags, "--out", tmp_path / "killed", background=True)
+    def flags(out):
+        return flags_of(tiny, tmp_path / out, batch=8, steps=6, save_every=2)
+
+    assert stage("sft", *flags("whole")) == 0
+    process = launch("sft.py", *flags("killed"), background=True)
     while not runtime.find_states(tmp_path / "killed") and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "meta.json").exists()  # it was killed before it had finished
-    assert stage("sft", *flags, "--out", tmp_path / "killed", "--resume") == 0
-    whole, killed = (
-        untimed(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")
-    )
+    assert stage("sft", *flags("killed"), "--resume") == 0
+    outs = [tmp_path / name for name in ("whole", "killed")]
+    whole, killed = (untimed(read_jsonl(out / "metrics.jsonl")) for out in outs)
     assert whole == killed and [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
+    assert same_weights(*(out / "model.safetensors" for out in outs))
 
 
 def test_saving_and_loading_a_state_is_silent(tiny, tmp_path):
@@ -1228,9 +1141,8 @@ def test_an_unfinished_run_is_not_overwritten(tiny, tmp_path, capfd):
     assert stage("sft", *flags) == 2
     assert "holds an unfinished run: add --resume" in capfd.readouterr().err
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == log
-    assert (
-        stage("sft", *flags, "--resume") == 0
-    )  # nothing is left to do but to write the checkpoint
+    # nothing is left to do but to write the checkpoint
+    assert stage("sft", *flags, "--resume") == 0
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["metrics"] == read_jsonl(tmp_path / "out" / "metrics.jsonl")[-1]
 
@@ -1245,9 +1157,8 @@ def test_a_finished_run_is_not_wiped_without_a_word(tiny, tmp_path, capfd):
     assert content_of(tmp_path / "out") == before
     folder = shutil.copytree(tiny.base, tmp_path / "base")  # somebody's checkpoint, made elsewhere
     assert stage("sft", *flags_of(tiny, folder, steps=1)) == 2
-    assert "base holds a checkpoint: add" in one_line(capfd) and content_of(folder) == content_of(
-        tiny.base
-    )
+    assert "base holds a checkpoint: add" in one_line(capfd)
+    assert content_of(folder) == content_of(tiny.base)
     assert stage("sft", *flags, "--overwrite", "--resume") == 2
     assert "--resume" in one_line(capfd)
     assert stage("sft", *flags, "--overwrite") == 0
@@ -1286,8 +1197,7 @@ def test_the_content_of_a_run_is_read_once(tiny, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "checksum", lambda path: read.append(path) or checksum(path))
     flags = {"ckpt": policy, "disc": policy, "data": tiny.align, "out": tmp_path / "out"}
     flags |= {"prompts": 1, "rollouts": 2, "max-new-tokens": 4, "steps": 1}
-    flags = [part for key, value in flags.items() for part in (f"--{key}", value)]
-    assert stage("align", *flags) == 0
+    assert stage("align", *as_flags(flags)) == 0
     inputs = [path for path in read if not path.startswith(str(tmp_path / "out"))]
     assert len(inputs) == len(set(inputs))
     assert {tiny.align, f"{policy}/model.safetensors", f"{policy}/config.json"} <= set(inputs)
@@ -1338,24 +1248,12 @@ def test_resume_of_another_run_is_refused_and_changes_nothing(
 def test_what_changes_no_number_may_differ(tiny, tmp_path):
     """More steps, other saves, another place of folder, checkpoint and data of equal content."""
     flags, _ = begun(tiny, tmp_path)
-    assert (
-        stage("sft", *flags_of(tiny, tmp_path / "whole", **flags | {"steps": 4, "warmup": 0.1}))
-        == 0
-    )
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "ck").rename(tmp_path / "base")
     folder = shutil.copytree(tiny.folder, tmp_path / "data")
-    more = {
-        "ckpt": tmp_path / "base",
-        "data": Path(folder) / "sft.jsonl",
-        "max_tokens": 99,
-        "keep": 2,
-    }
-    more |= {"save_every": 3, "attn": "sdpa"}
-    assert (
-        stage("sft", *flags_of(tiny, tmp_path / "moved", **flags | more | {"steps": 4}), "--resume")
-        == 0
-    )
+    more = {"ckpt": tmp_path / "base", "data": Path(folder) / "sft.jsonl", "max_tokens": 99}
+    more |= {"keep": 2, "save_every": 3, "attn": "sdpa", "steps": 4}
+    assert stage("sft", *flags_of(tiny, tmp_path / "moved", **flags | more), "--resume") == 0
     assert len(read_jsonl(tmp_path / "moved" / "metrics.jsonl")) == 4
 
 
@@ -1399,39 +1297,24 @@ def test_a_state_is_left_when_nothing_is_finite(tiny, tmp_path, capfd, monkeypat
     flags = flags_of(tiny, tmp_path / "out", steps=9, save_every=2, keep=9)
     explode(monkeypatch, 4, 5, 6)
     assert stage("sft", *flags) == 2
-    captured = capfd.readouterr()
-    assert (
-        captured.err.count("not finite in 3 updates in a row, the last in step 6") == 1
-        and len(captured.err.splitlines()) == 1
-    )
-    assert [f"step {step}: update skipped" in captured.out for step in range(1, 8)] == [
-        False
-    ] * 3 + [True] * 3 + [False]
-    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [
-        0,
-        0,
-        0,
-        1,
-        2,
-        3,
-    ]
-    assert [Path(state).name for state in runtime.find_states(tmp_path / "out")] == ["state.2"]
-    assert runtime.read_json(tmp_path / "out" / "state.2" / "progress.json")["skips"] == [[0, 0]]
-    assert runtime.read_json(tmp_path / "out" / "bad" / "state.6" / "progress.json")["skips"] == [
-        [3, 3]
-    ]
+    captured, out = capfd.readouterr(), tmp_path / "out"
+    assert captured.err.count("not finite in 3 updates in a row, the last in step 6") == 1
+    assert len(captured.err.splitlines()) == 1
+    named = re.findall(r"step (\d): update skipped", captured.out)
+    assert named == ["4", "5", "6"]
+    skipped = [row["skipped_steps"] for row in read_jsonl(out / "metrics.jsonl")]
+    assert skipped == [0, 0, 0, 1, 2, 3]
+
+    def skips(state):
+        return runtime.read_json(out / state / "progress.json")["skips"]
+
+    assert names(runtime.find_states(out)) == ["state.2"]
+    assert skips("state.2") == [[0, 0]] and skips("bad/state.6") == [[3, 3]]
     monkeypatch.undo()
-    explode(
-        monkeypatch, 2, 3, 6
-    )  # steps 4 and 5, and 8: what was due in step 4 is saved after step 6
+    explode(monkeypatch, 2, 3, 6)  # steps 4, 5 and 8: what was due in step 4 is saved after step 6
     assert stage("sft", *flags, "--resume") == 0
-    assert [Path(state).name for state in runtime.find_states(tmp_path / "out")] == [
-        "state.9",
-        "state.6",
-        "state.2",
-    ]
-    assert runtime.read_json(tmp_path / "out" / "state.9" / "progress.json")["skips"] == [[0, 3]]
-    assert not (tmp_path / "out" / "bad").exists()
+    assert names(runtime.find_states(out)) == ["state.9", "state.6", "state.2"]
+    assert skips("state.9") == [[0, 3]] and not (out / "bad").exists()
 
 
 # ------------------------------------------------------------------------------------------ folders

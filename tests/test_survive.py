@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, ROOT, SYSTEM, noise, read_jsonl, stage, untimed, write_jsonl
+from conftest import ONE, ROOT, SYSTEM, as_flags, noise, read_jsonl, stage, untimed, write_jsonl
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -37,33 +37,23 @@ GAME = {"prompts": 2, "rollouts": 4, "max-new-tokens": 24, "log-rollouts": 1}
 
 # ---------------------------------------------------------------------------------------- processes
 def flags_of(tiny, policy, out, script, **more):
-    flags = {
-        "ckpt": tiny.base if script == "sft" else policy,
-        "data": getattr(tiny, script),
-        "out": out,
-        "seed": 5,
-    }
+    flags = {"ckpt": tiny.base if script == "sft" else policy, "data": getattr(tiny, script)}
     flags |= {"batch": 4, "lr": 1e-3} if script == "sft" else GAME | {"lr": 1e-4}
     flags |= {"disc-lr": 1e-3, "warmup-steps": 0} if script == "align" else {}
-    flags |= {key.replace("_", "-"): value for key, value in more.items()}
-    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    flags |= {"out": out, "seed": 5} | {key.replace("_", "-"): more[key] for key in more}
+    return [*map(str, as_flags(flags))]
 
 
 def start(log, script, flags, processes=0, torchrun=("--standalone",), **environment):
     """A stage script as a user starts it, in a session of its own, its output in the file `log`."""
-    launcher = (
-        ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
-        if processes
-        else []
-    )
-    environment = (
-        os.environ
-        | {"OMP_NUM_THREADS": "1"}
-        | {key: str(value) for key, value in environment.items()}
-    )
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    environment = {key: str(value) for key, value in environment.items()}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with open(log, "w") as file:
-        return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags], env=environment,
-                                stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        return subprocess.Popen([*command, str(ROOT / f"{script}.py"), *flags], env=environment,
+                                stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def end(process, log, limit=180):
@@ -124,10 +114,8 @@ def assert_close(left, right, tolerance=1e-5):
     for row, other in zip(left, right, strict=True):
         texts = {key: value for key, value in row.items() if isinstance(value, str | list)}
         assert texts == {key: other[key] for key in texts}
-        numbers = (
-            {key: value for key, value in r.items() if key not in texts} for r in (row, other)
-        )
-        assert next(numbers) == pytest.approx(next(numbers), rel=tolerance, abs=tolerance)
+        numbers = [{key: r[key] for key in r if key not in texts} for r in (row, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -137,9 +125,8 @@ def test_any_number_of_processes_gives_the_same(tiny, policy, tmp_path, name):
     of them."""
     script, more = SAME[name]
     def flags(out, tokens):
-        return flags_of(
-            tiny, policy, tmp_path / out, script, **{"steps": 5, "max-tokens": tokens} | more
-        )
+        settings = {"steps": 5, "max-tokens": tokens} | more
+        return flags_of(tiny, policy, tmp_path / out, script, **settings)
     assert stage(script, *flags("1", 16384)) == 0
     runs = {
         "2": lambda: ranks(tmp_path, script, flags("2", 300)),
@@ -149,25 +136,19 @@ def test_any_number_of_processes_gives_the_same(tiny, policy, tmp_path, name):
         del runs["2"]
     if name == "align":
         runs["nodes"] = lambda: two_nodes(tmp_path, script, flags("nodes", 200))
-    first, expected = (
-        untimed(read_jsonl(tmp_path / "1" / "metrics.jsonl")),
-        moments(tmp_path / "1", tmp_path / "1.pt"),
-    )
+    first = untimed(read_jsonl(tmp_path / "1" / "metrics.jsonl"))
+    expected = moments(tmp_path / "1", tmp_path / "1.pt")
     assert len(first) == 5 and any(row.get("grad_norm") for row in first)
     for out, run in runs.items():
         status, text = run()
         assert status == 0, text[-3000:]
         size, mesh = (4, "[2, 2]") if out == "nodes" else (int(out), f"[{out}]")
-        assert (
-            text.count(f"{size} processes, mesh {mesh}; --")
-            == text.count(f": {8 // size} on each\n")
-            == 1
-        )
+        said = re.findall(r"^(\d) processes, mesh (.*); --.*: (\d) on each$", text, re.M)
+        assert said == [(str(size), mesh, str(8 // size))]
         assert_close(first, untimed(read_jsonl(tmp_path / out / "metrics.jsonl")))
         if script != "sft":
-            assert_close(
-                *(read_jsonl(tmp_path / folder / "rollouts.jsonl") for folder in ("1", out))
-            )
+            rollouts = [read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("1", out)]
+            assert_close(*rollouts)
         got = moments(tmp_path / out, tmp_path / f"{out}.pt")
         assert got.keys() == expected.keys()
         assert max((got[key] - expected[key]).abs().max() for key in got) <= 1e-5
@@ -240,24 +221,18 @@ def test_a_run_killed_six_times_equals_an_unbroken_one(tiny, policy, tmp_path, s
     for kill in range(6):  # twice in each phase
         phase = list(PHASES)[kill % 3]
         passes, after = int(rng.integers(3)) + (phase == "sampling"), int(rng.integers(1, 40))
-        process = start(
-            tmp_path / "log",
-            script,
-            flags("killed") + ["--resume"] * any(found),
-            **striker(phase, passes, after),
-        )
+        resumed, strike = ["--resume"] * any(found), striker(phase, passes, after)
+        process = start(tmp_path / "log", script, flags("killed") + resumed, **strike)
         status, text = end(process, tmp_path / "log")
         assert status == -signal.SIGKILL, text[-3000:]
         found.append(newest(tmp_path / "killed"))
     known = [step for step in found if step]
-    assert (
-        known == sorted(known) and 0 < known[-1] < steps
-    )  # a killed save leaves the state before it
+    # a killed save leaves the state before it
+    assert known == sorted(known) and 0 < known[-1] < steps
     assert stage(script, *flags("killed"), "--resume") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", script)
-    assert sorted(os.listdir(tmp_path / "whole")) == sorted(
-        os.listdir(tmp_path / "killed")
-    )  # and nothing else is left
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_same_run(whole, killed, script)
+    assert sorted(os.listdir(whole)) == sorted(os.listdir(killed))  # and nothing else is left
 
 
 def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
@@ -289,17 +264,12 @@ def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker, st
         return flags_of(tiny, policy, tmp_path / out, "rl", steps=6, save_every=0)
     assert stage("rl", *flags("whole")) == 0
     for out, resumed in (("told", []), ("told", ["--resume"])):
-        process = start(
-            tmp_path / "log",
-            "rl",
-            flags(out) + resumed,
-            **striker("sampling", passes=1, strike=strike),
-        )
+        environment = striker("sampling", passes=1, strike=strike)
+        process = start(tmp_path / "log", "rl", flags(out) + resumed, **environment)
         status, text = end(process, tmp_path / "log")
         step = len(read_jsonl(tmp_path / out / "metrics.jsonl"))
-        assert status == ends_with and f"{strike}: the state of step {step} is saved" in text, text[
-            -3000:
-        ]
+        assert status == ends_with, text[-3000:]
+        assert f"{strike}: the state of step {step} is saved" in text
         assert newest(tmp_path / out) == step < 6 and "Traceback" not in text
     assert stage("rl", *flags("told"), "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "told", "rl")
@@ -308,29 +278,20 @@ def test_a_preempted_run_saves_and_continues(tiny, policy, tmp_path, striker, st
 def test_two_processes_of_which_one_is_told_to_stop(tiny, policy, tmp_path, striker):
     """They agree on the step; one process goes on from there, with the same numbers."""
     def flags(out):
-        return flags_of(
-            tiny, policy, tmp_path / out, "align", steps=5, save_every=0, lr=1e-6, disc_lr=1e-5
-        )
+        settings = {"steps": 5, "save_every": 0, "lr": 1e-6, "disc_lr": 1e-5}
+        return flags_of(tiny, policy, tmp_path / out, "align", **settings)
     assert stage("align", *flags("whole")) == 0
-    status, text = ranks(
-        tmp_path, "align", flags("told"), **striker("sampling", rank=1, strike="SIGTERM")
-    )
-    assert (
-        status != 0
-        and "exitcode  : 143" in text
-        and text.count("SIGTERM: the state of step 1 is saved") == 1
-    ), text[-3000:]
+    environment = striker("sampling", rank=1, strike="SIGTERM")
+    status, text = ranks(tmp_path, "align", flags("told"), **environment)
+    assert status != 0 and "exitcode  : 143" in text, text[-3000:]
+    assert text.count("SIGTERM: the state of step 1 is saved") == 1
     assert newest(tmp_path / "told") == 1
     log = tmp_path / "log"
     status, text = end(start(log, "align", flags("told") + ["--resume"]), log)
-    assert (
-        status == 0
-        and "resumed after step 1, saved by 2 processes: same data, same random numbers" in text
-    ), text[-3000:]
-    whole, told = (
-        untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "told")
-    )
-    assert_close(whole, told)
+    assert status == 0, text[-3000:]
+    assert "resumed after step 1, saved by 2 processes: same data, same random numbers" in text
+    logs = [untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "told")]
+    assert_close(*logs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -341,10 +302,9 @@ def test_torchrun_passes_the_signal_on(tiny, policy, tmp_path, number):
         time.sleep(0.01)
     process.send_signal(number)  # as a scheduler does, to torchrun alone
     status, text = end(process, log, 60)
-    step = len(read_jsonl(out / "metrics.jsonl"))
-    assert status != 0 and text.count(f"{number.name}: the state of step {step} is saved") == 1, (
-        text[-3000:]
-    )
+    step, name = len(read_jsonl(out / "metrics.jsonl")), number.name
+    assert status != 0, text[-3000:]
+    assert text.count(f"{name}: the state of step {step} is saved") == 1
     assert newest(out) == step
 
 
@@ -353,11 +313,8 @@ def refusal(tmp_path, flags):
     """Two processes that must end: the one line that they write."""
     status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
     lines = [line for line in text.splitlines() if line.startswith("sft.py: error: ")]
-    assert (
-        status not in (0, None)
-        and len(lines) == 1
-        and "Traceback (most" not in text.partition(lines[0])[0]
-    ), text[-3000:]
+    assert status not in (0, None) and len(lines) == 1, text[-3000:]
+    assert "Traceback (most" not in text.partition(lines[0])[0], text[-3000:]
     return lines[0]
 
 
@@ -366,9 +323,7 @@ def test_two_processes_refuse_alike(tiny, tmp_path):
     over."""
     out = tmp_path / "out"
     def flags(**more):
-        return flags_of(
-            tiny, None, out, "sft", **{"steps": 2, "save_every": 1, "keep": 2} | more
-        )
+        return flags_of(tiny, None, out, "sft", **{"steps": 2, "save_every": 1, "keep": 2} | more)
     out.mkdir()
     with open(out / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -380,10 +335,8 @@ def test_two_processes_refuse_alike(tiny, tmp_path):
     shard = out / "state.2" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-4096] + bytes(4096))
     status, text = ranks(tmp_path, "sft", flags(steps=3) + ["--resume"])
-    assert (
-        status == 0
-        and text.count(f"state.2 is damaged (__1_0.distcp): going back to {out}/state.1") == 1
-    ), text[-3000:]
+    assert status == 0, text[-3000:]
+    assert text.count(f"state.2 is damaged (__1_0.distcp): going back to {out}/state.1") == 1
     for state in runtime.find_states(out):
         os.remove(Path(state) / "__0_0.distcp")
     assert "no whole state is left" in refusal(tmp_path, flags(steps=3) + ["--resume"])
@@ -394,32 +347,26 @@ def test_two_processes_refuse_alike(tiny, tmp_path):
 def test_a_full_disk_leaves_the_last_good_state(tiny, tmp_path, processes):
     """No file may grow beyond 64 KiB: the log goes on, the state cannot be written."""
     def flags(out, steps):
-        return flags_of(
-            tiny, None, tmp_path / out, "sft", steps=steps, save_every=2
-        )
+        return flags_of(tiny, None, tmp_path / out, "sft", steps=steps, save_every=2)
     assert stage("sft", *flags("whole", 4)) == 0
     assert stage("sft", *flags("full", 2)) == 0
     log = tmp_path / "log"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (2**16, limits[1])
-    )  # inherited by the process that starts now
+    # inherited by the process that starts now
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
         process = start(log, "sft", [*flags("full", 4), "--resume"], processes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     status, text = end(process, log)
-    assert (
-        status == (1 if processes else 2) and "Traceback" not in text.partition("sft.py: error:")[0]
-    ), text[-3000:]
+    assert status == (1 if processes else 2), text[-3000:]
+    assert "Traceback" not in text.partition("sft.py: error:")[0], text[-3000:]
     assert re.search(r"/full/state.new cannot be written, [0-9.]+ GB are free: ", text)
     assert newest(tmp_path / "full") == 2
     if not processes:
         assert stage("sft", *flags("full", 4), "--resume") == 0
-        whole, full = (
-            untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full")
-        )
-        assert whole == full
+        logs = [untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "full")]
+        assert logs[0] == logs[1]
 
 
 # ----------------------------------------------------------------------------------------- no hangs
@@ -427,12 +374,8 @@ def question(text, images=(), response=None):
     turns = [("system", SYSTEM), ("user", "<image>" * len(images) + text)]
     prompt = [{"role": role, "content": content} for role, content in turns]
     answer = "<caption>\n1 red circle\n</caption>\n<think>\nodd\n</think>\n<answer>\nodd\n</answer>"
-    return {
-        "prompt": prompt,
-        "images": list(images),
-        "response": response or answer,
-        "answer": "odd",
-    }
+    row = {"prompt": prompt, "images": list(images)}
+    return row | {"response": response or answer, "answer": "odd"}
 
 
 def by_rank(rows, seed=5):
@@ -446,20 +389,14 @@ def by_rank(rows, seed=5):
 @pytest.fixture(scope="module")
 def lopsided(tiny):
     """A checkpoint that answers `short` in the format and `long` with a word without end."""
-    model, out = (
-        set_attention(runtime.load_policy(tiny.base), "sdpa"),
-        str(tiny.folder / "lopsided"),
-    )
-    def example(text):
-        return Example("x", question(text)["prompt"])
+    model = set_attention(runtime.load_policy(tiny.base), "sdpa")
+    out, args = str(tiny.folder / "lopsided"), SimpleNamespace(max_tokens=10**6, ckpt=tiny.base)
     def encode(text):
-        return encode_prompt(example(text), tiny.tokenizer, tiny.image_processor)
+        example = Example("x", question(text)["prompt"])
+        return encode_prompt(example, tiny.tokenizer, tiny.image_processor)
     short = encode_response(question("short")["response"], tiny.tokenizer)
     word = encode_response("red", tiny.tokenizer)[:1]
-    batch, args = (
-        [(encode("short"), short), (encode("long"), word * 200)],
-        SimpleNamespace(max_tokens=10**6, ckpt=tiny.base),
-    )
+    batch = [(encode("short"), short), (encode("long"), word * 200)]
     optimizer = runtime.make_optimizer(model, 3e-3, 0.0)
     for _ in range(60):
         sft.accumulate_gradient(model, batch, args, ONE)
@@ -471,40 +408,21 @@ def lopsided(tiny):
 
 def game_on_two(tiny, ckpt, tmp_path, script, rows, **more):
     """Two steps on two processes -> (rows of metrics.jsonl, of rollouts.jsonl)."""
-    flags = flags_of(
-        tiny,
-        ckpt,
-        tmp_path / script,
-        script,
-        data=write_jsonl(tmp_path / "rows.jsonl", rows),
-        steps=2,
-        **more,
-    )
+    out, data = tmp_path / script, write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = flags_of(tiny, ckpt, out, script, data=data, steps=2, **more)
     status, text = ranks(tmp_path, script, flags, limit=LIMIT)
     assert status == 0, text[-3000:]
-    return read_jsonl(tmp_path / script / "metrics.jsonl"), read_jsonl(
-        tmp_path / script / "rollouts.jsonl"
-    )
+    return read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "rollouts.jsonl")
 
 
 @pytest.mark.parametrize("script", ["sft", "align"])
 def test_one_rank_holds_text_only_rows(tiny, policy, tmp_path, script):
     noise(np.random.default_rng(0), (64, 64)).save(tmp_path / "a.png")
-    rows = [
-        question("one", ["a.png"]),
-        question("two", ["a.png"]),
-        question("three"),
-        question("four"),
-    ]
+    rows = [question("one", ["a.png"]), question("two", ["a.png"])]
+    rows += [question("three"), question("four")]
     rows = by_rank(rows if script == "sft" else rows[1:3])  # a batch of four, or two prompts
-    flags = flags_of(
-        tiny,
-        policy,
-        tmp_path / "out",
-        script,
-        data=write_jsonl(tmp_path / "rows.jsonl", rows),
-        steps=2,
-    )
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = flags_of(tiny, policy, tmp_path / "out", script, data=data, steps=2)
     status, text = ranks(tmp_path, script, flags, limit=LIMIT)
     assert status == 0, text[-3000:]
     learned = {"sft": "grad_norm", "align": "disc_grad_norm"}[script]
@@ -514,36 +432,24 @@ def test_one_rank_holds_text_only_rows(tiny, policy, tmp_path, script):
 @pytest.mark.parametrize("script", ["align", "rl"])
 def test_every_rollout_is_invalid(tiny, tmp_path, script):
     log, _ = game_on_two(tiny, tiny.base, tmp_path, script, [question("one"), question("two")])
-    assert all(
-        row["valid" if script == "align" else "format"] == 0 and "grad_norm" not in row
-        for row in log
-    )
+    share = "valid" if script == "align" else "format"
+    assert all(row[share] == 0 and "grad_norm" not in row for row in log)
 
 
 def test_dynamic_sampling_keeps_nothing(tiny, tmp_path):
-    log, rows = game_on_two(
-        tiny,
-        tiny.base,
-        tmp_path,
-        "rl",
-        [question("one"), question("two")],
-        algo="dapo",
-        max_gen_batches=2,
-    )
+    rows, settings = [question("one"), question("two")], {"algo": "dapo", "max_gen_batches": 2}
+    log, rows = game_on_two(tiny, tiny.base, tmp_path, "rl", rows, **settings)
     assert [(row["groups"], row["gen_batches"]) for row in log] == [(0, 2)] * 2 and rows == []
 
 
 def test_several_updates_in_a_step_that_teaches_nothing(tiny, tmp_path):
     """Only the pass without a gradient runs then; it leaves the weights gathered, and the sampler's
     copy of them failed ('Parameter' object has no attribute 'full_tensor')."""
-    flags = flags_of(
-        tiny, tiny.base, tmp_path / "out", "rl", steps=2, updates_per_rollout=2, kl=0.1
-    )
-    status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
-    assert status == 0, text[-3000:]
-    flags = flags_of(tiny, tiny.base, tmp_path / "plain", "rl", steps=2, updates_per_rollout=2)
-    status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
-    assert status == 0, text[-3000:]
+    for out, more in (("out", {"kl": 0.1}), ("plain", {})):
+        settings = {"steps": 2, "updates_per_rollout": 2} | more
+        flags = flags_of(tiny, tiny.base, tmp_path / out, "rl", **settings)
+        status, text = ranks(tmp_path, "rl", flags, limit=LIMIT)
+        assert status == 0, text[-3000:]
     assert "loss" not in read_jsonl(tmp_path / "plain" / "metrics.jsonl")[0]
 
 
@@ -551,12 +457,10 @@ def test_several_updates_in_a_step_that_teaches_nothing(tiny, tmp_path):
 def test_rollouts_of_one_rank_are_far_longer(tiny, lopsided, tmp_path, script):
     """One rank samples, and with --kl trains, long after the other. In alignment all its rollouts
     are invalid, and all of the other one's valid."""
-    more = {"max_new_tokens": 200, "max_tokens": 300, "temperature": 0.3} | (
-        {"kl": 0.1} if script == "rl" else {}
-    )
-    log, rows = game_on_two(
-        tiny, lopsided, tmp_path, script, [question("long"), question("short")], **more
-    )
+    more = {"max_new_tokens": 200, "max_tokens": 300, "temperature": 0.3}
+    more |= {"kl": 0.1} if script == "rl" else {}
+    rows = [question("long"), question("short")]
+    log, rows = game_on_two(tiny, lopsided, tmp_path, script, rows, **more)
     lengths = [[row["finished"] for row in rows if row["step"] == step] for step in (1, 2)]
     assert all(sorted(step) == [False] * 4 + [True] * 4 for step in lengths)
     assert all(row["length"] > 100 for row in log)
@@ -565,8 +469,8 @@ def test_rollouts_of_one_rank_are_far_longer(tiny, lopsided, tmp_path, script):
 def test_all_rows_of_one_rank_are_skipped(tiny, tmp_path):
     """Too long ones: the second half of each batch, which is the share of the second process."""
     rows = [question(f"{i}", response="red " * 300 if i % 4 > 1 else None) for i in range(12)]
-    flags = flags_of(tiny, None, tmp_path / "out", "sft", data=write_jsonl(tmp_path / "rows.jsonl", by_rank(rows)), steps=2,
-                     max_length=200)  # fmt: skip
+    data = write_jsonl(tmp_path / "rows.jsonl", by_rank(rows))
+    flags = flags_of(tiny, None, tmp_path / "out", "sft", data=data, steps=2, max_length=200)
     status, text = ranks(tmp_path, "sft", flags, limit=LIMIT)
     assert status == 0, text[-3000:]
     assert [row["dropped"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")][0] >= 2
@@ -600,25 +504,12 @@ def test_a_rank_that_raises_ends_the_others(tiny, policy, tmp_path, striker):
     """Within a minute, and what is read first is its own traceback."""
     began = time.time()
     flags = flags_of(tiny, policy, tmp_path / "out", "align", steps=10**6)
-    status, text = ranks(
-        tmp_path,
-        "align",
-        flags,
-        limit=LIMIT,
-        **striker("backward", passes=3, rank=1, strike="Broken"),
-    )
-    raised_at = max(
-        began,
-        (tmp_path / "out" / "metrics.jsonl").stat().st_mtime
-        if (tmp_path / "out").exists()
-        else began,
-    )
+    environment = striker("backward", passes=3, rank=1, strike="Broken")
+    status, text = ranks(tmp_path, "align", flags, limit=LIMIT, **environment)
+    log = tmp_path / "out" / "metrics.jsonl"
+    raised_at = log.stat().st_mtime if log.exists() else began
     assert time.time() - raised_at < 60
-    first = (
-        text[text.index("Traceback") :]
-        .partition("Traceback (most recent call last):\n")[2]
-        .partition("Traceback")[0]
-    )
+    first = text.partition("Traceback")[2].partition("Traceback")[0]
     assert status != 0 and "sitecustomize.Broken" in first and "align.py" in first, text[-3000:]
 
 
@@ -676,22 +567,13 @@ def test_wandb_is_told_every_step_once_more_after_resume(tiny, tmp_path):
     (tmp_path / "wandb.py").write_text(WANDB)
     environment = {"PYTHONPATH": tmp_path, "NOTES": tmp_path / "notes"}
     for steps, resumed in ((2, []), (3, ["--resume"])):
-        flags = [
-            *flags_of(tiny, None, tmp_path / "out", "sft", steps=steps, logger="wandb", keep=2),
-            *resumed,
-        ]
+        settings = {"steps": steps, "logger": "wandb", "keep": 2}
+        flags = flags_of(tiny, None, tmp_path / "out", "sft", **settings) + resumed
         status, text = ranks(tmp_path, "sft", flags, 1, **environment)
         assert status == 0, text[-3000:]
     notes, log = read_jsonl(tmp_path / "notes"), read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert [note["call"] for note in notes] == [
-        "init",
-        "log",
-        "log",
-        "finish",
-        "init",
-        "log",
-        "finish",
-    ]
+    calls = " ".join(note["call"] for note in notes)
+    assert calls == "init log log finish init log finish"
     assert notes[0]["id"] == notes[4]["id"] and (notes[0]["steps"], notes[4]["steps"]) == (2, 3)
     told = [(note["step"], note["loss"]) for note in notes if note["call"] == "log"]
     assert told == [(row["step"], row["loss"]) for row in log]
@@ -701,22 +583,12 @@ def test_wandb_is_told_every_step_once_more_after_resume(tiny, tmp_path):
 @pytest.mark.parametrize("logger, package", [("wandb", "wandb"), ("tensorboard", "tensorboard")])
 def test_a_logger_that_is_not_installed(tiny, tmp_path, logger, package):
     (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text(
-        f"raise ImportError('No module named {package}')"
-    )
-    log = tmp_path / "log"
-    process = start(
-        log,
-        "sft",
-        flags_of(tiny, None, tmp_path / "out", "sft", logger=logger),
-        PYTHONPATH=tmp_path,
-    )
-    status, text = end(process, log)
-    assert (
-        status == 2
-        and text
-        == f"sft.py: error: --logger {logger}: No module named {package}; pip install {logger}\n"
-    )
+    why = f"No module named {package}"
+    (tmp_path / package / "__init__.py").write_text(f"raise ImportError({why!r})")
+    flags, log = flags_of(tiny, None, tmp_path / "out", "sft", logger=logger), tmp_path / "log"
+    status, text = end(start(log, "sft", flags, PYTHONPATH=tmp_path), log)
+    assert status == 2
+    assert text == f"sft.py: error: --logger {logger}: {why}; pip install {logger}\n"
 
 
 def test_without_the_flag_no_logger_is_imported(tiny, tmp_path):
