@@ -271,6 +271,7 @@ def write_card(out, meta):
     base_model go from parent to child; nobody is assumed to have given a licence."""
     args, parent, discriminator = meta["args"], meta["parent"], bool(meta["args"].get("pairs"))
     sources = args.get("data") or args.get("pairs") or []
+    run = args.get("out", out)  # a state has its run's name
     # what a user has written into the card of OUT stays
     before = front_matter(parent) | front_matter(out)
     front = {
@@ -284,7 +285,7 @@ def write_card(out, meta):
     # JSON is YAML
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
     text = CARD.format(
-        front="\n".join(lines), name=plain(os.path.basename(os.path.abspath(out))),
+        front="\n".join(lines), name=plain(os.path.basename(os.path.abspath(run))),
         step=meta["step"], stage=meta["stage"], loads=LOADS[discriminator], parent=plain(parent),
         data=", ".join(f"`{plain(source)}`" for source in sources) or "none",
         commit=meta["git_commit"] or "unknown", metrics=table("metric", meta["metrics"]),

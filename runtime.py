@@ -885,14 +885,14 @@ def step_of(state):
     return int(state.rpartition(".")[2])
 
 
-def save_state(out, world, parts, progress, ckpt=None):
+def save_state(out, world, parts, progress, args=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
     then renamed. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling needs no
     generator state: its random numbers depend on (seed, step, prompt, sample). manifest.json holds
     the checksums of all. InputError when the disk is full.
 
-    ckpt: the checkpoint that the run started from. Then the state is a checkpoint, too, of its
-    first part, and holds one of each other part in a folder."""
+    args: the flags of the stage. Then the state is a checkpoint, too, of its first part, and holds
+    one of each other part in a folder."""
     new, path = os.path.join(out, "state.new"), os.path.join(out, f"state.{progress['step']}")
     if world.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -900,12 +900,15 @@ def save_state(out, world, parts, progress, ckpt=None):
     states = state_dicts(parts)
     with writing(new):
         dcp.save(states, checkpoint_id=new, no_dist=world.size == 1)
-        for name, (model, _) in parts.items() if ckpt else ():
+        for name, (model, _) in parts.items() if args else ():
             folder = new if name == next(iter(parts)) else os.path.join(new, name)
             if isinstance(model, PreTrainedModel):
-                write_checkpoint(model, folder, world, ckpt)
+                write_checkpoint(model, folder, world, args.ckpt)
             else:  # a discriminator
-                model.write_checkpoint(folder, world, ckpt)
+                model.write_checkpoint(folder, world, args.ckpt)
+        if args and world.rank == 0:
+            (metrics,) = read_lines(os.path.join(out, "metrics.jsonl"), 1)
+            write_meta(new, args.stage, args, progress["step"], metrics)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
         names = [str(path.relative_to(new)) for path in Path(new).rglob("*") if path.is_file()]
@@ -1174,16 +1177,12 @@ def end_step(args, world, parts, progress, last, *skips):
             f"{args.out}/bad/state.{step}, the states in {args.out} are untouched"
         )
     if due:
-        save_state(args.out, world, parts, progress, args.ckpt)
+        save_state(args.out, world, parts, progress, args)
         world.due = False
         if world.rank == 0:
-            state, *older = find_states(args.out)
-            (metrics,) = read_lines(os.path.join(args.out, "metrics.jsonl"), 1)
-            with writing(state):
-                write_meta(state, args.stage, args, step, metrics)
-            for old in older[args.keep - 1 :]:
-                if step_of(old) != world.best[0]:
-                    shutil.rmtree(old)
+            for state in find_states(args.out)[args.keep :]:
+                if step_of(state) != world.best[0]:
+                    shutil.rmtree(state)
             redraw(args.out, last)
     if stop and due and not last:
         if world.rank == 0:

@@ -803,7 +803,7 @@ def test_a_state_has_a_card(tiny, tmp_path):
     for card in cards:
         assert 'license: "mit"\nbase_model: "owner/name"\n' in card
     loss = read_jsonl(tmp_path / "one" / "metrics.jsonl")[0]["loss"]
-    assert "# state.1\n" in cards[0] and f"| loss | `{loss}` |" in cards[0]
+    assert "# one\n\nStep 1 of stage `sft`" in cards[0] and f"| loss | `{loss}` |" in cards[0]
 
 
 def test_a_state_of_the_warm_up_is_a_discriminator(tiny, policy, tmp_path):
