@@ -325,8 +325,12 @@ def check_run(args):
     if args.resume and not states:
         raise InputError(f"--resume: {args.out} holds no state.STEP; start without --resume")
     names = os.listdir(args.out) if os.path.isdir(args.out) else []
-    holds = {"a finished run": "meta.json" in names, "an unfinished run": states,
-             "a checkpoint": "config.json" in names, "a README.md": "README.md" in names}
+    holds = {
+        "a finished run": "meta.json" in names,
+        "an unfinished run": states,
+        "a checkpoint": "config.json" in names,
+        "a README.md": "README.md" in names,
+    }
     found = next((what for what, there in holds.items() if there), None)
     if found and not (args.resume or args.overwrite):
         cure = "add --resume to go on or --overwrite to lose it, or give another folder"
@@ -753,9 +757,11 @@ def processor_files(ckpt):
     parent that is a state of a run at work may be gone when this one saves."""
     others = ("model", "pytorch_model", "config", "generation_config", "meta", "metrics",
               "progress", "manifest")
-    files = Path(local_folder(ckpt, SETTINGS)).iterdir()
-    files = [file for file in files if file.suffix in SETTINGS]
-    return {file.name: file.read_bytes() for file in files if file.name.split(".")[0] not in others}
+    found = {}
+    for file in Path(local_folder(ckpt, SETTINGS)).iterdir():
+        if file.suffix in SETTINGS and file.name.split(".")[0] not in others:
+            found[file.name] = file.read_bytes()
+    return found
 
 
 def copy_processor(ckpt, out):
