@@ -948,8 +948,19 @@ def keep_rows(generated, sets, args):
     counts += f"{low}; {long} of them longer than --max-prompt) and {easy} too easy (above {high})"
     if not kept:
         raise InputError(f"--keep-pass-rate: {counts}; {args.out} is not written")
+    lost = sorted({name for row in kept for name, value in row.items() if not in_json(value)})
+    if lost:
+        counts += f"; without the columns that JSON cannot hold: {', '.join(lost)}"
+        kept = [{name: row[name] for name in row if name not in lost} for row in kept]
     write_rows(os.path.abspath(args.out), kept)
     print(f"{args.out}: {counts}")
+
+
+def in_json(value):
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def kept_row(example, number, args):
@@ -979,7 +990,7 @@ def portable(image, name, args):
 
 # -------------------------------------------------------------------------------------------- main
 def parse_args():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("what")
     flag = group.add_argument
     flag("--ckpt", nargs="+", required=True, help="the first is the baseline; seeds as name=A,B,C")
@@ -1046,6 +1057,8 @@ def checkpoints(specs):
     named, paths = [], []
     for spec in specs:
         name, equals, rest = spec.partition("=")
+        if os.path.exists(spec):  # runs/lr=1e-5
+            name = equals = ""
         seeds = rest.split(",") if equals else [spec]
         named.append((name if equals else "", seeds))
         paths += seeds

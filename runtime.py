@@ -104,8 +104,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help shows a docstring as it is, and whose complaint is one line; the exit
     status stays 2."""
 
-    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter):
-        super().__init__(description=description, formatter_class=formatter_class)
+    def __init__(self, description):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw)
 
     def error(self, message):
         raise InputError(message)
@@ -1122,7 +1123,7 @@ def clear(args, step):
     kinds = ["meta.json", "bad"]  # it is not finished any more
     if not args.resume:
         kinds += ["metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "rollouts.html", "curves.png"]
-    if args.overwrite:
+    if args.overwrite and not args.resume:
         kinds += ["README.md", "config.json", "model*.safetensors*", "pictures", "discriminator"]
     found = [state for state in find_states(args.out) if step_of(state) > step]
     for kind in kinds:

@@ -636,7 +636,7 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     import sft
     from conftest import ONE
 
-    parser = runtime.Parser()
+    parser = runtime.Parser("")
     runtime.common_flags(parser, "sft")
     data_flags(parser)
     parser.add_argument("--max-length", default=8192)

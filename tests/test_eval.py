@@ -8,11 +8,13 @@ import shutil
 import socket
 import threading
 import weakref
+from datetime import date
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
@@ -1067,6 +1069,30 @@ def test_difficulty_filter_of_parquet(tiny, policy, tmp_path):
     assert stage("eval", *flags, "--keep-pass-rate", 0, 1, "--out", tmp_path / "kept.jsonl") == 0
     (example,) = load_examples(str(tmp_path / "kept.jsonl"))
     assert open(example.images[0], "rb").read() == png() and example.answer == "1"
+
+
+def test_difficulty_filter_of_columns_that_json_cannot_hold(tmp_path, capsys):
+    """Known after the sampling only: they are left out, with their names, the rows are not."""
+    rows = [{"problem": f"{i} or 1?", "answer": "1", "day": date(2026, 1, 1)} for i in range(2)]
+    rows[1]["thumb"] = b"png"
+    table = pyarrow.Table.from_pylist([{"thumb": None} | row for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "own.parquet")
+    files = load_examples(str(tmp_path / "own.parquet")).files
+    questions = E.look(E.Benchmark(), Examples(files, read=E.own), ONE)
+    out = str(tmp_path / "kept.jsonl")
+    args = SimpleNamespace(keep_pass_rate=(0, 1), out=out, folder=str(tmp_path / "more"))
+    E.keep_rows({"own": generations(questions, lambda *_: "1")}, {"own": questions}, args)
+    assert "kept 2 of 2" in (said := capsys.readouterr().out)
+    assert "that JSON cannot hold: day, thumb" in said
+    columns = [{"problem": row["problem"], "answer": "1", "pass_rate": 1.0} for row in rows]
+    assert read_jsonl(out) == columns
+
+
+def test_a_folder_with_an_equals_sign_is_no_name(tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    ckpts, folders = E.checkpoints([f"{tmp_path}/lr=1", f"two={tmp_path}/a,{tmp_path}/b"])
+    assert ckpts == {"lr=1": [f"{tmp_path}/lr=1"], "two": [f"{tmp_path}/a", f"{tmp_path}/b"]}
+    assert list(folders) == [f"{tmp_path}/{name}" for name in ("lr=1", "a", "b")]
 
 
 def test_difficulty_filter_of_pictures_in_the_chat(tmp_path):
