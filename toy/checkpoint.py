@@ -25,20 +25,19 @@ CHAT = (
 # one piece each, so that the responses of the world are short: a tag with its line breaks, a word
 # with the line break or space before it, a line break, punctuation, any other white space
 PIECES = r"\n?</?\w+>\n?|\n\w+| ?\w+|\n| ?[^\s\w]+|\s"
+STD = 0.06  # of the weights; with the usual 0.02 so narrow a model hardly looks at the picture
 
 
-def make_tokenizer(texts, vocab_size=576):
+def make_tokenizer(texts):
     """Byte-level BPE over `texts`."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=576, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -49,43 +48,28 @@ def make_tokenizer(texts, vocab_size=576):
     )
 
 
-def make_config(tokenizer, hidden, layers, vision_hidden, vision_layers, std):
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    text = {"vocab_size": len(tokenizer), "initializer_range": std, "max_position_embeddings": 4096}
+def make_config(tokenizer, hidden, layers, vision_layers):
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL)
+    text = {"vocab_size": len(tokenizer), "initializer_range": STD, "max_position_embeddings": 4096}
     text |= {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     rope = {"rope_type": "default", "rope_theta": 1e4}
     text["rope_parameters"] = {**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    vision = {"hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden}
-    vision |= {"depth": vision_layers, "num_heads": 2, "initializer_range": std}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "depth": vision_layers, "num_heads": 2}
     vision |= {"out_hidden_size": hidden, "num_position_embeddings": 64}
-    vision["deepstack_visual_indexes"] = [0]
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
+    vision |= {"deepstack_visual_indexes": [0], "initializer_range": STD}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    tokens = dict(zip(names, ids[3:]))
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
 
 
-def make_checkpoint(
-    path, texts, seed=0, hidden=128, layers=4, vision_hidden=64, vision_layers=2, std=0.06
-):
-    """Write the folder.
-
-    std: of the weights; with the usual 0.02 so narrow a model hardly learns to look at the picture.
-    """
+def make_checkpoint(path, texts, seed=0, hidden=128, layers=4, vision_layers=2):
+    """Write the folder."""
     tokenizer = make_tokenizer(texts)
-    config = make_config(tokenizer, hidden, layers, vision_hidden, vision_layers, std)
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config)
+    model = Qwen3VLForConditionalGeneration(make_config(tokenizer, hidden, layers, vision_layers))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
     processor = Qwen2VLImageProcessorPil(
         patch_size=16,
         temporal_patch_size=2,
@@ -94,4 +78,5 @@ def make_checkpoint(
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor.save_pretrained(path)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(path)
