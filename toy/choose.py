@@ -13,8 +13,8 @@ import os
 import numpy as np
 
 from rollout import parse_response
-from runtime import real, write_json
-from toy.stages import read_jsonl, write_jsonl
+from runtime import real, write_json, write_rows
+from toy.stages import read_jsonl
 
 
 def with_responses(examples, generations):
@@ -44,12 +44,9 @@ def best(examples, scores, share):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    one = parser.add_mutually_exclusive_group(required=True)
-    one.add_argument("--responses")
-    one.add_argument("--scores")
+    for flag in ("--data", "--responses", "--scores", "--out"):
+        parser.add_argument(flag)
     parser.add_argument("--keep", type=real(0, 1), default=1.0)
-    parser.add_argument("--out", required=True)
     args, _ = parser.parse_known_args()  # --resume, --overwrite: it begins anew
     rows = read_jsonl(args.data)
     if args.responses:
@@ -59,8 +56,7 @@ def main():
     folder = os.path.relpath(os.path.dirname(args.data), args.out)
     for row in rows:  # pictures stay where they are
         row["images"] = [os.path.join(folder, path) for path in row["images"]]
-    os.makedirs(args.out, exist_ok=True)
-    write_jsonl(os.path.join(args.out, "rows.jsonl"), rows)
+    write_rows(os.path.join(args.out, "rows.jsonl"), rows)
     write_json(os.path.join(args.out, "meta.json"), {"stage": "choose", "rows": len(rows)})
 
 
