@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT, read_jsonl, write_jsonl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from rollout import parse_response
+from rollout import Response, parse_response
 from toy import checkpoint, choose, paper, report, stages, world
 
 N = world.ROWS * world.COLUMNS
@@ -45,9 +46,8 @@ def recount(problem):
     return total, problem["terms"][int(np.argmax(counts))]
 
 
-def blocks(text):
-    parsed = parse_response(text)
-    return parsed and [parsed.caption, parsed.think, parsed.answer]
+def score(problem, text):
+    return world.score(problem, parse_response(text))
 
 
 def elsewhere(problem):
@@ -63,13 +63,18 @@ def repaint(line):
     return f"{number} grey {shape}"
 
 
+def without_halves(scores):
+    """What is right of the captions as a whole, not of colours and shapes apart."""
+    return {key: scores[key] for key in scores.keys() - {"colors", "shapes"}}
+
+
 def put(lines, i, *new):
     """`lines` with `new` in place of line i."""
     return [*lines[:i], *new, *lines[i + 1 :]]
 
 
 OTHER = {"odd": "even", "even": "odd"}
-CAPTION, TRACE, ANSWER = range(3)
+CAPTION, TRACE, ANSWER = range(3)  # of a Response
 # an edit of the lines of one block (of the steps of a trace), i: a cell elsewhere; the cells and
 # the steps that are lost by it; the accuracy that is left
 EDITS = [
@@ -94,14 +99,14 @@ EDITS = [
 def test_scores_are_exact(edit, form):
     _, block, change, cells, steps, accuracy = edit
     problem, count = problem_with(form), {"number": 4, "parity": 5, "more": 4}[form]
-    parts = blocks(world.respond(problem))
+    parts = astuple(parse_response(world.respond(problem)))
     # a step begins at a line break, but not at one before a cell, which belongs to the step
     lines = re.split(r"\n(?!\d \w+ \w+ (?:yes|no))", parts[block])
-    parts[block] = "\n".join(change(lines, elsewhere(problem)))
+    parts = put(parts, block, "\n".join(change(lines, elsewhere(problem))))
     steps = count - 1 if steps == "all but the answer" else steps
     expected = {"perception": 1 - cells / N, "reasoning": 1 - steps / count}
     expected |= {"accuracy": accuracy, "format": 1}
-    assert world.score(problem, parts) == pytest.approx(expected)
+    assert without_halves(world.score(problem, Response(*parts))) == pytest.approx(expected)
 
 
 GRID = [("red", "circle"), ("red", "square"), *[("lime", "cross")] * (N - 2)]
@@ -118,17 +123,19 @@ def test_reasoning_is_judged_by_its_own_caption():
     """Right steps from a wrong caption count, right results that do not follow from it do not."""
     caption = "\n".join(f"{i} {color} {shape}" for i, (color, shape) in enumerate(GRID, 1))
     trace = f"{RED}\n{CIRCLE}\n2 + 1 = 3"
-    assert set(world.score(HAND, (caption, trace, "3")).values()) == {1.0}
+    assert set(world.score(HAND, Response(caption, trace, "3")).values()) == {1.0}
     wrong = caption.replace("2 red square", "2 blue square")
     follows = f"{RED.replace('2 red red yes', '2 blue red no')[:-1]}1\n{CIRCLE}\n1 + 1 = 2"
     expected = {"perception": 1 - 1 / N, "reasoning": 1, "accuracy": 0, "format": 1}
-    assert world.score(HAND, (wrong, follows, "2")) == pytest.approx(expected)
+    expected |= {"colors": 1 - 1 / N, "shapes": 1}
+    assert world.score(HAND, Response(wrong, follows, "2")) == pytest.approx(expected)
     expected |= {"reasoning": 1 / 4, "accuracy": 1}
-    assert world.score(HAND, (wrong, trace, "3")) == pytest.approx(expected)
+    assert world.score(HAND, Response(wrong, trace, "3")) == pytest.approx(expected)
 
 
 def test_broken_format_scores_nothing():
-    assert world.score(HAND, None) == {"perception": 0, "reasoning": 0, "accuracy": 0, "format": 0}
+    found = world.score(HAND, None)
+    assert found.keys() == {*report.METRICS, "colors", "shapes"} and set(found.values()) == {0.0}
 
 
 def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
@@ -136,9 +143,9 @@ def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
     problems = [world.make_problem(rng) for _ in range(300)]
     assert {problem["kind"] for problem in problems} == set(world.KINDS)
     for problem in problems:
-        assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
+        assert set(score(problem, world.respond(problem)).values()) == {1.0}
         assert problem["answer"] == recount(problem)[1]
-    public = [world.score(problem, blocks(world.respond(problem, rng))) for problem in problems]
+    public = [score(problem, world.respond(problem, rng)) for problem in problems]
     for key in ("perception", "reasoning", "accuracy"):
         assert 0.1 < np.mean([s[key] for s in public]) < 0.9, key
     assert np.mean([s["format"] for s in public]) == 1
@@ -146,7 +153,7 @@ def test_the_curated_teacher_is_perfect_and_the_public_one_is_not():
 
 # ---------------------------------------------------------------- the world without a tell of style
 def captions(texts):
-    return [blocks(text)[CAPTION] for text in texts]
+    return [parse_response(text).caption for text in texts]
 
 
 def told_apart(curated, public, held_out=500):
@@ -203,8 +210,10 @@ def test_the_public_teacher_is_wrong_at_the_same_length():
     for one, other in zip(curated, public):
         assert one.count("\n") == other.count("\n") and len(one.split()) == len(other.split())
         assert len(tokenizer(one)["input_ids"]) == len(tokenizer(other)["input_ids"])
-        assert list(world.read_caption(blocks(other)[CAPTION])) == list(range(1, N + 1))
-    scores = [world.score(problem, blocks(text)) for problem, text in zip(problems, public)]
+        caption = parse_response(other).caption
+        assert [int(line.split()[0]) for line in caption.split("\n")] == list(range(1, N + 1))
+        assert world.UNSAID not in world.read_caption(caption)
+    scores = [score(problem, text) for problem, text in zip(problems, public)]
     for key in ("perception", "reasoning", "accuracy"):
         assert 0.1 < np.mean([s[key] for s in scores]) < 0.9, key
 
@@ -231,8 +240,8 @@ def test_a_slip_is_in_the_trace_and_not_in_the_caption():
     missing = Counter()
     for _ in range(400):
         problem = world.make_problem(rng, ["color parity"])
-        right = world.solve(problem, world.numbered(problem["cells"]))
-        other = world.solve(problem, world.numbered(world.make_cells(rng)))
+        right = world.solve(problem, problem["cells"])
+        other = world.solve(problem, world.make_cells(rng))
         steps, answer = world.slip(right, other, rng)
         trace = "\n".join(steps)
         for i, step in enumerate(right[0]):
@@ -255,25 +264,22 @@ def test_kinds_of_questions(kind):
         assert problem["kind"] == kind and problem["form"] == kind.split()[1]
         assert len(set(problem["terms"])) == 2
         assert problem["answer"] == recount(problem)[1]
-        assert set(world.score(problem, blocks(world.respond(problem))).values()) == {1.0}
+        assert set(score(problem, world.respond(problem)).values()) == {1.0}
         asked.update(problem["terms"])
     assert sorted(asked) == sorted(words) and min(asked.values()) > 0.6 * 600 / len(words)
     assert {*world.ALIGN_KINDS, *world.RL_KINDS} < set(world.KINDS)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, N])
-@pytest.mark.parametrize("attributes", [(0, 1), (0,), (1,)])
-def test_corrupted_captions_have_k_wrong_cells_and_the_same_words(k, attributes):
+def test_corrupted_captions_have_k_wrong_cells_and_the_same_words(k):
     rng = np.random.default_rng(5)
     words = Counter()
     for _ in range(300):
         problem = world.make_problem(rng, world.KINDS)
-        wrong = world.corrupt(problem["cells"], k, rng, attributes)
-        found = world.perceive(problem, world.describe(world.numbered(wrong)))
-        assert found["cells"] == pytest.approx(1 - k / N)
+        wrong = world.corrupt(problem["cells"], k, rng)
+        found = score(problem, world.response(wrong, ([], "")))
+        assert found["perception"] == pytest.approx(1 - k / N)
         assert (1 - found["colors"]) + (1 - found["shapes"]) == pytest.approx(k / N)
-        assert 0 in attributes or found["colors"] == 1
-        assert 1 in attributes or found["shapes"] == 1
         words.update(word for cell in wrong for word in cell)
     for kind in (list(world.COLORS), world.SHAPES):
         share = 1 / len(kind)
@@ -283,8 +289,10 @@ def test_corrupted_captions_have_k_wrong_cells_and_the_same_words(k, attributes)
 
 def test_colours_and_shapes_are_scored_apart():
     caption = "1 red circle\n2 blue square\n3 lime circle\n3 lime cross\n4 lime cross\n5 red square"
-    found = world.perceive(HAND, caption)  # 1 and 4 are right, of 2 the shape; 3 is said twice
-    assert found == pytest.approx({"colors": 2 / N, "shapes": 3 / N, "cells": 2 / N})
+    found = world.score(HAND, Response(caption, "", ""))
+    # 1 and 4 are right, of 2 the shape; 3 is said twice
+    found = {key: found[key] for key in ("colors", "shapes", "perception")}
+    assert found == pytest.approx({"colors": 2 / N, "shapes": 3 / N, "perception": 2 / N})
 
 
 # ----------------------------------------------------------------------------- pictures, checkpoint
@@ -341,14 +349,15 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
 def write_run(out, problems, arms, rng):
     """What the stages of a run leave: {arm: share of right responses}; 4 samples of an item."""
     (out / "data").mkdir(parents=True)
-    write_jsonl(out / "data" / "test.jsonl", [{"world": problem} for problem in problems])
+    items = [{"id": f"test-{i}", "world": problem} for i, problem in enumerate(problems)]
+    write_jsonl(out / "data" / "test.jsonl", items)
     for arm, share in arms.items():
         for run in ("greedy", "sampled"):
             (out / run / arm).mkdir(parents=True)
             generations = []
             for i, problem in enumerate(problems):
                 right = rng.random() < share
-                line = {"item": i, "response": world.respond(problem) if right else ""}
+                line = {"id": f"test-{i}", "response": world.respond(problem) if right else ""}
                 generations += [line | {"finished": True, "accuracy": float(right)}] * 4
             write_jsonl(out / run / arm / "test.jsonl", generations)
 
@@ -409,7 +418,7 @@ def test_what_an_expert_tells_apart_counts_no_equal_texts(tmp_path):
     """A trace in which no slip fell is the right one: it says nothing."""
     look, scores = [], []
     for i in range(4):
-        for variant in ("right", *(v for variants in report.LOOKS.values() for v in variants)):
+        for variant in ("right", *report.LOOKS):
             same = variant == "right" or variant == "trace with slips" and i < 3
             look.append({"id": f"t-{i}/{variant}", "response": "right" if same else variant})
             score = float(same or i == 0)  # of item 0 it says the same of all
@@ -433,7 +442,7 @@ def test_what_the_scores_of_rollouts_follow(tmp_path):
         for step in (1, 2, 3):
             for _ in range(8):
                 text = world.respond(problem, rng)
-                colors = world.perceive(problem, blocks(text)[CAPTION])["colors"]
+                colors = score(problem, text)["colors"]
                 line = {"step": step, "id": str(i), "response": text, "finished": True}
                 lines.append(line | {"d_v": colors + i if step > 2 else 0.0, "d_r": len(text)})
     (tmp_path / "data").mkdir()
@@ -444,7 +453,7 @@ def test_what_the_scores_of_rollouts_follow(tmp_path):
     assert found["D_v, colors"] == pytest.approx(1) and found["D_r, length"] == pytest.approx(1)
     assert abs(found["D_v, shapes"]) < 0.4 and abs(found["D_r, reasoning"]) < 0.4
     look = [{"id": f"0/{v}", "response": v, "perception": 0.0, "reasoning": 0.0}
-            for v in ("right", *(v for variants in report.LOOKS.values() for v in variants))]
+            for v in ("right", *report.LOOKS)]
     for folder in ("look_align", "probe_align"):
         (tmp_path / folder).mkdir()
     for path in ("data/look.jsonl", "look_align/scores.jsonl"):
@@ -456,12 +465,15 @@ def test_what_the_scores_of_rollouts_follow(tmp_path):
     assert said == f"Follow length more than what is right: D_r here ({length:.2f} to {right:.2f})."
 
 
-@pytest.mark.parametrize("name", [*stages.STAGES, *(stage for _, stage, _, _ in paper.ROWS)])
-def test_a_row_of_the_table_is_a_command_line(name, tmp_path):
+ROWS = {**stages.STAGES, **{stage: row for _, stage, row, _ in paper.ROWS}}
+COMMANDS = stages.plan("out", 3, stages.FULL, ROWS, report.ARMS, paper.EXPERTS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_the_table_is_a_command_line(name):
     """Its script knows every flag, and what it reads is a stage or a data set."""
-    rows = {**stages.STAGES, **{stage: flags for _, stage, _, flags in paper.ROWS}}
-    needs, (script, *flags) = stages.command_of(f"out/{name}", rows[name], 3, stages.FULL)
-    assert {Path(folder).name for folder in needs} <= {*rows, "base"}
+    needs, (script, *flags) = COMMANDS[f"out/{name}"]
+    assert {Path(folder).name for folder in needs} <= {*ROWS, "base", "data"}
     if script == "-m":
         script = flags.pop(0).replace(".", "/") + ".py"
     else:
@@ -472,18 +484,25 @@ def test_a_row_of_the_table_is_a_command_line(name, tmp_path):
     assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--"))
 
 
+def test_what_all_seeds_have_does_not_go_on_with_a_row_that_they_lack():
+    rows = {stage: ROWS[stage] for stage in paper.ALL_SEEDS}
+    few = stages.plan("out", 3, stages.FULL, stages.STAGES | rows, report.ARMS, ["align"])
+    assert all(few[f"out/{stage}"] == COMMANDS[f"out/{stage}"] for stage in rows)
+
+
 def test_of_a_flag_given_twice_the_last_counts():
-    row = "sft.py --ckpt base --lr 1 --data sft:1 align:4 best/rows --lr 2 --steps {sft}"
-    needs, command = stages.command_of("out/more", row, 3, {"sft": 7})
-    expected = "sft.py --ckpt out/base --lr 2 --data out/data/sft.jsonl:1 out/data/align.jsonl:4 "
+    rows = {"one": "sft.py --ckpt base --lr 1 --data sft:1 align:4 best/rows --steps {sft}"}
+    rows["more"] = "one --lr 2 --data align:3 best/rows"
+    needs, command = stages.plan("out", 3, {"sft": 7, "samples": 1}, rows, [], [])["out/more"]
+    expected = "sft.py --ckpt out/base --lr 2 --data out/data/align.jsonl:3 "
     expected += "out/best/rows.jsonl --steps 7 --out out/more --seed 3"
-    assert needs == {"out/base", "out/best"} and " ".join(command) == expected
+    assert needs == {"out/base", "out/data", "out/best"} and " ".join(command) == expected
 
 
 def test_rows_are_chosen_by_the_experts(tmp_path):
     """Own responses that are whole; the best of each prompt's by the mean of standardised scores;
     with one response to a prompt the best share of all."""
-    texts = [world.response({1: ("red", "cross")}, [f"step {i}"], "1") for i in range(4)]
+    texts = [world.response([("red", "cross")], ([f"step {i}"], "1")) for i in range(4)]
     examples = [{"id": name, "images": ["images/a.png"]} for name in ("a-1", "a-2")]
     said = [(0, texts[0]), (0, "broken"), (0, texts[1]), (1, texts[2]), (1, texts[3])]
     lines = [{"item": item, "response": text, "finished": True} for item, text in said]

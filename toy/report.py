@@ -3,7 +3,6 @@
 An arm is a checkpoint on the way; it may have been made from several seeds, each in its own folder.
 """
 
-import json
 import os
 from contextlib import contextmanager
 from functools import cache
@@ -15,65 +14,62 @@ from data import encode_prompt, encode_response, load_examples
 from eval import bootstrap, holm, interval, markdown, p_value, percent
 from rollout import parse_response, split_segments
 from rows import pack_logprobs, pack_rows, set_attention
-from runtime import load_policy, load_tokenizer
+from runtime import load_policy, load_tokenizer, read_json
 from toy import world
-from toy.stages import minutes_of, read_jsonl
+from toy.stages import ARMS, CURVE, minutes_of, read_jsonl
 
-ARMS = {
-    "sft": "SFT",
-    "sft_rl": "SFT -> RL",
-    "more": "SFT -> SFT on the curated rows",
-    "more_rl": "SFT -> SFT on the curated rows -> RL",
-    "align": "SFT -> align",
-    "align_rl": "SFT -> align -> RL",
-}
 METRICS = ("accuracy", "perception", "reasoning", "format")
 # which data of what comes after SFT have a kind of question
 TOUCHED = {"color number": "game", "shape number": "game, RL", "shape parity": "RL"}
 TOUCHED = {kind: TOUCHED.get(kind, "neither") for kind in world.KINDS}
-LOOKS = {  # what of write_look's an expert is to tell from the right one
-    "perception": ["1 wrong cells", "2 wrong cells", "4 wrong cells", "colors exchanged",
-                   "shapes exchanged"],
-    "reasoning": ["trace of another caption", "trace with slips"],
-}
+GROUPS = list(dict.fromkeys(TOUCHED.values()))
+# what of toy.stages.make_look each expert is to tell from the right one
+LOOKS = dict.fromkeys(("1 wrong cells", "2 wrong cells", "4 wrong cells"), "perception")
+LOOKS |= dict.fromkeys(("colors exchanged", "shapes exchanged"), "perception")
+LOOKS |= dict.fromkeys(("trace of another caption", "trace with slips"), "reasoning")
 
 
-def exact_scores(problem, generation):
-    """The toy's own scores of a response: a line of what eval.py writes or of a rollouts.jsonl."""
-    blocks = parse_response(generation["response"]) if generation["finished"] else None
-    found = world.score(problem, blocks and (blocks.caption, blocks.think, blocks.answer))
-    seen = world.perceive(problem, blocks.caption if blocks else "")
-    return {**found, "colors": seen["colors"], "shapes": seen["shapes"]}
+def scored(out, data, *path):
+    """The responses in a file to the prompts of a data set, lines of what eval.py or a stage wrote,
+    with the toy's own exact scores; the accuracy is the stage's, where it judged it."""
+    problems = {line["id"]: line["world"] for line in read_jsonl(out, "data", data + ".jsonl")}
+    lines = []
+    for line in read_jsonl(out, *path):
+        blocks = parse_response(line["response"]) if line.get("finished", True) else None
+        problem = problems[line["id"]]
+        scores = world.score(problem, blocks)
+        # eval.py and rl.py have a format, too, in which a response that was cut can be whole
+        lines.append(scores | line | {"format": scores["format"], "kind": problem["kind"]})
+    return lines
 
 
 # --------------------------------------------------------------------------------------- the table
 @cache  # several tables have the same arms
 def measure(out, run, arm):
-    """{metric: [items]} over the test items of one seed, the mean over the samples of each."""
-    problems = [example["world"] for example in read_jsonl(out, "data", "test.jsonl")]
-    lines = read_jsonl(out, run, arm, "test.jsonl")
-    scores = [exact_scores(problems[line["item"]], line) for line in lines]
-    found = {key: [s[key] for s in scores] for key in METRICS}
-    found["accuracy"] = [line["accuracy"] for line in lines]  # as eval.py judged it
-    return {key: np.reshape(values, (len(problems), -1)).mean(1) for key, values in found.items()}
+    """{metric, or group of questions for the accuracy in it: [items]} over the test items of one
+    seed, the mean over the samples of each; nan for an item that is not in the group."""
+    lines = scored(out, "test", run, arm, "test.jsonl")
+    items = len({line["id"] for line in lines})
+    found = {}
+    for key in METRICS:
+        found[key] = np.reshape([line[key] for line in lines], (items, -1)).mean(1)
+    touched = np.array([TOUCHED[line["kind"]] for line in lines[:: len(lines) // items]])
+    for group in GROUPS:
+        found[group] = np.where(touched == group, found["accuracy"], np.nan)
+    return found
+
+
+def values_of(outs, run, arm, key="accuracy"):
+    return np.stack([measure(out, run, arm)[key] for out in outs])  # [seeds, items]
 
 
 def means(out, arms):
     """{arm: {"greedy" or "sampled": {metric: mean}}} of one seed, for results.json."""
-    found = {}
+    found = {arm: {} for arm in arms}
     for arm in arms:
-        found[arm] = {}
         for run in ("greedy", "sampled"):
-            values = measure(out, run, arm)
-            found[arm][run] = {key: values[key].mean() for key in METRICS}
+            found[arm][run] = {key: measure(out, run, arm)[key].mean() for key in METRICS}
     return found
-
-
-def measure_kinds(out, values):
-    """values [items] of one seed -> {what touched the kind of question: mean}."""
-    kinds = [TOUCHED[example["world"]["kind"]] for example in read_jsonl(out, "data", "test.jsonl")]
-    groups = dict.fromkeys(TOUCHED.values())
-    return {group: values[[kind == group for kind in kinds]].mean() for group in groups}
 
 
 def arm_table(outs, arms, bases, commands):
@@ -83,31 +79,27 @@ def arm_table(outs, arms, bases, commands):
     of the accuracy at T = 1, against the arms `bases`, corrected by Holm over the table. minutes:
     from the SFT checkpoint on; `commands` as `run_stages` takes them.
     """
-    found, ps, lines = {}, {}, []
-    for arm in arms:
-        runs = {run: [measure(out, run, arm) for out in outs] for run in ("greedy", "sampled")}
-        found[arm] = runs
+    ps, lines = {}, []
     for base in bases:
         for arm in arms:
-            differences = []
-            for one, other in zip(found[arm]["sampled"], found[base]["sampled"]):
-                differences.append(one["accuracy"] - other["accuracy"])
-            differences = np.concatenate(differences)
+            difference = values_of(outs, "sampled", arm) - values_of(outs, "sampled", base)
             if arm != base:
-                ps[arm, base] = p_value(differences)
+                ps[arm, base] = p_value(difference.ravel())
     ps = dict(zip(ps, holm(list(ps.values()))))
     for arm, name in arms.items():
-        greedy, sampled = found[arm]["greedy"], found[arm]["sampled"]
-        cells = [summary(greedy, "accuracy", arm)]
-        cells += [summary(sampled, key, arm) for key in METRICS]
-        kinds = [measure_kinds(out, seed["accuracy"]) for out, seed in zip(outs, sampled)]
-        for group in kinds[0]:
-            cells.append(f"{100 * np.mean([seed[group] for seed in kinds]):.1f}")
+        cells = [name]
+        for run, key in (("greedy", "accuracy"), *(("sampled", key) for key in METRICS)):
+            values = values_of(outs, run, arm, key).T
+            items, ones = np.arange(len(values)), np.ones(len(values))
+            cells.append(percent(interval(*bootstrap(values, items, ones, "test", arm))))
+        for group in GROUPS:
+            shares = np.nanmean(values_of(outs, "sampled", arm, group), 1)
+            cells.append(f"{100 * shares.mean():.1f}")
         minutes = [minutes_of(os.path.join(out, arm), commands) for out in outs]
         cells.append(f"{np.nanmean(minutes):.1f}")
         cells += [f"{ps[arm, base]:.3f}" if (arm, base) in ps else "" for base in bases]
-        lines.append([name, *cells])
-    header = ["arm", "greedy accuracy", *METRICS, *dict.fromkeys(TOUCHED.values()), "minutes"]
+        lines.append(cells)
+    header = ["arm", "greedy accuracy", *METRICS, *GROUPS, "minutes"]
     return markdown([*header, *(f"p to {arms[base]}" for base in bases)], lines)
 
 
@@ -118,8 +110,7 @@ def verdict(outs):
     for run, words in (("sampled", "at T = 1"), ("greedy", "of greedy answers")):
         said = []
         for pair in (("sft_rl", "align_rl"), ("more", "align"), ("more_rl", "align_rl")):
-            found = [[measure(out, run, arm)["accuracy"] for out in outs] for arm in pair]
-            base, game = np.reshape(found, (2, -1))
+            base, game = (values_of(outs, run, arm).ravel() for arm in pair)
             p, wins = p_value(base - game), "the game wins"
             if p >= 0.05:
                 wins = "not told apart"
@@ -131,56 +122,46 @@ def verdict(outs):
     return "\n".join(sentences)
 
 
-def summary(seeds, key, arm):
-    values = np.stack([seed[key] for seed in seeds], 1)  # [items, seeds]
-    items, ones = np.arange(len(values)), np.ones(len(values))
-    return percent(interval(*bootstrap(values, items, ones, "test", arm)))
-
-
 # -------------------------------------------------------------------------------------- the experts
+def above(right, wrong):
+    """Share of comparisons in which what is right scores higher; a tie is a coin toss."""
+    return (1 + np.sign(np.subtract(right, wrong)).mean()) / 2
+
+
 def looks(out, scores):
     """{variant: share of the test items of which an expert scores the right response higher, of
     those whose variant differs from it}."""
-    by_item, shares = {}, {}
-    texts = read_jsonl(out, "data", "look.jsonl")
+    texts, found = read_jsonl(out, "data", "look.jsonl"), {}
     for line, text in zip(read_jsonl(out, scores, "scores.jsonl"), texts):
-        item, _, variant = line["id"].rpartition("/")
-        by_item.setdefault(item, {})[variant] = line | {"response": text["response"]}
-    for expert, variants in LOOKS.items():
-        for variant in variants:
-            pairs = [(one["right"], one[variant]) for one in by_item.values()]
-            differ = [(a, b) for a, b in pairs if a["response"] != b["response"]]
-            signs = [np.sign(a[expert] - b[expert]) for a, b in differ]  # a tie is a coin toss
-            shares[variant] = np.mean(signs) / 2 + 0.5
-    return shares
+        variant = line["id"].rpartition("/")[2]
+        found.setdefault(variant, []).append(line | {"response": text["response"]})
+    for variant, expert in LOOKS.items():
+        pairs = zip(found["right"], found[variant])
+        differ = [(a[expert], b[expert]) for a, b in pairs if a["response"] != b["response"]]
+        found[variant] = above(*np.reshape(differ, (-1, 2)).T)
+    return {variant: found[variant] for variant in LOOKS}
 
 
-def truth(out, data):
-    """{id: what is true of it} of a data set."""
-    return {line["id"]: line["world"] for line in read_jsonl(out, "data", data + ".jsonl")}
+FOLLOWS = ("D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length")
 
 
-def signals(out, arm, data="align"):
+def signals(out, arm):
     """What the scores of the game's rollouts follow: {"D_v, colors": correlation within a group}.
 
     Of the second half of the logged steps, with exact perception (colours and shapes apart) or
     reasoning, and with the length of the response in characters.
     """
-    problems = truth(out, data)
-    rollouts = read_jsonl(out, arm, "rollouts.jsonl")
-    middle, groups = np.median([r["step"] for r in rollouts]), {}
+    rollouts, groups = scored(out, "align", arm, "rollouts.jsonl"), {}
+    middle = np.median([rollout["step"] for rollout in rollouts])
     for r in rollouts:
         if r["step"] > middle and "d_v" in r:
-            exact = exact_scores(problems[r["id"]], r)
-            line = [r["d_v"], r["d_r"], exact["colors"], exact["shapes"], exact["reasoning"]]
+            line = [r["d_v"], r["d_r"], r["colors"], r["shapes"], r["reasoning"]]
             groups.setdefault((r["step"], r["id"]), []).append([*line, len(r["response"])])
     centred = np.concatenate([np.subtract(g, np.mean(g, 0)) for g in groups.values()])
-    products = centred.T @ centred / len(centred)
-    deviations = np.sqrt(np.diag(products))
-    r = products / np.maximum(np.outer(deviations, deviations), 1e-12)
-    names = ("colors", "shapes", "reasoning", "length")
-    wanted = [("D_v", 0, (2, 3, 5)), ("D_r", 1, (4, 5))]
-    return {f"{d}, {names[j - 2]}": r[i, j] for d, i, columns in wanted for j in columns}
+    centred /= np.maximum(centred.std(0), 1e-6)
+    column = dict(zip(("D_v", "D_r", "colors", "shapes", "reasoning", "length"), centred.T))
+    pairs = {key: key.split(", ") for key in FOLLOWS}
+    return {key: np.mean(column[d] * column[truth]) for key, (d, truth) in pairs.items()}
 
 
 def expert_table(out, experts):
@@ -189,39 +170,33 @@ def expert_table(out, experts):
     Shares of held-out pairs ranked rightly; for a game also what its rewards followed, and under
     the table which of them followed length more than the truth.
     """
-    heads = [variant for variants in LOOKS.values() for variant in variants]
-    follows = ["D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length"]
-    lines, said = [], []
+    heads, lines, said = ["ground_v", "ground_r", *LOOKS, *FOLLOWS], [], []
     for stage, words in experts.items():
-        with open(os.path.join(out, f"probe_{stage}", "results.json")) as file:
-            probe = json.load(file)
-        shares = looks(out, f"look_{stage}")
-        cells = [probe[key]["share"] for key in ("ground_v", "ground_r")]
-        cells += [shares[head] for head in heads]
+        probe = read_json(os.path.join(out, f"probe_{stage}", "results.json"))
+        found = {key: probe[key]["share"] for key in ("ground_v", "ground_r")}
+        found |= looks(out, f"look_{stage}")
         if os.path.exists(os.path.join(out, stage, "rollouts.jsonl")):
-            found = signals(out, stage)
-            cells += [found[key] for key in follows]
-            for d, right in (("D_v", max(found["D_v, colors"], found["D_v, shapes"])),
-                             ("D_r", found["D_r, reasoning"])):  # fmt: skip
-                if abs(length := found[f"{d}, length"]) > right:
-                    said.append(f"{d} {words} ({length:.2f} to {right:.2f})")
-        cells += [None] * (len(heads) + len(follows) + 2 - len(cells))
-        lines.append([words, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-    table = markdown(["experts", "ground_v", "ground_r", *heads, *follows], lines)
+            found |= signals(out, stage)
+            for d in ("D_v", "D_r"):
+                *right, length = (found[key] for key in FOLLOWS if key.startswith(d))
+                if abs(length) > max(right):
+                    said.append(f"{d} {words} ({length:.2f} to {max(right):.2f})")
+        lines.append([words, *(f"{found[key]:.2f}" if key in found else "" for key in heads)])
+    table = markdown(["experts", *heads], lines)
     if said:
         table += f"\nFollow length more than what is right: {'; '.join(said)}.\n"
     return table
 
 
-def likelihoods(out, data, count):
+def likelihoods(out, count):
     """Mean log-probs under the SFT policy of COUNT demonstrations' captions and traces, [n, 2]."""
     ckpt = os.path.join(out, "sft")
     tokenizer, image_processor = load_tokenizer(ckpt)
     policy, found = set_attention(load_policy(ckpt), "sdpa").eval(), []
-    examples = load_examples([os.path.join(out, "data", data + ".jsonl")])
+    examples = load_examples(os.path.join(out, "data", "sft.jsonl"))
     for i in range(count):
         example = examples[i]
-        prompt = encode_prompt(example, tokenizer, image_processor, None, None)
+        prompt = encode_prompt(example, tokenizer, image_processor)
         ids = encode_response(example.response, tokenizer)
         caption = len(split_segments(ids, tokenizer)[0]) - 1  # its EOS is the discriminator's
         with torch.no_grad():
@@ -230,26 +205,20 @@ def likelihoods(out, data, count):
     return np.array(found)
 
 
-def area(scores, wrong):
-    """Area under the ROC curve: chance that a wrong one scores lower than a right one."""
-    right, wrong = np.asarray(scores)[~wrong], np.asarray(scores)[wrong]
-    below = np.sign(right[:, None] - wrong).mean()
-    return (1 + below) / 2
-
-
-def diagnosis_table(out, data, scores, count=2000):
-    """How well the faulty ones of the first demonstrations DATA are found, by the experts' scores
-    of the run SCORES, by likelihood and by length -> Markdown."""
-    demos = read_jsonl(out, "data", data + ".jsonl")[:count]
-    scored = read_jsonl(out, scores, "scores.jsonl")[: len(demos)]
-    exact = [exact_scores(d["world"], {**d, "finished": True}) for d in demos]
-    logp, length = likelihoods(out, data, len(demos)), [-len(d["response"]) for d in demos]
+def diagnosis_table(out, count=2000):
+    """How well the faulty ones of the first demonstrations are found, by the experts' scores of the
+    run `demos`, by likelihood and by length -> Markdown."""
+    demos = scored(out, "sft", "data", "sft.jsonl")[:count]
+    judged = read_jsonl(out, "demos", "scores.jsonl")[:count]
+    logp, length = likelihoods(out, len(demos)), [-len(demo["response"]) for demo in demos]
     lines = []
     for k, (expert, fault) in enumerate((("perception", "caption"), ("reasoning", "trace"))):
-        wrong = np.array([e[expert] < 1 for e in exact])
-        found = [[line[expert] for line in scored], logp[:, k], length]
-        cells = [f"{area(values, wrong):.2f}" for values in found]
-        lines.append([f"wrong {fault}", f"{100 * wrong.mean():.0f} %", *cells])
+        wrong = np.array([demo[expert] < 1 for demo in demos])
+        cells = [f"wrong {fault}", f"{100 * wrong.mean():.0f} %"]
+        for values in ([line[expert] for line in judged], logp[:, k], length):
+            right = np.array(values)[~wrong][:, None]  # area under the ROC curve: all pairs
+            cells.append(f"{above(right, np.array(values)[wrong]):.2f}")
+        lines.append(cells)
     return markdown(["fault", "share", "its expert", "likelihood under SFT", "shortness"], lines)
 
 
@@ -257,92 +226,78 @@ def diagnosis_table(out, data, scores, count=2000):
 @contextmanager
 def figure(path, columns):
     """A row of axes, which is written to PATH at the end."""
-    import matplotlib
+    from matplotlib.figure import Figure  # imported here: it takes half a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, axes = plt.subplots(1, columns, figsize=(4.25 * columns, 3.5))
-    yield axes
+    drawn = Figure(figsize=(4.25 * columns, 3.5))
+    yield drawn.subplots(1, columns)
     drawn.savefig(path, dpi=80, bbox_inches="tight")
-    plt.close(drawn)
 
 
-def write_curve(out, sizes, path):
+def write_curve(out, path):
     """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT."""
     with figure(path, 2) as axes:
         for axis, key in zip(axes, ("accuracy", "perception")):
             for arm, words in (("align", "game"), ("more", "SFT")):
-                values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in sizes]
-                axis.plot(sizes, values, "o-", label=f"{words} on n curated rows")
+                values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in CURVE]
+                axis.plot(CURVE, values, "o-", label=f"{words} on n curated rows")
             before = measure(out, "sampled", "sft")[key].mean()
             axis.axhline(before, color="0.5", ls=":", label="SFT")
             axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log", ylim=(0, 1))
         axes[0].legend()
 
 
-def write_structure(out, arms, path):
-    """PATH: words in captions and in traces of the arms' responses to test items at T = 1, beside
-    the curated teacher's; how often which number occurs."""
-    lines = {"teacher": read_jsonl(out, "data", "test.jsonl")}
-    lines |= {ARMS[arm]: read_jsonl(out, "sampled", arm, "test.jsonl") for arm in arms}
+def write_structure(out, path):
+    """PATH: words in captions and in traces of the responses to test items at T = 1, beside the
+    curated teacher's; how often which number occurs."""
+    responses = {"teacher": read_jsonl(out, "data", "test.jsonl")}
+    for arm in ("sft", "sft_rl", "align", "more"):
+        responses[ARMS[arm]] = read_jsonl(out, "sampled", arm, "test.jsonl")
     with figure(path, 2) as axes:
         for axis, block in zip(axes, ("caption", "think")):
-            for name, responses in lines.items():
-                found = [parse_response(line["response"]) for line in responses]
+            for name, lines in responses.items():
+                found = [parse_response(line["response"]) for line in lines]
                 words = [len(getattr(blocks, block).split()) for blocks in found if blocks]
-                counts = np.bincount(words, minlength=50)[:50] / len(responses)
+                counts = np.bincount(words, minlength=50)[:50] / len(lines)
                 axis.plot(counts, label=name, ds="steps-mid")
             axis.set(title=f"words in {block}", ylabel="share of the responses", xlim=(20, 50))
         axes[1].legend(fontsize=8)
 
 
-def write_report(out, align_steps, path):
-    """PATH: the experts over the game, exact scores of its rollouts and of RLVR's."""
-    both = {"sft_rl": ("rl", 0, ":"), "align_rl": ("rl", align_steps, "-")}
+def smooth(values, width):
+    """Centred running mean; shorter at the ends; masked where nothing was measured."""
+    padded = np.pad(np.array(values, float), width // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    return np.ma.masked_invalid(windows).mean(1)
+
+
+def write_report(out, game, path):
+    """PATH: shares of comparisons that each expert ranks rightly over the game, as align.py logs
+    them; exact scores of its rollouts and of RLVR's. game: its steps."""
+    log = read_jsonl(out, "align", "metrics.jsonl")
     with figure(path, 4) as axes:
-        draw_experts(out, axes[0], "acc", "teacher above student")
-        draw_experts(out, axes[1], "ground", "own above another's response")
-        draw_curves(out, axes[2], {"align": ("align", 0, "-")}, "alignment")
-        draw_curves(out, axes[3], both, "RLVR")
+        titles = {"acc": "teacher above student", "ground": "own above another's response"}
+        for axis, (metric, title) in zip(axes, titles.items()):
+            for key, expert in (("v", "perception expert"), ("r", "reasoning expert")):
+                values = [metrics.get(f"{metric}_{key}", np.nan) for metrics in log]
+                axis.plot(range(1, len(log) + 1), smooth(values, 9), label=expert)
+            axis.axhline(0.5, color="0.7", lw=0.8, ls=":")
+            axis.set(title=title, xlabel="step of align.py", ylim=(0, 1.02))
+        draw_rollouts(out, axes[2], "align", "align", 0, "-")
+        draw_rollouts(out, axes[3], "sft_rl", "rl", 0, ":")
+        draw_rollouts(out, axes[3], "align_rl", "rl", game, "-")
+        for axis, stage in zip(axes[2:], ("alignment", "RLVR")):
+            title = f"rollouts during {stage}, exact scores"
+            axis.set(title=title, xlabel="rollout batches since SFT", ylim=(0, 1))
         axes[0].legend()
         axes[3].legend(fontsize=7)
 
 
-def rollout_curves(out, arm, data):
-    """Exact scores of the rollouts that a stage logged -> steps, {metric: mean of each step}."""
-    problems, by_step = truth(out, data), {}
-    for rollout in read_jsonl(out, arm, "rollouts.jsonl"):
-        scores = exact_scores(problems[rollout["id"]], rollout)
-        by_step.setdefault(rollout["step"], []).append([scores[key] for key in METRICS])
-    steps = sorted(by_step)
-    means = [np.mean(by_step[step], 0) for step in steps]  # [steps, metrics]
-    return steps, dict(zip(METRICS, np.transpose(means)))
-
-
-def smooth(values, width=9):
-    """Centred running mean; shorter at the ends; nan where nothing was measured."""
-    values, half = np.array(values, float), width // 2
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [np.nanmean(part) if not np.isnan(part).all() else np.nan for part in parts]
-
-
-def draw_experts(out, axis, metric, title):
-    """Shares of comparisons that each expert ranks rightly, as align.py logs them."""
-    log = read_jsonl(out, "align", "metrics.jsonl")
-    for expert, color in (("perception", "tab:blue"), ("reasoning", "tab:orange")):
-        values = [metrics.get(f"{metric}_{expert[0].replace('p', 'v')}", np.nan) for metrics in log]
-        axis.plot(range(1, len(log) + 1), smooth(values), label=f"{expert} expert", color=color)
-    axis.axhline(0.5, color="0.7", lw=0.8, ls=":")
-    axis.set(title=title, xlabel="step of align.py", ylim=(0, 1.02))
-
-
-def draw_curves(out, axis, arms, stage):
-    """arms: {arm: (data set, rollout batches between SFT and its first step, line style)}."""
-    for arm, (data, begin, style) in arms.items():
-        steps, means = rollout_curves(out, arm, data)
-        for key, color in zip(METRICS, ("tab:blue", "tab:orange", "tab:green")):
-            label = f"{key}, {ARMS[arm]}"
-            axis.plot(np.add(steps, begin), smooth(means[key], 5), style, color=color, label=label)
-    title = f"rollouts during {stage}, exact scores"
-    axis.set(title=title, xlabel="rollout batches since SFT", ylim=(0, 1))
+def draw_rollouts(out, axis, arm, data, begin, style):
+    """Means of each logged step. begin: rollout batches between SFT and the first one."""
+    by_step, keys = {}, METRICS[:3]
+    for rollout in scored(out, data, arm, "rollouts.jsonl"):
+        by_step.setdefault(rollout["step"], []).append([rollout[key] for key in keys])
+    means = np.array([np.mean(found, 0) for found in by_step.values()])  # [steps, metrics]
+    for k, key in enumerate(keys):
+        x, label = np.add(list(by_step), begin), f"{key}, {ARMS[arm]}"
+        axis.plot(x, smooth(means[:, k], 5), style, color=f"C{k}", label=label)

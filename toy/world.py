@@ -16,6 +16,8 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rollout import Response
+
 ROWS, COLUMNS, CELL = 3, 3, 32
 COLORS = {
     "red": (220, 30, 30),
@@ -61,10 +63,10 @@ def draw(cells, seed=0, hidden=()):
     pen = ImageDraw.Draw(image)
     for i, (color, shape) in enumerate(cells):
         r = int(rng.integers(10, 13))  # half the width
-        corner = np.array([i % COLUMNS, i // COLUMNS]) * CELL
-        x, y = (int(v) + CELL // 2 for v in corner + rng.integers(-1, 2, 2))
-        noise = rng.normal(0, JITTER, 3)
-        fill = tuple(int(v) for v in np.clip(np.array(COLORS[color]) + noise, 0, 255))
+        middle = np.array([i % COLUMNS, i // COLUMNS]) * CELL + CELL // 2
+        x, y = (middle + rng.integers(-1, 2, 2)).tolist()
+        fill = np.clip(COLORS[color] + rng.normal(0, JITTER, 3), 0, 255)
+        fill = tuple(fill.astype(int).tolist())
         if i in hidden:
             continue
         if shape == "circle":
@@ -87,63 +89,44 @@ def make_cells(rng):
 
 
 def make_problem(rng, kinds=tuple(KINDS)):
-    """A picture, a question about it and the true answer, as a dict that JSON can hold.
-
-    rng: numpy Generator; kinds: of KINDS, of which one is drawn -> {"cells", "line",
-    "number", "terms", "form", "kind", "question", "seed" (of `draw`), "answer"}
-    """
+    """A picture, a question of one of `kinds` about it and the true answer, as a dict that JSON can
+    hold: {"cells", "line", "number", "terms", "form", "kind", "question", "seed" (of `draw`),
+    "answer"}."""
     cells = make_cells(rng)
     line = str(rng.choice(["row", "column"]))
     number = int(rng.integers(1, (ROWS if line == "row" else COLUMNS) + 1))
-    attribute, form = kind = str(rng.choice(kinds)).split()
+    kind = str(rng.choice(kinds))
+    attribute, form = kind.split()
     # terms that depend on the picture would be a tell: who misperceives it finds fewer of them
     terms = rng.choice(WORDS[attribute == "shape"], 2, replace=False).tolist()
     problem = {"cells": cells, "line": line, "number": number, "terms": terms, "form": form}
-    problem["kind"] = " ".join(kind)
-    problem["question"] = FORMS[form].format(*terms, line, number)
+    problem |= {"kind": kind, "question": FORMS[form].format(*terms, line, number)}
     problem["seed"] = int(rng.integers(2**31))
-    problem["answer"] = solve(problem, numbered(cells))[1]
-    return problem
+    return {**problem, "answer": solve(problem, cells)[1]}
 
 
-def numbered(cells):
-    """{cell number, from 1: (colour, shape)}; JSON gives lists of two."""
-    return {i: tuple(cell) for i, cell in enumerate(cells, 1)}
-
-
-def line_cells(line, number):
-    """Indices (from 0) of the cells of a row or column of the grid, numbered from 1."""
-    if line == "row":
-        return [(number - 1) * COLUMNS + i for i in range(COLUMNS)]
-    return [i * COLUMNS + number - 1 for i in range(ROWS)]
-
-
-def solve(problem, seen):
-    """The complete trace over a description `seen` -> (its steps, the answer).
-
-    seen: {cell number: (colour, shape)}, not necessarily of all cells. A cell begins a line here as
-    in the caption: it is the same token there, so that a look at the caption is easy to learn.
-    """
-    steps, counts = [], []
+def solve(problem, cells):
+    """The complete trace over a description `cells`, as of `read_caption` -> (its steps, the
+    answer). A cell begins a line here as in the caption: it is the same token there, so that a look
+    at the caption is easy to learn."""
+    steps, counts, grid = [], [], np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
+    asked = (grid if problem["line"] == "row" else grid.T)[problem["number"] - 1]
     for term in problem["terms"]:
-        attribute, listed, count = int(term in SHAPES), [], 0
-        for i in line_cells(problem["line"], problem["number"]):
-            value = seen[i + 1][attribute] if i + 1 in seen else "none"
-            listed.append(f"{i + 1} {value} {term} {'yes' if value == term else 'no'}")
-            count += value == term
-        lines = [f"{problem['line']} {problem['number']}:", *listed]
-        steps.append("\n".join(lines) + f" = {count}")
-        counts.append(count)
+        words = [cells[i][term in SHAPES] for i in asked]
+        lines = [f"{problem['line']} {problem['number']}:"]
+        for i, word in zip(asked, words):
+            lines.append(f"{i + 1} {word} {term} {'yes' if word == term else 'no'}")
+        counts.append(words.count(term))
+        steps.append("\n".join(lines) + f" = {counts[-1]}")
+    a, b = counts
     if problem["form"] == "more":
-        a, b = counts
         answer = "same" if a == b else problem["terms"][int(b > a)]
         return [*steps, f"{a} to {b} is {answer}"], answer
-    total = sum(counts)
-    steps.append(f"{counts[0]} + {counts[1]} = {total}")
-    if problem["form"] == "number":
-        return steps, str(total)
-    answer = "odd" if total % 2 else "even"
-    steps.append(f"{total} is {answer}")
+    answer = str(a + b)
+    steps.append(f"{a} + {b} = {answer}")
+    if problem["form"] == "parity":
+        total, answer = answer, ("even", "odd")[(a + b) % 2]
+        steps.append(f"{total} is {answer}")
     return steps, answer
 
 
@@ -154,21 +137,18 @@ def respond(problem, rng=None):
     words, as often in the mean: every fault is what would be right for some other picture. To find
     it one must look, or check a step against caption and earlier steps.
     """
-    seen = numbered(problem["cells"] if rng is None else misperceive(problem["cells"], rng))
-    steps, answer = solve(problem, seen)
+    cells = problem["cells"] if rng is None else misperceive(problem["cells"], rng)
+    solution = solve(problem, cells)
     if rng is not None and rng.random() < SLIPS:
-        elsewhere = solve(problem, numbered(make_cells(rng)))
-        steps, answer = slip((steps, answer), elsewhere, rng)
-    return response(seen, steps, answer)
+        solution = slip(solution, solve(problem, make_cells(rng)), rng)
+    return response(cells, solution)
 
 
-def response(seen, steps, answer):
-    blocks = {"caption": describe(seen), "think": "\n".join(steps), "answer": answer}
+def response(cells, solution):
+    steps, answer = solution
+    lines = [f"{i} {color} {shape}" for i, (color, shape) in enumerate(cells, 1)]
+    blocks = {"caption": "\n".join(lines), "think": "\n".join(steps), "answer": answer}
     return "\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in blocks.items())
-
-
-def describe(seen):
-    return "\n".join(f"{i} {color} {shape}" for i, (color, shape) in seen.items())
 
 
 def misperceive(cells, rng):
@@ -215,64 +195,47 @@ def slip(mine, other, rng, rate=0.2):
     return ["".join(mixed), *steps[2:]], answer
 
 
-def corrupt(cells, k, rng, attributes=(0, 1)):
-    """The cells with k of them wrong in one attribute, each other word being equally likely.
-
-    attributes: what may be wrong, 0 colour, 1 shape. As with `misperceive`, no word becomes rarer.
-    """
+def corrupt(cells, k, rng):
+    """The cells with k of them wrong in one attribute, each other word being equally likely. As
+    with `misperceive`, no word becomes rarer."""
     cells = [list(cell) for cell in cells]
     for i in rng.choice(len(cells), k, replace=False):
-        attribute = rng.choice(attributes)
+        attribute = rng.choice((0, 1))
         wrong = [word for word in WORDS[attribute] if word != cells[i][attribute]]
         cells[i][attribute] = str(rng.choice(wrong))
     return cells
 
 
+# -------------------------------------------------------------------------------------- the scores
+UNSAID = ("none", "none")
+
+
 def read_caption(caption):
-    """Caption -> {cell number: (colour, shape)} of its well-formed lines.
-
-    A cell named twice counts as unsaid.
-    """
-    seen, twice = {}, set()
-    for line in caption.split("\n"):
-        match = re.fullmatch(r"(\d+) (\w+) (\w+)", line)  # number, colour, shape
-        if match:
-            i = int(match[1])
-            if i in seen:
-                twice.add(i)
-            seen[i] = (match[2], match[3])
-    return {i: cell for i, cell in seen.items() if i not in twice}
-
-
-def perceive(problem, caption):
-    """Shares of the cells whose colour, whose shape, and of which both the caption has right."""
-    seen = read_caption(caption)
-    right = []
-    for i, (color, shape) in numbered(problem["cells"]).items():
-        said = seen.get(i, ("", ""))
-        right.append([said[0] == color, said[1] == shape, said == (color, shape)])
-    return dict(zip(("colors", "shapes", "cells"), np.mean(right, 0).tolist()))
+    """Caption -> cells as `draw` takes them, UNSAID where it has no well-formed line for the cell,
+    or more than one."""
+    said = {}
+    for number, color, shape in re.findall(r"^(\d+) (\w+) (\w+)$", caption, re.M):
+        said[int(number)] = UNSAID if int(number) in said else (color, shape)
+    return [said.get(i, UNSAID) for i in range(1, ROWS * COLUMNS + 1)]
 
 
 def score(problem, blocks):
     """Exact scores in [0, 1] of one response.
 
-    blocks: (caption, think, answer) or None when the format is broken ->
-    perception  share of cells described rightly, colour and shape
+    blocks: rollout.Response, or None when the format is broken: then all are 0 ->
+    perception, colors, shapes  shares of the cells described rightly, in both, in colour, in shape
     reasoning   share of the steps (two counts, the sum, the parity, the answer) that the trace has
                 and that follow from its own caption, right or wrong as that caption is; a step that
                 is left out counts as wrong
     accuracy    the final answer is the true one
     format      the response has the three blocks
     """
-    if blocks is None:
-        return {"perception": 0.0, "reasoning": 0.0, "accuracy": 0.0, "format": 0.0}
-    caption, think, answer = blocks
-    steps, result = solve(problem, read_caption(caption))
-    found = [f"\n{step}\n" in f"\n{think}\n" for step in steps] + [answer == result]
-    return {
-        "perception": perceive(problem, caption)["cells"],
-        "reasoning": sum(found) / len(found),
-        "accuracy": float(answer == problem["answer"]),
-        "format": 1.0,
-    }
+    said = blocks or Response("", "", "")
+    cells = read_caption(said.caption)
+    steps, answer = solve(problem, cells)
+    found = [f"\n{step}\n" in f"\n{said.think}\n" for step in steps]
+    right = np.array(cells) == np.array(problem["cells"])  # [cells, 2]
+    scores = {"perception": right.all(1).mean(), "colors": right[:, 0].mean()}
+    scores |= {"shapes": right[:, 1].mean(), "reasoning": np.mean([*found, said.answer == answer])}
+    scores |= {"accuracy": said.answer == problem["answer"], "format": blocks is not None}
+    return {key: float(value) for key, value in scores.items()}
