@@ -25,6 +25,7 @@ trace by D_r alone; (6) the discriminator is warmed up on fresh rollouts until b
     torchrun --nproc_per_node=8 align.py --ckpt sft_out/                      # the paper's settings
 """
 
+import argparse
 import math
 import os
 import time
@@ -151,6 +152,11 @@ def update_discriminator(disc, optimizer, skips, lr, records, tokenizer, args, w
     return norm
 
 
+def grpo(args):
+    """The flags with which rl.py's step of the policy is the game's."""
+    return argparse.Namespace(**vars(args), algo="grpo", updates_per_rollout=1, kl=0.0, lr_warmup=0)
+
+
 # ---------------------------------------------------------------------------------- the warm-up
 WARMUP_STEPS = 200  # at most
 READY = 0.8  # share of pairs that both experts rank rightly
@@ -252,8 +258,6 @@ def parse_args():
     add("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
     add("--invalid-penalty", type=real(0), default=1.5,
         help="advantage of a broken format is minus this")
-    # the policy's step is that of rl.py with these flags of its own
-    parser.set_defaults(algo="grpo", updates_per_rollout=1, kl=0.0, lr_warmup=0)
     rollout_flags(parser, prompts=4, max_new_tokens=6144)
     common_flags(parser, "align")
     data_flags(parser)
@@ -320,7 +324,7 @@ def main():
         scored_at, update = time.time(), {}
         # update policy
         if step >= warm_up.steps:
-            update = update_policy(policy, None, optimizer, records, skips, step, args, world)
+            update = update_policy(policy, None, optimizer, records, skips, step, grpo(args), world)
         else:
             warm_up.watch(step, told_apart(experts, records, args, world), world)
         # log

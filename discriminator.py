@@ -430,8 +430,9 @@ def load_discriminator(path, variant="moe", attn="sdpa", readout=None, world=Non
     variant, or broken."""
     check_checkpoint(path)
     with about(f"discriminator {path}"):
-        stored = stored_settings(path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        folder = local_folder(path)
+        stored = stored_settings(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = BACKBONES[config.model_type]
         trained_as = "learned" if kind is Qwen3VLMoeModel else stored.get("variant")
         if variant is None or (trained_as, variant) == ("learned", "moe"):  # the flag's default
@@ -448,7 +449,7 @@ def load_discriminator(path, variant="moe", attn="sdpa", readout=None, world=Non
             backbone = set_attention(kind(config).to(dtype).eval(), attn)
             disc = Discriminator(backbone, variant, read_as)
         multiply_patches(backbone.visual)
-        found = check_weights(local_folder(path))
+        found = check_weights(folder)
         names, unused = None, ()
         if not stored:
             names, unused = weights_of_another(disc, found), ("lm_head.weight", *RELEASED_HEADS)

@@ -273,7 +273,7 @@ def write_card(out, meta):
     sources = args.get("data") or args.get("pairs") or []
     run = args.get("out", out)  # a state has its run's name
     # what a user has written into the card of OUT stays
-    before = front_matter(parent) | front_matter(out)
+    before = front_matter(parent) | front_matter(run)
     front = {
         "license": before.get("license", "unknown"),
         "base_model": parent if is_hub_id(parent) else before.get("base_model"),

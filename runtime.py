@@ -896,7 +896,7 @@ def save_state(out, world, parts, progress, args=None):
     """Write OUT/state.STEP: everything that a run needs to continue, under a temporary name and
     then renamed. parts: {name: (model, optimizer)}; progress: JSON-able counters. Sampling needs no
     generator state: its random numbers depend on (seed, step, prompt, sample). manifest.json holds
-    the checksums of all. InputError when the disk is full.
+    the checksums of all but the card. InputError when the disk is full.
 
     args: the flags of the stage. Then the state is a checkpoint, too, of its first part, and holds
     one of each other part in a folder."""
@@ -913,15 +913,15 @@ def save_state(out, world, parts, progress, args=None):
                 write_checkpoint(model, folder, world, args.ckpt)
             else:  # a discriminator
                 model.write_checkpoint(folder, world, args.ckpt)
-        if args and world.rank == 0:
-            (metrics,) = read_lines(os.path.join(out, "metrics.jsonl"), 1)
-            write_meta(new, args.stage, args, progress["step"], metrics)
         if world.rank == 0:
             write_json(os.path.join(new, "progress.json"), progress)
         names = [str(path.relative_to(new)) for path in Path(new).rglob("*") if path.is_file()]
         files = checksums(new, sorted(world.gather(names)[0]), world)
         if world.rank == 0:
             write_json(os.path.join(new, "manifest.json"), files)
+        if args and world.rank == 0:  # no part of the state: a card is there to be edited
+            (metrics,) = read_lines(os.path.join(out, "metrics.jsonl"), 1)
+            write_meta(new, args.stage, args, progress["step"], metrics)
     world.wait()  # `writing` is done with the folder on every rank
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -1129,7 +1129,7 @@ def clear(args, step):
     for kind in kinds:
         found += Path(args.out).glob(kind)
     for path in found:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             os.remove(path)

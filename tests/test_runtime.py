@@ -806,6 +806,27 @@ def test_a_state_has_a_card(tiny, tmp_path):
     assert "# one\n\nStep 1 of stage `sft`" in cards[0] and f"| loss | `{loss}` |" in cards[0]
 
 
+def test_an_edited_card_and_linked_folders_are_no_harm(tiny, tmp_path, capfd):
+    """The state is whole; a licence set in OUT goes on to later states. --overwrite removes a link,
+    not what it leads to."""
+    flags = flags_of(tiny, tmp_path / "out", steps=2, save_every=1, keep=2)
+    assert stage("sft", *flags) == 0
+    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / "state.2" / "README.md"):
+        card.write_text(card.read_text().replace('"unknown"', "apache-2.0"))
+    capfd.readouterr()
+    assert stage("sft", *flags, "--steps", 3, "--resume") == 0
+    assert "damaged" not in capfd.readouterr().out
+    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / "state.3" / "README.md"):
+        assert 'license: "apache-2.0"' in card.read_text()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("")
+    for name in ("pictures", "bad"):
+        (tmp_path / "out" / name).symlink_to(elsewhere)
+    assert stage("sft", *flags, "--overwrite") == 0
+    assert (elsewhere / "kept").exists() and not (tmp_path / "out" / "bad").exists()
+
+
 def test_a_state_of_the_warm_up_is_a_discriminator(tiny, policy, tmp_path):
     """The one that the run would have saved, for align.py --disc."""
     pair = {"question": "How many?", "teacher_caption": "1 red", "teacher_cot": "<think>a</think>"}
@@ -1086,6 +1107,7 @@ def test_a_damaged_state_never_changes_the_result(tiny, tmp_path, capfd):
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err
         damage = f"state.2 is damaged ({name}): going back to {tmp_path}/run/state.1\n"
+        changed = changed and name not in ("README.md", "meta.json")  # which anybody may edit
         assert (damage in captured.out) == changed, (name, kind)
         assert names(runtime.find_states(tmp_path / "run")) == ["state.3", "state.2"]
         assert untimed(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == log

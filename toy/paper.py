@@ -86,7 +86,8 @@ ROWS += [
     (4, "kept", "sft --data kept_rows/rows",
      "SFT from base without the worst quarter of the demonstrations"),
 ]
-ALL_SEEDS = ("ground_8", "align_8", "more_8", "more_8_short", "more_segment_v")
+ALL_SEEDS = [f"{stage}_{n}" for n in (8, 32, 128) for stage in ("ground", "align", "more")]
+ALL_SEEDS += ["more_8_short", "more_segment_v"]
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
@@ -119,7 +120,7 @@ def main():
     rl, sft, first = ["sft_rl", "more_rl"], ["sft", "more"], f"seed {args.seeds[0]}"
     tables = [
         ("Main arms, all seeds", outs, ARMS, rl),
-        ("Eight curated rows, all seeds", outs, arms_of(3, few), ["sft", "align_8"]),
+        ("Few curated rows, all seeds", outs, arms_of(3, few), ["sft", "align_8"]),
         ("The game after the control, all seeds", outs, arms_of(2, few), sft),
     ]
     for table, title in TITLES.items():
@@ -137,7 +138,7 @@ def main():
     write_json(os.path.join(args.out, "results.json"), results)
     figures = os.path.join(args.out, "figures")
     os.makedirs(figures, exist_ok=True)
-    write_curve(outs[0], f"{figures}/curve.png")
+    write_curve(outs, f"{figures}/curve.png")
     write_structure(outs[0], f"{figures}/structure.png")
     write_report(outs[0], sizes["game"], f"{figures}/game.png")
     print("\n".join(parts))

@@ -233,14 +233,18 @@ def figure(path, columns):
     drawn.savefig(path, dpi=80, bbox_inches="tight")
 
 
-def write_curve(out, path):
-    """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT."""
+def write_curve(outs, path):
+    """PATH: accuracy and perception at T = 1 over the number of curated rows, game and SFT: a line
+    for the first seed, points for those of the others that have run it."""
     with figure(path, 2) as axes:
         for axis, key in zip(axes, ("accuracy", "perception")):
-            for arm, words in (("align", "game"), ("more", "SFT")):
-                values = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in CURVE]
-                axis.plot(CURVE, values, "o-", label=f"{words} on n curated rows")
-            before = measure(out, "sampled", "sft")[key].mean()
+            for color, (arm, words) in enumerate((("align", "game"), ("more", "SFT"))):
+                for out in reversed(outs):
+                    has = [n for n in CURVE if os.path.exists(f"{out}/sampled/{arm}_{n}")]
+                    found = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in has]
+                    axis.plot(has, found, "o", color=f"C{color}", ms=3)
+                axis.plot(has, found, color=f"C{color}", label=f"{words} on n curated rows")
+            before = measure(outs[0], "sampled", "sft")[key].mean()
             axis.axhline(before, color="0.5", ls=":", label="SFT")
             axis.set(title=f"{key} at T = 1", xlabel="n", xscale="log", ylim=(0, 1))
         axes[0].legend()

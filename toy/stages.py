@@ -32,7 +32,7 @@ for sizes in (FULL, QUICK):
     sizes |= {"game+rl": sizes["game"] + sizes["rl"], "16*more": 16 * sizes["more"]}
     sizes |= {"4*align": 4 * sizes["align"], "10*warmup": 10 * sizes["warmup"]}
 CURATED, RL_PROMPTS = 1024, 32  # rows of alignment; prompts of RLVR: a slice, as real sets are
-CURVE = (8, 64, 512)  # rows of alignment in the curve of toy.paper
+CURVE = (8, 32, 64, 128, 512)  # rows of alignment in the curve of toy.paper
 ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 107 K)
 
 # {name: row}. A row is a script, or an earlier name whose row it goes on with, and flags; of a flag
