@@ -205,10 +205,11 @@ def told_apart(experts, records, args, world):
     if not experts:
         return None
     valid = [r for r in records if r.segments is not None]
-    equal = [sum(r.segments[k] == r.teacher[k] for r in valid) for k in (0, 1)]
+    captions = sum(r.segments[0] == r.teacher[0] for r in valid)
+    traces = sum(r.segments[1] == r.teacher[1] for r in valid)
     if args.disc_variant == "dense":  # one score for both
-        equal = [sum(r.segments == r.teacher for r in valid)] * 2
-    *equal, n = world.sum(*equal, len(valid))
+        captions = traces = sum(r.segments == r.teacher for r in valid)
+    *equal, n = world.sum(captions, traces, len(valid))
     shares = []
     for name, same in zip("vr", equal):
         right = n * experts[f"acc_{name}"] - same / 2  # a tie counts as half

@@ -44,6 +44,7 @@ import re
 import time
 import zlib
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -712,8 +713,8 @@ def report(lines, out):
         results["quantiles"][key] = dict(zip(("min", "5%", "50%", "95%", "max"), values))
         cells = [f"{name} {value:.3f}" for name, value in results["quantiles"][key].items()]
         print(f"{key:>10}  " + "  ".join(cells))
-    keys = ("other_perception", "other_reasoning", "perception", "reasoning")
-    pairs = [[line[key] for key in keys] for line in scored if "other_perception" in line]
+    scores = itemgetter("other_perception", "other_reasoning", "perception", "reasoning")
+    pairs = [scores(line) for line in scored if "other_perception" in line]
     right = ranked_rightly(torch.tensor(pairs).view(-1, len(SCORES)))
     for name, column in zip(("ground_v", "ground_r"), right.T if pairs else ()):
         share, (low, high) = column.mean().item(), wilson(column.sum().item(), len(column))

@@ -951,7 +951,9 @@ def keep_rows(generated, sets, args):
     lost = sorted({name for row in kept for name, value in row.items() if not in_json(value)})
     if lost:
         counts += f"; without the columns that JSON cannot hold: {', '.join(lost)}"
-        kept = [{name: row[name] for name in row if name not in lost} for row in kept]
+        for row in kept:
+            for name in lost:
+                row.pop(name, None)
     write_rows(os.path.abspath(args.out), kept)
     print(f"{args.out}: {counts}")
 

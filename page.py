@@ -40,8 +40,10 @@ def draw_curves(metrics, path):
     from matplotlib.figure import Figure  # imported here: it takes half a second
 
     logged = {key for line in metrics for key in line}
-    panels = [[key for key in panel if key in logged] for panel in PANELS]
-    panels = [panel for panel in panels if panel]
+    panels = []
+    for panel in PANELS:
+        if here := [key for key in panel if key in logged]:
+            panels.append(here)
     rows, columns = -(-len(panels) // 4), min(4, len(panels))
     figure = Figure(figsize=(4 * columns, 2.4 * rows), dpi=80)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()

@@ -31,6 +31,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -221,8 +222,9 @@ def packed(records, args, world):
     rows, packs = {}, []  # a row: the records of one prompt
     for record in records:
         rows.setdefault(id(record.prompt), []).append(record)
-    rows = list(rows.values())
-    lengths = [(len(row[0].prompt.input_ids), [len(r.rollout.ids) for r in row]) for row in rows]
+    rows, lengths = list(rows.values()), []
+    for row in rows:
+        lengths.append((len(row[0].prompt.input_ids), [len(r.rollout.ids) for r in row]))
     for pack in split_rows(lengths, args.max_tokens):
         packs.append([rows[r][b] for r, branches in pack for b in branches])
     return packs + [[]] * (most(len(packs), world) - len(packs))
@@ -597,8 +599,9 @@ def keep_informative(records, draw, own, args, world):
 
 def reward_metrics(records, world):
     """Means over the records of all ranks that are trained on."""
-    sums = [sum(r.scores[name] for r in records) for name in ("reward", "format")]
-    reward, well_formed, n = world.sum(*sums, len(records))
+    reward = sum(r.scores["reward"] for r in records)
+    well_formed = sum(r.scores["format"] for r in records)
+    reward, well_formed, n = world.sum(reward, well_formed, len(records))
     return {"reward": reward / n if n else None, "format": well_formed / n if n else None}
 
 
@@ -628,8 +631,8 @@ def update_policy(policy, reference, optimizer, records, skips, step, args, worl
             made.append(metrics)
     if not made:
         return {}
-    means = {name: sum(m[name] for m in made) / len(made) for name in made[0]}
-    return means | {"grad_norm": norm}
+    columns = zip(*(metrics.values() for metrics in made))
+    return dict(zip(made[0], map(fmean, columns))) | {"grad_norm": norm}
 
 
 def main():

@@ -72,7 +72,7 @@ def token_bytes(ids, tokenizer):
     """The bytes of each token."""
     special = tokenizer.added_tokens_decoder
     pieces = zip(ids, tokenizer.convert_ids_to_tokens(ids))
-    return [t.encode() if i in special else bytes(BYTE[c] for c in t) for i, t in pieces]
+    return [t.encode() if i in special else bytes(map(BYTE.get, t)) for i, t in pieces]
 
 
 def split_segments(ids, tokenizer):

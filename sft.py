@@ -117,8 +117,9 @@ def accumulate_gradient(policy, batch, args, world):
     target tokens). Every rank runs the same number of forwards, the last of them perhaps idle."""
     tokens = world.sum(sum(len(ids) for _, ids in batch))[0]
     rows = [(len(prompt.input_ids), [len(ids)]) for prompt, ids in batch]
-    packs = [[batch[r] for r, _ in pack] for pack in split_rows(rows, args.max_tokens)]
-    loss = 0.0
+    packs, loss = [], 0.0
+    for pack in split_rows(rows, args.max_tokens):
+        packs.append([batch[r] for r, _ in pack])
     for i in range(most(len(packs), world)):
         part = packs[i] if i < len(packs) else [(IDLE, [0])]
         prompts = [prompt for prompt, _ in part]

@@ -694,7 +694,9 @@ def parse_items(text):
     if len(parts) == 1 and len(chain) > 3 and set(chain[1::2]) != {"="}:
         return Items(("",), ["".join(chain[i : i + 3]) for i in range(0, len(chain) - 2, 2)], False)
     is_either = bool(re.search(r"(?i)\bor\b", text))
-    kinds = ("∪",) if "∪" in text else EITHER if is_either else ("", "or", "{}")
+    kinds = EITHER if is_either else ("", "or", "{}")
+    if "∪" in text:
+        kinds = ("∪",)
     return parse_solutions(parts, is_either) or Items(kinds, parts, kinds[0] == "")
 
 

@@ -665,58 +665,60 @@ def bench_evaluation(setting):
 
 
 # ---------------------------------------------------------------------------------------- h: SFT
+def sft_batch(policy, part):
+    """(Prompt of 200 tokens, response ids) pairs as transformers wants them, right-padded."""
+    ids = [torch.cat([prompt.input_ids, torch.tensor(tail)]) for prompt, tail in part]
+    labels = [torch.cat([torch.full((200,), -100), torch.tensor(tail)]) for _, tail in part]
+    mask = [torch.ones(200 + len(tail), dtype=torch.int) for _, tail in part]
+    ids = pad_sequence(ids, batch_first=True)
+    return {
+        "input_ids": ids,
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "mm_token_type_ids": (ids == policy.config.image_token_id).int(),
+        "pixel_values": torch.cat([prompt.pixel_values for prompt, _ in part]),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt, _ in part]),
+    }
+
+
+def sft_trainer(setting, pairs, batch, folder):
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    options = TrainingArguments(
+        folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=1e-6,
+        lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_strategy="no",
+        remove_unused_columns=False, disable_tqdm=True, use_cpu=setting.device == "cpu", bf16=False,
+    )  # fmt: skip
+    collate = partial(sft_batch, setting.policy)
+    trainer = Trainer(setting.policy, options, train_dataset=pairs, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def bench_sft(setting):
     try:
-        from accelerate.utils import set_seed  # noqa: F401
+        import accelerate  # noqa: F401
     except ImportError:
         yield ["h", "SFT / transformers' Trainer", "accelerate is missing", *[""] * 6]
         return
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    policy, rng, batch = setting.policy.train(), np.random.default_rng(0), 16
-    pairs = []  # (Prompt, response ids)
+    policy, rng, batch, pairs = setting.policy.train(), np.random.default_rng(0), 16, []
     for length in rng.integers(30, 291, 64):
         response = rng.integers(10, 300, length).tolist()
         pairs.append((make_prompt(policy.config, 200, rng), response))
+    args, one, skips = argparse.Namespace(max_tokens=16384), setting.one, runtime.Skips()
+    optimizer = runtime.make_optimizer(policy, 1e-6, 0.0)
 
-    def collate(part):
-        ids = [torch.cat([prompt.input_ids, torch.tensor(tail)]) for prompt, tail in part]
-        labels = [torch.cat([torch.full((200,), -100), torch.tensor(tail)]) for _, tail in part]
-        images = {
-            "pixel_values": torch.cat([prompt.pixel_values for prompt, _ in part]),
-            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt, _ in part]),
-        }
-        ids = pad_sequence(ids, batch_first=True)
-        return images | {
-            "input_ids": ids,
-            "attention_mask": pad_sequence([torch.ones(200 + len(t)) for _, t in part], True).int(),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "mm_token_type_ids": (ids == policy.config.image_token_id).int(),
-        }
+    def ours():
+        for start in range(0, len(pairs), batch):
+            loss, _ = sft.accumulate_gradient(policy, pairs[start : start + batch], args, one)
+            skips.step(policy, optimizer, 1e-6, 1.0, one, loss)
 
     with tempfile.TemporaryDirectory() as folder:
-        options = TrainingArguments(
-            folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=1e-6,
-            lr_scheduler_type="constant", report_to="none", save_strategy="no",
-            logging_strategy="no", remove_unused_columns=False, disable_tqdm=True,
-            use_cpu=setting.device == "cpu", bf16=False,
-        )  # fmt: skip
-        trainer = Trainer(policy, options, train_dataset=pairs, data_collator=collate)
-        trainer.remove_callback(PrinterCallback)
-        args, one, skips = argparse.Namespace(max_tokens=16384), setting.one, runtime.Skips()
-        optimizer = runtime.make_optimizer(policy, 1e-6, 0.0)
-
-        def ours():
-            for start in range(0, len(pairs), batch):
-                part = pairs[start : start + batch]
-                loss, _ = sft.accumulate_gradient(policy, part, args, one)
-                skips.step(policy, optimizer, 1e-6, 1.0, one, loss)
-
-        theirs = partial(stocked, policy, trainer.train)
+        trainer = sft_trainer(setting, pairs, batch, folder)
         sft.accumulate_gradient(policy, pairs[:batch], args, one)
         gradient = take_gradient(policy)
         count = sum(len(tail) for _, tail in pairs[:batch])
-        inputs = trainer._prepare_inputs(collate(pairs[:batch]))
+        inputs = trainer._prepare_inputs(sft_batch(policy, pairs[:batch]))
 
         def backward():
             trainer.compute_loss(policy, inputs, num_items_in_batch=count).backward()
@@ -728,6 +730,7 @@ def bench_sft(setting):
         stocked(policy, backward)
         hook.remove()
         same(gradient, take_gradient(policy), setting.tolerance)
+        theirs = partial(stocked, policy, trainer.train)
         mine, padded_batch = clock(setting.device, ours, theirs, rounds=setting.rounds)
     policy.zero_grad(set_to_none=True)
     tokens = sum(200 + len(tail) for _, tail in pairs)

@@ -68,3 +68,23 @@ def test_lines_and_functions_are_short(path):
     assert [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
     nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
     assert {node.name for node in nodes if node.end_lineno - node.lineno >= 60} == set()
+
+
+COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+
+
+def folded(node, kinds, inside=False):
+    """Lines of expressions of these kinds inside one another, not counting those in a lambda."""
+    if isinstance(node, kinds):
+        if inside:
+            yield node.lineno
+        inside = True
+    for child in ast.iter_child_nodes(node):
+        yield from folded(child, kinds, inside and not isinstance(child, ast.Lambda))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_has_to_be_read_twice(path):
+    """No conditional expression inside another, no comprehension inside a comprehension."""
+    tree = ast.parse(path.read_text())
+    assert [*folded(tree, ast.IfExp), *folded(tree, COMPREHENSIONS)] == []
