@@ -216,8 +216,10 @@ class Pool:
     def __init__(self, text, pages, page, dtype, device, compiled=False):
         heads = 2 * text.num_key_value_heads
         shape = (text.num_hidden_layers, 1 + pages, page, heads, text.head_dim)
-        memory = static_memory if compiled else torch.zeros
-        self.kv = memory(shape, dtype=dtype, device=device)
+        if compiled:
+            self.kv = static_memory(shape, dtype, device).zero_()  # nothing of an earlier call
+        else:
+            self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.page, self.free, self.holders = page, list(range(pages, 0, -1)), Counter()
 
     def hold(self, pages):
@@ -402,7 +404,7 @@ def decode_step(text, pool, table, state):
 def static_memory(shape, dtype, device):
     """The pool of all calls: a CUDA graph writes to the address that it was captured with, and
     inductor captures none that writes to an input whose address may change."""
-    kv = torch.zeros(shape, dtype=dtype, device=device)
+    kv = torch.empty(shape, dtype=dtype, device=device)
     torch._dynamo.mark_static_address(kv)
     return kv
 

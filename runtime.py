@@ -532,8 +532,8 @@ def local_folder(path, kinds=FILES):
 def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
     """Look at a checkpoint, of a policy, discriminator or replica, before it is loaded. Raises
     InputError unless it is a folder with a Qwen3-VL of one of these `kinds`, not quantised, without
-    an adapter, with whole weights in safetensors; of a Hub id (owner/name) only its settings are
-    downloaded to look at them."""
+    an adapter, with whole weights in safetensors -> the folder; of a Hub id (owner/name) that of
+    its settings, which alone are downloaded to look at them."""
     local = os.path.isdir(path)
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise InputError(f"{flag} {path}: no such folder")
@@ -556,6 +556,7 @@ def check_checkpoint(path, kinds=("qwen3_vl", "qwen3_vl_moe"), flag="--ckpt"):
             raise ValueError(f"a quantised checkpoint ({method}) cannot be trained")
         if local:
             check_weights(folder)
+    return folder
 
 
 def check_weights(path):
@@ -583,10 +584,8 @@ def check_weights(path):
 def load_tokenizer(path, args=None, flag="--ckpt"):
     """(tokenizer, Pillow image processor) of a checkpoint, the value of `flag`. args: the flags of
     a stage that encodes prompts, for --min-pixels and --max-pixels; it needs a chat template."""
-    check_checkpoint(path, flag=flag)
-    code = {"trust_remote_code": False}
+    folder, code = check_checkpoint(path, flag=flag), {"trust_remote_code": False}
     with about(f"{flag} {path}"):
-        folder = local_folder(path, SETTINGS)
         with about("tokenizer or image processor"):
             tokenizer = AutoTokenizer.from_pretrained(folder, **code)
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **code)
