@@ -99,6 +99,7 @@ def split_segments(ids, tokenizer):
 
 # ---------------------------------------------------------------------------------------- sampling
 SLOT_TOKENS = 8  # cached positions while sampling, per token of --max-tokens
+READ_EVERY = {"cuda": 8, "cpu": 1}  # tokens; on a GPU every look of the host makes both wait
 
 
 @dataclass
@@ -115,7 +116,8 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=None, samples=None,
-           slots=256, max_tokens=16384, compiled=False, watch=None, lengths=None):  # fmt: skip
+           slots=256, max_tokens=16384, compiled=False, read_every=None, watch=None,
+           lengths=None):  # fmt: skip
     """n rollouts per prompt -> list[list[Rollout]].
 
     A finished rollout leaves its slot to the next. Two slots, two rollouts of p and one of q:
@@ -135,9 +137,11 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
-    (see decode_step). watch: called after every token with the Slots that got one, and those of
-    them that are finished. lengths: the tokens of each prompt; then `prompts` is indexed only when
-    a prompt is prefilled, and may encode it as late as that."""
+    (see decode_step). read_every: so many tokens are drawn before the host reads them (default: see
+    READ_EVERY); those after a rollout's end are drawn in vain. watch: called after every read with
+    the Slots that got tokens, and those of them that are finished. lengths: the tokens of each
+    prompt; then `prompts` is indexed only when a prompt is prefilled, and may encode it as late as
+    that."""
     if lengths is None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
     seeds = seeds or [(i,) for i in range(len(lengths))]
@@ -149,16 +153,13 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         for s in numbers:
             noise = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, np.float32)
             queue.append(Slot(p, s, tokens, noise))
-    batch = Batch(model, prompts, queue, slots, max_new_tokens, max_tokens, compiled)
-    banned = torch.tensor(banned_ids(model), device=model.device)
+    read_every = read_every or READ_EVERY[model.device.type]
+    batch = Batch(model, prompts, queue, slots, max_new_tokens, max_tokens, compiled, read_every)
     done = [dict.fromkeys(numbers) for numbers in samples]
     while batch.refill():
-        hidden = batch.states[batch.rows]
-        logits = masked_logits(model.lm_head, hidden, banned, temperature or 1.0)
-        logits = logits.nan_to_num()  # of exploded weights: their next update is skipped
-        tokens, logprobs = choose(logits, batch.uniforms(), temperature)
-        growing = [slot for slot in batch.slots if slot is not None]
-        ended = batch.append(tokens, logprobs, ends, max_new_tokens)
+        growing = batch.growing()
+        tokens, logprobs = batch.draw(temperature)
+        ended = batch.append(tokens, logprobs, ends)
         if watch:
             watch(growing, ended)
         for slot in ended:
@@ -238,13 +239,15 @@ class Pool:
 class Batch:
     """The rollouts that decode together, a slot each, and those that wait."""
 
-    def __init__(self, model, prompts, queue, slots, max_new_tokens, max_tokens, compiled):
+    def __init__(self, model, prompts, queue, slots, limit, max_tokens, compiled, read_every):
         check_attention(model.model)
         self.model, self.prompts, self.queue = model, prompts, queue
-        self.max_tokens, self.compiled = max_tokens, compiled
+        self.limit, self.max_tokens = limit, max_tokens
+        self.compiled, self.read_every = compiled, read_every
+        self.banned = torch.tensor(banned_ids(model), device=model.device)
         text = model.model.language_model.config
         page = PAGE[text._attn_implementation]
-        longest = max((slot.prompt_tokens for slot in queue), default=0) + max_new_tokens
+        longest = max((slot.prompt_tokens for slot in queue), default=0) + limit
         if compiled:
             longest = -(-longest // 1024) * 1024  # another number is another shape to compile
         self.width = -(-longest // page)  # pages of the longest rollout
@@ -257,10 +260,13 @@ class Batch:
         self.slots, self.leaving = [None] * slots, []
         self.states = torch.zeros(slots, text.hidden_size, dtype=model.dtype, device=model.device)
 
-    @property
-    def rows(self):
-        """The slots that are computed: where steps are compiled all, else those that hold one."""
-        return [s for s, slot in enumerate(self.slots) if slot is not None or self.compiled]
+    def growing(self):
+        return [slot for slot in self.slots if slot is not None]
+
+    def needed(self, slot, more):
+        """Pages for its tokens and so many more, if it may become that long."""
+        tokens = min(slot.tokens + more, slot.prompt_tokens + self.limit)
+        return -(-tokens // self.pool.page)
 
     def refill(self):
         """Give empty slots to the rollouts that wait -> False when there is nothing to decode.
@@ -278,12 +284,12 @@ class Batch:
     def admit(self):
         """Start rollouts in their order, while there are pages for their tokens and the next."""
         pool, page, encode, copy = self.pool, self.pool.page, [], []
-        siblings = {slot.prompt: slot for slot in (*self.leaving, *self.slots) if slot is not None}
+        siblings = {slot.prompt: slot for slot in (*self.leaving, *self.growing())}
         for place in [s for s, slot in enumerate(self.slots) if slot is None][: len(self.queue)]:
             slot = self.queue[0]
             sibling, full = siblings.get(slot.prompt), slot.prompt_tokens // page
             shared = sibling.pages[:full] if sibling else []
-            count = slot.tokens // page + 1 - len(shared)
+            count = self.needed(slot, self.read_every) - len(shared)
             if count > len(pool.free):
                 break
             slot.place, slot.pages = place, pool.hold(shared) + pool.take(count)
@@ -324,61 +330,90 @@ class Batch:
             slot.start = states[ends[i]].clone()
             self.states[slot.place] = states[ends[i + len(slots) if slot.ids else i]]
 
-    def uniforms(self):
-        """The random number [rows] of each slot's next token; 0 for an empty slot."""
-        slots = (self.slots[s] for s in self.rows)
-        numbers = [0.0 if slot is None else float(slot.noise[len(slot.ids)]) for slot in slots]
-        return torch.tensor(numbers, dtype=torch.float32, device=self.states.device)
+    @property
+    def rows(self):
+        """The slots that are computed: where steps are compiled all, else those that hold one."""
+        return [s for s, slot in enumerate(self.slots) if slot is not None or self.compiled]
 
-    def append(self, tokens, logprobs, ends, max_new_tokens):
-        """Write a token and its log-prob to each slot -> the finished ones, which leave theirs."""
-        for s, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist()):
+    def draw(self, temperature):
+        """`read_every` tokens for every row, fewer where a rollout would become longer than it may,
+        and their log-probs, each [rows, tokens]. The host reads none of them in here."""
+        count = min(self.read_every, *(self.limit - len(slot.ids) for slot in self.growing()))
+        noise, (rows, table, state), drawn = self.uniforms(count), self.inputs(), []
+        for i in range(count):
+            hidden = self.states[rows]
+            logits = masked_logits(self.model.lm_head, hidden, self.banned, temperature or 1.0)
+            logits = logits.nan_to_num()  # of exploded weights: their next update is skipped
+            tokens, logprobs = choose(logits, noise[i], temperature)
+            drawn.append((tokens, logprobs))
+            if i + 1 < count:
+                state = torch.stack([tokens, state[:, 1] + 1, state[:, 2]], 1)
+                self.decode(rows, table, state)
+        return [torch.stack(parts, 1) for parts in zip(*drawn)]
+
+    def uniforms(self, count):
+        """The random numbers [count, rows] of each slot's next tokens; 0 for an empty slot."""
+        noise = np.zeros((count, len(self.rows)), np.float32)
+        for i, slot in enumerate(self.slots[s] for s in self.rows):
+            if slot is not None:
+                noise[:, i] = slot.noise[len(slot.ids) :][:count]
+        return torch.from_numpy(noise).to(self.states.device)
+
+    def inputs(self):
+        """What a decode step needs: the rows [S], their pages [S, n] and state [S, 3], see
+        decode_step; of empty slots zeros."""
+        width = max(len(slot.pages) for slot in self.growing())
+        if self.compiled:  # few shapes
+            width = min(self.width, 1 << (width - 1).bit_length())
+        table = np.zeros((len(self.rows), width), np.int32)
+        state = np.zeros((len(self.rows), 3), np.int64)
+        for i, slot in enumerate(self.slots[s] for s in self.rows):
+            if slot is not None:
+                table[i, : len(slot.pages)] = slot.pages
+                state[i] = slot.ids[-1] if slot.ids else 0, slot.tokens - 1, slot.offset
+        arrays = np.array(self.rows), table, state
+        return [torch.from_numpy(array).to(self.states.device) for array in arrays]
+
+    def append(self, tokens, logprobs, ends):
+        """Write tokens and log-probs to their slots -> the finished ones, which leave theirs."""
+        for s, *drawn in zip(self.rows, tokens.tolist(), logprobs.tolist()):
             slot = self.slots[s]
             if slot is None:
                 continue
-            slot.ids.append(token)
-            slot.logprobs.append(logprob)
-            if token in ends or len(slot.ids) == max_new_tokens:
-                self.leaving.append(slot)
-                self.slots[s] = None
+            for token, logprob in zip(*drawn):
+                slot.ids.append(token)
+                slot.logprobs.append(logprob)
+                if token in ends or len(slot.ids) == self.limit:
+                    self.leaving.append(slot)
+                    self.slots[s] = None
+                    break
         return self.leaving
 
     def grow(self):
-        """A page for every rollout that has filled its own, the oldest first. When none is left,
-        the youngest gives up its own and is the next to start again."""
-        live = [slot for slot in self.slots if slot is not None]
-        live.sort(key=lambda slot: (slot.prompt, slot.sample))
+        """A page for every rollout that has filled its own, or will before the host reads again,
+        the oldest first. When none is left, the youngest gives up its own and is the next to start
+        again."""
+        live = sorted(self.growing(), key=lambda slot: (slot.prompt, slot.sample))
         for slot in live:
-            if slot.tokens <= len(slot.pages) * self.pool.page:
-                continue
-            if not self.pool.free:
-                self.leave()
-            if not self.pool.free:
+            # of the tokens to be drawn the last is stored by a step that comes after another grow
+            while slot.pages and len(slot.pages) < self.needed(slot, self.read_every - 1):
+                if not self.pool.free:
+                    self.leave()
+                if self.pool.free:
+                    slot.pages += self.pool.take(1)
+                    continue
                 youngest = live.pop()
                 self.pool.release(youngest.pages)
                 youngest.pages, self.slots[youngest.place] = [], None
                 self.queue.appendleft(youngest)
-            if slot.pages:
-                slot.pages += self.pool.take(1)
 
     def step(self):
         """Decode one token further."""
         self.grow()
-        rows, state, table = self.rows, [], []
-        width = max((len(slot.pages) for slot in self.slots if slot is not None), default=0)
-        if not width:
-            return
-        if self.compiled:  # few shapes
-            width = min(self.width, 1 << (width - 1).bit_length())
-        for slot in (self.slots[s] for s in rows):
-            pages, numbers = [], (0, 0, 0)
-            if slot is not None:
-                pages, numbers = slot.pages, (slot.ids[-1], slot.tokens - 1, slot.offset)
-            table.append(pages + [0] * (width - len(pages)))
-            state.append(numbers)
-        # through numpy, which reads lists three times as fast
-        table = torch.from_numpy(np.array(table, np.int32)).to(self.states.device)
-        state = torch.from_numpy(np.array(state)).to(self.states.device)
+        if any(self.slots):
+            self.decode(*self.inputs())
+
+    def decode(self, rows, table, state):
         step = compiled_decode_step() if self.compiled else decode_step
         # copied, because a captured step always writes to one and the same place
         self.states[rows] = step(self.model.model.language_model, self.pool.kv, table, state)

@@ -187,10 +187,11 @@ def make_group(config, sizes, prompts=1):
     return SimpleNamespace(prompt=prompt, records=records, students=students, teacher=teacher)
 
 
-def sample_group(policy, group, sizes):
+def sample_group(policy, group, sizes, **settings):
     """Draw the responses of a group's records anew, as a stage's rollout does."""
     prompts = [record.prompt for record in group.records[:: sizes.N]]
-    drawn = rollout.sample(policy.eval(), prompts, sizes.N, max_new_tokens=sizes.R, eos_id=-1)
+    settings |= {"max_new_tokens": sizes.R, "eos_id": -1}
+    drawn = rollout.sample(policy.eval(), prompts, sizes.N, **settings)
     for record, one_drawn in zip(group.records, sum(drawn, [])):
         record.rollout = one_drawn
 

@@ -259,7 +259,10 @@ def rl_phases(setting):
     work = groups * bench.flops(policy, setting.prompt, [[7] * sizes.R] * sizes.N)
     tokens = groups * sizes.N * sizes.R
     sample = partial(bench.sample_group, policy, group, sizes)
-    lines = {"rl, rollout": (sample, tokens, None)}
+    lines = {
+        "rl, rollout": (sample, tokens, None),
+        "rl, rollout, every token read": (partial(sample, read_every=1), tokens, None),
+    }
     return lines | {"rl, policy update": (update, tokens + groups * sizes.P, work)}
 
 
@@ -331,7 +334,7 @@ def main():
         for check in (check_attention, check_pages_of_slots, check_model, check_graphs):
             check(report, setting)
         lines = list(measure_steps(setting))
-    report("steps of sft, align and rl", f"{len(lines)} phases", len(lines) == 6)
+    report("steps of sft, align and rl", f"{len(lines)} phases", len(lines) == 7)
     card = "CPU, emulated: times say nothing" if args.emulate else torch.cuda.get_device_name()
     sizes = setting.sizes
     print(f"\n{card}; P {sizes.P}, R {sizes.R}, N {sizes.N}; weights and optimizer in bf16\n")

@@ -5,6 +5,7 @@ import gc
 import math
 import re
 import weakref
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -263,7 +264,8 @@ def pools(monkeypatch):
 @pytest.mark.parametrize("page", [1, 3, 16, 256])
 def test_pages_and_slots_do_not_change_the_samples(tiny, alone, pools, monkeypatch, page):
     """In a pool for all, and in one for a single rollout of full length, where the youngest give up
-    their pages again and again. What `watch` sees of a rollout only grows."""
+    their pages again and again; nor does it how often tokens are read. What `watch` sees of a
+    rollout only grows."""
     monkeypatch.setitem(rows.PAGE, "rows", page)
     given_up, prefill = [], rollout.Batch.prefill
 
@@ -272,28 +274,55 @@ def test_pages_and_slots_do_not_change_the_samples(tiny, alone, pools, monkeypat
         prefill(self, slots)
 
     monkeypatch.setattr(rollout.Batch, "prefill", count)
-    for slots in (1, 3, 64):
+    for slots, every in ((1, 1), (1, 8), (3, 1), (3, 3), (64, 1), (64, 8)):
         for max_tokens in (16384, 1):
             seen = {}
 
-            def watch(growing, ended, seen=seen):
+            def watch(growing, ended, seen=seen, every=every):
                 for slot in growing:
-                    key = slot.prompt, slot.sample
-                    assert slot.ids[:-1] == seen.get(key, [])
-                    seen[key] = list(slot.ids)
+                    before = seen.get((slot.prompt, slot.sample), [])
+                    assert slot.ids[: len(before)] == before
+                    assert 1 <= len(slot.ids) - len(before) <= every
+                    seen[slot.prompt, slot.sample] = list(slot.ids)
 
             given_up.clear()
             settings = {**PAGED, "slots": slots, "max_tokens": max_tokens, "watch": watch}
-            groups = sample(tiny.model, alone.prompts, 4, eos_id=alone.ends, **settings)
+            settings |= {"eos_id": alone.ends, "read_every": every}
+            groups = sample(tiny.model, alone.prompts, 4, **settings)
             assert [[r.ids for r in group] for group in groups] == alone.ids
             assert seen == {(p, s): alone.ids[p][s] for p in range(3) for s in range(4)}
-            assert (given_up != []) == (max_tokens == 1 and slots > 1 and page < 256)
+            pressed = max_tokens == 1 and slots > 1 and page < 256
+            assert (given_up != []) == pressed or (every > 1 and given_up == [])
             pack = pack_rows(alone.prompts, [(p, r.ids) for p in range(3) for r in groups[p]])
             expected, _ = target_logprobs(tiny.model, pack, PAGED["temperature"])
             assert np.abs(numbers(groups) - expected.detach().numpy()).max() <= 1e-4
     longest = max(len(p.input_ids) for p in alone.prompts) + PAGED["max_new_tokens"]
     assert {pool.pages for pool in pools[1::2]} == {-(-longest // page)}
     assert all(len(pool.free) == pool.pages and not +pool.holders for pool in pools)
+
+
+def test_the_host_reads_every_so_many_tokens(tiny, monkeypatch):
+    """20 tokens, 8 at a time: three reads, the last after 4. In between nothing is asked of the
+    device: a model on `meta` has no numbers that could be read."""
+    reads, append = [], rollout.Batch.append
+
+    def count(self, tokens, *rest):
+        reads.append(tokens.shape[1])
+        return append(self, tokens, *rest)
+
+    monkeypatch.setattr(rollout.Batch, "append", count)
+    draw = partial(sample, tiny.model, [tiny.prompts[1]], 2, eos_id=-1, max_new_tokens=20)
+    assert flat(draw(read_every=8)) == flat(draw())
+    assert reads == [8, 8, 4] + [1] * 20
+
+    model = copy.deepcopy(tiny.model).to("meta")
+    monkeypatch.setattr(rollout.Batch, "prefill", lambda batch, slots: None)  # that may ask
+    queue = deque([rollout.Slot(p, 0, 30, np.zeros(20, np.float32)) for p in range(2)])
+    batch = rollout.Batch(model, None, queue, 2, 20, 256, False, 8)
+    assert batch.refill()
+    with torch.no_grad():
+        tokens, logprobs = batch.draw(temperature=1.0)
+    assert tokens.is_meta and logprobs.is_meta and tokens.shape == (2, 8)
 
 
 def test_memory_grows_with_the_tokens_that_exist(tiny, pools, monkeypatch):
