@@ -99,7 +99,7 @@ def split_segments(ids, tokenizer):
 
 # ---------------------------------------------------------------------------------------- sampling
 SLOT_TOKENS = 8  # cached positions while sampling, per token of --max-tokens
-READ_EVERY = {"cuda": 8, "cpu": 1}  # tokens; on a GPU every look of the host makes both wait
+READ_EVERY = 8  # tokens, on CUDA, where device and host wait for one another at every read
 
 
 @dataclass
@@ -137,11 +137,11 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
-    (see decode_step). read_every: so many tokens are drawn before the host reads them (default: see
-    READ_EVERY); those after a rollout's end are drawn in vain. watch: called after every read with
-    the Slots that got tokens, and those of them that are finished. lengths: the tokens of each
-    prompt; then `prompts` is indexed only when a prompt is prefilled, and may encode it as late as
-    that."""
+    (see decode_step). read_every: so many tokens are drawn before the host reads them (default:
+    READ_EVERY on CUDA, else 1); those after a rollout's end are drawn in vain. watch: called after
+    every read with the Slots that got tokens, and those of them that are finished. lengths: the
+    tokens of each prompt; then `prompts` is indexed only when a prompt is prefilled, and may encode
+    it as late as that."""
     if lengths is None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
     seeds = seeds or [(i,) for i in range(len(lengths))]
@@ -153,7 +153,7 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
         for s in numbers:
             noise = np.random.default_rng([*seeds[p], s]).random(max_new_tokens, np.float32)
             queue.append(Slot(p, s, tokens, noise))
-    read_every = read_every or READ_EVERY[model.device.type]
+    read_every = read_every or (READ_EVERY if model.device.type == "cuda" else 1)
     batch = Batch(model, prompts, queue, slots, max_new_tokens, max_tokens, compiled, read_every)
     done = [dict.fromkeys(numbers) for numbers in samples]
     while batch.refill():
@@ -339,7 +339,10 @@ class Batch:
         """`read_every` tokens for every row, fewer where a rollout would become longer than it may,
         and their log-probs, each [rows, tokens]. The host reads none of them in here."""
         count = min(self.read_every, *(self.limit - len(slot.ids) for slot in self.growing()))
-        noise, (rows, table, state), drawn = self.uniforms(count), self.inputs(), []
+        noise, drawn = self.uniforms(count), []
+        rows = torch.tensor(self.rows, device=noise.device)
+        if count > 1:
+            table, state = self.inputs()
         for i in range(count):
             hidden = self.states[rows]
             logits = masked_logits(self.model.lm_head, hidden, self.banned, temperature or 1.0)
@@ -360,8 +363,7 @@ class Batch:
         return torch.from_numpy(noise).to(self.states.device)
 
     def inputs(self):
-        """What a decode step needs: the rows [S], their pages [S, n] and state [S, 3], see
-        decode_step; of empty slots zeros."""
+        """table and state as decode_step takes them; zeros for an empty slot."""
         width = max(len(slot.pages) for slot in self.growing())
         if self.compiled:  # few shapes
             width = min(self.width, 1 << (width - 1).bit_length())
@@ -371,8 +373,8 @@ class Batch:
             if slot is not None:
                 table[i, : len(slot.pages)] = slot.pages
                 state[i] = slot.ids[-1] if slot.ids else 0, slot.tokens - 1, slot.offset
-        arrays = np.array(self.rows), table, state
-        return [torch.from_numpy(array).to(self.states.device) for array in arrays]
+        # through numpy, which reads lists three times as fast
+        return [torch.from_numpy(array).to(self.states.device) for array in (table, state)]
 
     def append(self, tokens, logprobs, ends):
         """Write tokens and log-probs to their slots -> the finished ones, which leave theirs."""
@@ -411,7 +413,7 @@ class Batch:
         """Decode one token further."""
         self.grow()
         if any(self.slots):
-            self.decode(*self.inputs())
+            self.decode(self.rows, *self.inputs())
 
     def decode(self, rows, table, state):
         step = compiled_decode_step() if self.compiled else decode_step
