@@ -267,6 +267,16 @@ def stage(name, *flags):
     return 0
 
 
+def run_stage(name, flags, processes):
+    """Run a stage that has to succeed: in this process where `processes` is None, else see
+    `launch`."""
+    if processes is None:
+        assert stage(name, *flags) == 0
+        return
+    ran = launch(f"{name}.py", *flags, processes=processes)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
 def untimed(log):
     """Lines of metrics.jsonl or rollouts.jsonl without what differs from run to run."""
     kept = []

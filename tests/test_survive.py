@@ -212,14 +212,13 @@ def assert_same_run(left, right, script):
 
 
 @pytest.mark.parametrize("script", ["align", "rl"])
-def test_a_run_killed_six_times_equals_an_unbroken_one(tiny, policy, tmp_path, striker, script):
+def test_a_run_killed_three_times_equals_an_unbroken_one(tiny, policy, tmp_path, striker, script):
     """Bitwise: every loss, reward, rollout and weight, also of the steps that were done twice."""
-    steps, rng, found = 50, np.random.default_rng(7), []
+    steps, rng, found = 30, np.random.default_rng(7), []
     def flags(out):
         return flags_of(tiny, policy, tmp_path / out, script, steps=steps, save_every=2)
     assert stage(script, *flags("whole")) == 0
-    for kill in range(6):  # twice in each phase
-        phase = list(PHASES)[kill % 3]
+    for phase in PHASES:
         passes, after = int(rng.integers(3)) + (phase == "sampling"), int(rng.integers(1, 40))
         resumed, strike = ["--resume"] * any(found), striker(phase, passes, after)
         process = start(tmp_path / "log", script, flags("killed") + resumed, **strike)
@@ -238,14 +237,13 @@ def test_a_run_killed_six_times_equals_an_unbroken_one(tiny, policy, tmp_path, s
 def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
     """The other one ends as well, and soon; the resumed run is bitwise the unbroken one."""
     def flags(out):
-        return flags_of(tiny, policy, tmp_path / out, "align", steps=20, save_every=2)
+        return flags_of(tiny, policy, tmp_path / out, "align", steps=12, save_every=2)
     status, text = ranks(tmp_path, "align", flags("whole"))
     assert status == 0, text[-3000:]
     for phase, passes, after, rank in [
         ("sampling", 3, 5, 0),
         ("saving", 1, 20, 1),
         ("backward", 2, 7, 1),
-        ("saving", 1, 10, 0),
     ]:
         resumed = ["--resume"] * (newest(tmp_path / "killed") is not None)
         strike = striker(phase, passes, after, rank)
