@@ -31,20 +31,71 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 
+from flags import VARIANTS, InputError, Parser, check_grounding, check_validation, common_flags
+from flags import data_flags, grounding_flags, integer, parse_or_end, real, rollout_flags
+
+WARMUP_STEPS = 200  # of the warm-up, at most
+READY = 0.8  # share of pairs that both experts rank rightly at its end
+RECENT = 5  # steps of which it is the mean
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
+        help="prompts and teacher responses: SOURCE[:WEIGHT] ...")
+    add("--steps", type=integer(0), default=500,
+        help="steps of the game, which begin after those of the warm-up")
+    add("--warmup-steps", type=integer(0), default=None, help="so many steps before it, in which "
+        f"the discriminator learns alone (default: until both experts rank {READY} of the pairs "
+        f"rightly, in the mean of {RECENT} steps, at most {WARMUP_STEPS})")
+    add("--warmup-disc-lr", type=real(0, 1), default=1e-5,
+        help="learning rate of the discriminator in them")
+    add("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
+    add = parser.add_argument_group("discriminator").add_argument
+    add("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
+    add("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
+    add("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
+    add("--disc-updates", type=integer(1), default=1,
+        help="discriminator steps per policy step, on the same rollouts")
+    add("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
+    grounding_flags(add)
+    add = parser.add_argument_group("advantage").add_argument
+    add("--alpha", type=real(0, 1), default=0.5,
+        help="weight of perception; 1 - alpha is that of reasoning")
+    add("--normalize", choices=("per-expert", "combined"), default="per-expert",
+        help="before (1) or after")
+    add("--credit", choices=("response", "segment"), default="response",
+        help="segment: only the caption's tokens are rewarded for perception")
+    add("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
+    add("--invalid-penalty", type=real(0), default=1.5,
+        help="advantage of a broken format is minus this")
+    rollout_flags(parser, prompts=4, max_new_tokens=6144)
+    common_flags(parser, "align")
+    data_flags(parser)
+    args = parser.parse_args()
+    check_grounding(args, "--prompts", args.prompts)
+    check_validation(args)
+    return args
+
+
+if __name__ == "__main__":
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 
-from data import data_flags, encode_response, look, measure_prompt, system_prompt
-from discriminator import SCORES, VARIANTS, Discriminator, add_mismatched
-from discriminator import check_grounding, compare_tokenizers, expert_metrics, grounding_flags
-from discriminator import load_discriminator, make_pairs, save_discriminator, score_and_backward
-from rl import Validation, Warn, check_validation, gather_table, log_rollouts, prompt_feed
-from rl import rollout_flags, rollout_metrics, sample_records, show_first, update_policy
+from data import encode_response, look, measure_prompt, system_prompt
+from discriminator import SCORES, Discriminator, add_mismatched, compare_tokenizers
+from discriminator import expert_metrics, load_discriminator, make_pairs, save_discriminator
+from discriminator import score_and_backward
+from rl import Validation, Warn, gather_table, log_rollouts, prompt_feed, rollout_metrics
+from rl import sample_records, show_first, update_policy
 from rollout import parse_response, split_segments
 from rows import set_attention, target_logprobs
-from runtime import InputError, Parser, Skips, begin, choose_attention, common_flags, end_step
-from runtime import identify, integer, load_policy, load_tokenizer, log, make_optimizer
-from runtime import make_sampler, read_json, real, refresh, run, save, setup, shard
+from runtime import Skips, begin, choose_attention, end_step, identify, load_policy
+from runtime import load_tokenizer, log, make_optimizer, make_sampler, read_json, refresh, run, save
+from runtime import setup, shard
 
 NOTHING_VALID = (
     "no rollout was valid, finished and with the three blocks: is --ckpt trained on them, is "
@@ -158,11 +209,6 @@ def grpo(args):
 
 
 # ---------------------------------------------------------------------------------- the warm-up
-WARMUP_STEPS = 200  # at most
-READY = 0.8  # share of pairs that both experts rank rightly
-RECENT = 5  # steps of which it is the mean
-
-
 @dataclass
 class WarmUp:
     """The steps before the game, in which the discriminator learns alone: the reward of an expert
@@ -228,46 +274,6 @@ def start_warm_up(args, world):
 
 
 # ------------------------------------------------------------------------------------ the stage
-def parse_args():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_5.9k.parquet"],
-        help="prompts and teacher responses: SOURCE[:WEIGHT] ...")
-    add("--steps", type=integer(0), default=500,
-        help="steps of the game, which begin after those of the warm-up")
-    add("--warmup-steps", type=integer(0), default=None, help="so many steps before it, in which "
-        f"the discriminator learns alone (default: until both experts rank {READY} of the pairs "
-        f"rightly, in the mean of {RECENT} steps, at most {WARMUP_STEPS})")
-    add("--warmup-disc-lr", type=real(0, 1), default=1e-5,
-        help="learning rate of the discriminator in them")
-    add("--lr", type=real(0, 1), default=1e-6, help="learning rate of the policy")
-    add = parser.add_argument_group("discriminator").add_argument
-    add("--disc", default=None, help="its checkpoint, or that of its backbone (default: --ckpt)")
-    add("--disc-variant", choices=VARIANTS, default="moe", help="moe or an ablation")
-    add("--disc-lr", type=real(0, 1), default=1e-6, help="its learning rate")
-    add("--disc-updates", type=integer(1), default=1,
-        help="discriminator steps per policy step, on the same rollouts")
-    add("--score-l2", type=real(0), default=1e-3, help="weight of the squared scores in its loss")
-    grounding_flags(add)
-    add = parser.add_argument_group("advantage").add_argument
-    add("--alpha", type=real(0, 1), default=0.5,
-        help="weight of perception; 1 - alpha is that of reasoning")
-    add("--normalize", choices=("per-expert", "combined"), default="per-expert",
-        help="before (1) or after")
-    add("--credit", choices=("response", "segment"), default="response",
-        help="segment: only the caption's tokens are rewarded for perception")
-    add("--std-floor", type=real(0), default=0.1, help="smallest group std, in score units")
-    add("--invalid-penalty", type=real(0), default=1.5,
-        help="advantage of a broken format is minus this")
-    rollout_flags(parser, prompts=4, max_new_tokens=6144)
-    common_flags(parser, "align")
-    data_flags(parser)
-    args = parser.parse_args()
-    check_grounding(args, "--prompts", args.prompts)
-    check_validation(args)
-    return args
-
-
 def measure_taught(example, *tools):
     """`measure_prompt`; an example without a well-formed teacher response is of no use here."""
     response = parse_response(example.response or "")

@@ -31,9 +31,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from flags import InputError, InputErrorOfAll, quote
 from rows import Prompt
-from runtime import InputError, InputErrorOfAll, about, append_rows, fingerprint, integer, quote
-from runtime import real, write_rows
+from runtime import about, append_rows, fingerprint, write_rows
 
 SYSTEM_PROMPT = (
     "Answer in three blocks. "
@@ -44,37 +44,6 @@ SYSTEM_PROMPT = (
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what one `<image>` becomes in the chat text
 # load_image refuses what Pillow only warns of
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-# ---------------------------------------------------------------------------------------- flags
-def data_flags(parser):
-    """The flags of everything that reads examples."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--split", default=None, help="split of a Hub data set or of a folder")
-    group.add_argument("--system-prompt", default=None, metavar="FILE",
-                       help="system message for rows that carry none")
-    group.add_argument("--max-prompt", type=integer(1), default=2048,
-                       help="longer prompts are dropped and counted, never cut")
-    pixel_flags(group)
-    group.add_argument("--bad-rows", choices=("skip", "stop"), default="skip",
-                       help="rows that cannot be used; stop decodes every picture first")
-    group.add_argument("--max-bad", type=real(0, 1), default=0.05,
-                       help="share of unusable rows that ends the run")
-
-
-def pixel_flags(group):
-    group.add_argument("--min-pixels", type=integer(1), default=None,
-                       help="smaller pictures are enlarged (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=integer(1), default=None,
-                       help="larger pictures are reduced (default: the checkpoint's)")
-
-
-def system_prompt(args):
-    """The text of --system-prompt, or ours."""
-    if args.system_prompt is None:
-        return SYSTEM_PROMPT
-    with about(f"--system-prompt {args.system_prompt}"):
-        return Path(args.system_prompt).read_text("utf-8").strip()
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -601,6 +570,14 @@ def image_tokens(image, image_processor):
 
 
 # ---------------------------------------------------------------------------------------- prompts
+def system_prompt(args):
+    """The text of --system-prompt, or ours."""
+    if args.system_prompt is None:
+        return SYSTEM_PROMPT
+    with about(f"--system-prompt {args.system_prompt}"):
+        return Path(args.system_prompt).read_text("utf-8").strip()
+
+
 def check_text(text, where):
     """Raise InputError for half a surrogate pair, which no tokenizer takes, and for a literal image
     token, which would be taken for a picture that is not there."""

@@ -46,6 +46,38 @@ import zlib
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
+
+def parse_args():
+    from flags import VARIANTS, Parser, check_grounding, common_flags, data_flags, grounding_flags
+    from flags import integer, real
+
+    parser = Parser(__doc__)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
+    add("--score", nargs="+", metavar="SOURCE", help="responses to score")
+    add("--probe", nargs="+", metavar="SOURCE", help="teacher responses to score, and for ground_v "
+        "and ground_r those of other pictures in their place")
+    parser.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of D_v in `combined`")
+    add = parser.add_argument_group("warm-up").add_argument
+    add("--batch", type=integer(1), default=128, help="pairs per step, in all")
+    add("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
+    add("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
+    add("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
+    add("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
+    add("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
+    grounding_flags(add)
+    common_flags(parser, "disc")
+    data_flags(parser)
+    args = parser.parse_args()
+    check_grounding(args, "--batch", args.batch)
+    return args
+
+
+if __name__ == "__main__":
+    from flags import parse_or_end
+
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,22 +90,25 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancin
 from rows import IDLE, Prompt, hidden_states, pack_rows, set_attention, split_rows
 
 try:
-    from data import Feed, data_flags, encode_prompt, encode_response, load_examples, look
-    from data import measure_prompt, system_prompt
+    from data import Feed, encode_prompt, encode_response, load_examples, look, measure_prompt
+    from data import system_prompt
+    from flags import READOUTS, VARIANTS, InputError
     from rollout import parse_response, parse_spans, split_segments
-    from runtime import InputError, Parser, Skips, about, begin, check_checkpoint, check_weights
-    from runtime import choose_attention, common_flags, compare_weights, copy_processor, cosine
-    from runtime import end_step, full_weights, identify, integer, load_tokenizer, local_folder
-    from runtime import log, make_optimizer, most, multiply_patches, read_json, read_weights, real
-    from runtime import run, setup, shard, write_json, write_meta, write_rows, writing
+    from runtime import Skips, about, begin, check_checkpoint, check_weights, choose_attention
+    from runtime import compare_weights, copy_processor, cosine, end_step, full_weights, identify
+    from runtime import load_tokenizer, local_folder, log, make_optimizer, most, multiply_patches
+    from runtime import read_json, read_weights, run, setup, shard, write_json, write_meta
+    from runtime import write_rows, writing
 except ModuleNotFoundError as error:
     # The model and its loss stand on rows.py and can be copied with that alone; what follows them
     # (a step's gradient, checkpoints, the script) needs the rest.
-    if __name__ == "__main__" or error.name not in ("data", "rollout", "runtime"):
+    if __name__ == "__main__" or error.name not in ("data", "flags", "rollout", "runtime"):
         raise
 
-VARIANTS = ("moe", "dense", "text-only", "learned")
-READOUTS = ("last", "mean")
+HEADS = {  # of each variant; where there are two, an expert for each
+    "moe": ("perception", "reasoning"), "dense": ("perception",),
+    "text-only": ("perception", "reasoning"), "learned": ("perception",),
+}
 SCORES = ("d_v", "d_r", "teacher_d_v", "teacher_d_r")  # of a pair: the columns of `scores` [n, 4]
 GROUND_EVERY = 10  # warm-up steps between two measurements of ground_v that need a forward
 
@@ -111,11 +146,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, backbone, variant="moe", readout="last"):
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant {variant}: choose one of {', '.join(VARIANTS)}")
+        if variant not in HEADS:
+            raise ValueError(f"variant {variant}: choose one of {', '.join(HEADS)}")
         self.backbone, self.variant, self.readout = backbone, variant, readout
         self.routers, self.routed = 0, []  # routed: their logits [T, experts] in the last forward
-        two_experts = variant in ("moe", "text-only")
+        two_experts = len(HEADS[variant]) == 2
         for layer in backbone.language_model.layers:
             if two_experts:
                 layer.mlp = SegmentMLP(layer)
@@ -124,7 +159,7 @@ class Discriminator(nn.Module):
                 self.routers += 1
         size = backbone.config.text_config.hidden_size
         self.heads = nn.ModuleDict()
-        for name in ("perception", "reasoning") if two_experts else ("perception",):
+        for name in HEADS[variant]:
             self.heads[name] = nn.Linear(size, 1, bias=False, dtype=torch.float32)
             nn.init.zeros_(self.heads[name].weight)
 
@@ -517,42 +552,6 @@ def save_discriminator(disc, out, world, ckpt):
 
 
 # ---------------------------------------------------------------------------------------- warm-up
-def parse_args():
-    parser = Parser(__doc__)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--pairs", nargs="+", metavar="SOURCE", help="warm-up pairs to train on")
-    add("--score", nargs="+", metavar="SOURCE", help="responses to score")
-    add("--probe", nargs="+", metavar="SOURCE", help="teacher responses to score, and for ground_v "
-        "and ground_r those of other pictures in their place")
-    parser.add_argument("--alpha", type=real(0, 1), default=0.5, help="weight of D_v in `combined`")
-    add = parser.add_argument_group("warm-up").add_argument
-    add("--batch", type=integer(1), default=128, help="pairs per step, in all")
-    add("--steps", type=integer(0), default=None, help="steps (default: one epoch)")
-    add("--lr", type=real(0, 1), default=1e-5, help="peak learning rate")
-    add("--warmup", type=real(0, 1), default=0.1, help="share of steps it rises in")
-    add("--disc-variant", choices=VARIANTS, default="moe", help="to build on --ckpt")
-    add("--score-l2", type=real(0), default=1e-3, help="weight of squared scores")
-    grounding_flags(add)
-    common_flags(parser, "disc")
-    data_flags(parser)
-    args = parser.parse_args()
-    check_grounding(args, "--batch", args.batch)
-    return args
-
-
-def grounding_flags(add):
-    add("--readout", choices=READOUTS, default=None,
-        help="what a head reads of a segment (default: as stored; last)")
-    add("--mismatch", type=real(0), default=0.0, metavar="W",
-        help="weight of pairs with another picture's teacher response; 0: the paper")
-
-
-def check_grounding(args, flag, prompts):
-    """InputError where a step has no second picture for --mismatch; flag: that of its prompts."""
-    if args.mismatch > 0 and prompts < 2:
-        raise InputError(f"--mismatch needs two prompts a step: {flag} {prompts}")
-
-
 def measure_pair(example, tokenizer, image_processor, system, args):
     """-> (tokens of the prompt, of its responses), or None: too long. Raises InputError unless both
     responses are well-formed, and both or neither with an answer: otherwise that alone would tell

@@ -35,20 +35,85 @@ from string import ascii_uppercase
 from urllib.request import Request, urlopen
 from zlib import crc32
 
+from flags import InputError, InputErrorOfAll, Parser, compute_flags, flag_of, integer
+from flags import parse_or_end, pixel_flags, real
+
+BENCHMARK_NAMES = (  # those of the table further down
+    "mathvista", "mathverse", "mathvision", "wemath", "mmmu", "mmmu_pro", "hallusion",
+)
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what")
+    flag = group.add_argument
+    flag("--ckpt", nargs="+", required=True, help="the first is the baseline; seeds as name=A,B,C")
+    flag("--bench", nargs="+", default=[], metavar="NAME[=PATH]", help=", ".join(BENCHMARK_NAMES))
+    flag("--data", nargs="+", default=[], help="own test sets: files, folders or Hub ids")
+    flag("--split", help="of --data, if it has several (default: test; train for the filter)")
+    flag("--out", default="eval_out", help="folder to write; the file of --keep-pass-rate")
+    flag("--resume", action="store_true", help="keep the generations that are complete in OUT")
+    flag("--overwrite", action="store_true", help="replace those that are there")
+    flag("--keep-pass-rate", nargs=2, type=real(0, 1), metavar=("LOW", "HIGH"),
+         help="difficulty filter: write the rows of --data with such a pass rate to OUT, a .jsonl")
+    group = parser.add_argument_group("sampling")
+    flag = group.add_argument
+    flag("--samples", type=integer(1, 4096), default=1, help="responses per item")
+    flag("--temperature", type=real(0), help="0: greedy (default: 0 for one sample, else 1)")
+    flag("--max-new-tokens", type=integer(1, 2**18), default=4096, help="limit of a response")
+    flag("--max-prompt", type=integer(1), default=8192, help="longer prompts are counted as wrong")
+    flag("--system-prompt", metavar="FILE", help="system message for rows that carry none")
+    pixel_flags(group)
+    flag("--slots", type=integer(1, 2**16), default=64, help="rows decoded at a time by a process")
+    flag("--seed", type=integer(0), default=0, help="of sampling")
+    compute_flags(flag)
+    group = parser.add_argument_group("judge")
+    flag = group.add_argument
+    flag("--judge", metavar="URL",
+         help="OpenAI-compatible server for what the rules leave open; key: OPENAI_API_KEY")
+    flag("--judge-model", default="default", help="name of the judge's model")
+    args = parser.parse_args()
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Fill in what depends on other flags; complain about what does not fit together."""
+    if args.temperature is None:
+        args.temperature = float(args.samples > 1)
+    if args.samples > 1 and args.temperature == 0:
+        raise InputError("--samples > 1 needs --temperature > 0: greedy responses are all the same")
+    if not args.data and not args.bench:
+        raise InputError("--bench or --data is needed: what to test the checkpoints on")
+    if args.judge and not re.match("https?://", args.judge):
+        raise InputError(f"--judge {args.judge}: an address as http://localhost:8000/v1 is needed")
+    args.folder = args.out
+    if args.keep_pass_rate:
+        args.folder = args.out.removesuffix(".jsonl") + "_eval"
+        several = len(args.ckpt) > 1 or "=" in args.ckpt[0]
+        if several or args.bench or args.judge or not args.out.endswith(".jsonl"):
+            takes = "takes one --ckpt, --data, no --bench, no --judge, and --out FILE.jsonl"
+            raise InputError(f"--keep-pass-rate {takes}")
+        if args.keep_pass_rate[0] > args.keep_pass_rate[1]:
+            raise InputError("--keep-pass-rate LOW HIGH: LOW <= HIGH is needed")
+
+
+if __name__ == "__main__":
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from data import CHATS, TOO_LONG, Example, Examples, File, as_list, attempt, attempt_all
-from data import check_text, encode_prompt, load_image, measure_prompt, open_source, pixel_flags
-from data import read_chat, read_file, resolve, system_prompt, to_example, undecoded
+from data import check_text, encode_prompt, load_image, measure_prompt, open_source, read_chat
+from data import read_file, resolve, system_prompt, to_example, undecoded
 from page import MOST, save_pictures, write_page
 from rollout import Rollout, parse_response, sample
 from rows import set_attention
-from runtime import InputError, InputErrorOfAll, Parser, about, check_checkpoint, check_out
-from runtime import choose_attention, compute_flags, eos_ids, fingerprint, flag_of, integer
-from runtime import load_policy, load_tokenizer, read_json, real, run, setup, write_json, write_rows
+from runtime import about, check_checkpoint, check_out, choose_attention, eos_ids, fingerprint
+from runtime import load_policy, load_tokenizer, read_json, run, setup, write_json, write_rows
 from verify import MAX_CHARS, YES_NO, clean, parse_choice, parse_quantity, timeouts, verify
 from verify import with_percent
 
@@ -259,6 +324,7 @@ BENCHMARKS = {
     "hallusion": Benchmark(hallusion, "lmms-lab/HallusionBench", "image", by=FIGURES[:2],
                            family=FIGURES, extra=hallusion_scores),
 }
+assert (*BENCHMARKS,) == BENCHMARK_NAMES  # --help has these
 
 
 # --------------------------------------------------------------------------------------- test sets
@@ -991,59 +1057,6 @@ def portable(image, name, args):
 
 
 # -------------------------------------------------------------------------------------------- main
-def parse_args():
-    parser = Parser(__doc__)
-    group = parser.add_argument_group("what")
-    flag = group.add_argument
-    flag("--ckpt", nargs="+", required=True, help="the first is the baseline; seeds as name=A,B,C")
-    flag("--bench", nargs="+", default=[], metavar="NAME[=PATH]", help=", ".join(BENCHMARKS))
-    flag("--data", nargs="+", default=[], help="own test sets: files, folders or Hub ids")
-    flag("--split", help="of --data, if it has several (default: test; train for the filter)")
-    flag("--out", default="eval_out", help="folder to write; the file of --keep-pass-rate")
-    flag("--resume", action="store_true", help="keep the generations that are complete in OUT")
-    flag("--overwrite", action="store_true", help="replace those that are there")
-    flag("--keep-pass-rate", nargs=2, type=real(0, 1), metavar=("LOW", "HIGH"),
-         help="difficulty filter: write the rows of --data with such a pass rate to OUT, a .jsonl")
-    group = parser.add_argument_group("sampling")
-    flag = group.add_argument
-    flag("--samples", type=integer(1, 4096), default=1, help="responses per item")
-    flag("--temperature", type=real(0), help="0: greedy (default: 0 for one sample, else 1)")
-    flag("--max-new-tokens", type=integer(1, 2**18), default=4096, help="limit of a response")
-    flag("--max-prompt", type=integer(1), default=8192, help="longer prompts are counted as wrong")
-    flag("--system-prompt", metavar="FILE", help="system message for rows that carry none")
-    pixel_flags(group)
-    flag("--slots", type=integer(1, 2**16), default=64, help="rows decoded at a time by a process")
-    flag("--seed", type=integer(0), default=0, help="of sampling")
-    compute_flags(flag)
-    group = parser.add_argument_group("judge")
-    flag = group.add_argument
-    flag("--judge", metavar="URL",
-         help="OpenAI-compatible server for what the rules leave open; key: OPENAI_API_KEY")
-    flag("--judge-model", default="default", help="name of the judge's model")
-    return parser.parse_args()
-
-
-def check_args(args):
-    """Fill in what depends on other flags; complain about what does not fit together."""
-    if args.temperature is None:
-        args.temperature = float(args.samples > 1)
-    if args.samples > 1 and args.temperature == 0:
-        raise InputError("--samples > 1 needs --temperature > 0: greedy responses are all the same")
-    if not args.data and not args.bench:
-        raise InputError("--bench or --data is needed: what to test the checkpoints on")
-    if args.judge and not re.match("https?://", args.judge):
-        raise InputError(f"--judge {args.judge}: an address as http://localhost:8000/v1 is needed")
-    args.folder = args.out
-    if args.keep_pass_rate:
-        args.folder = args.out.removesuffix(".jsonl") + "_eval"
-        several = len(args.ckpt) > 1 or "=" in args.ckpt[0]
-        if several or args.bench or args.judge or not args.out.endswith(".jsonl"):
-            takes = "takes one --ckpt, --data, no --bench, no --judge, and --out FILE.jsonl"
-            raise InputError(f"--keep-pass-rate {takes}")
-        if args.keep_pass_rate[0] > args.keep_pass_rate[1]:
-            raise InputError("--keep-pass-rate LOW HIGH: LOW <= HIGH is needed")
-
-
 def short_names(paths):
     """{path: its last part without extension}, or the whole path as one word where the last parts
     are not different."""
@@ -1073,7 +1086,6 @@ def checkpoints(specs):
 
 def main():
     args = parse_args()
-    check_args(args)
     ckpts, folders = checkpoints(args.ckpt)
     copies = [spec.partition("=")[2] for spec in args.bench]
     inputs = {"--ckpt": [*folders], "--data": args.data, "--bench": copies}

@@ -33,19 +33,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from data import Example, Examples, Feed, attempt_all, data_flags, encode_prompt, load_image, look
-from data import measure_prompt, open_source, system_prompt
-from page import save_pictures
-from rollout import SLOT_TOKENS, Rollout, parse_response, sample
-from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, InputErrorOfAll, Parser, Skips, about, add_lora, append_rows, begin
-from runtime import choose_attention, common_flags, end_step, eos_ids, identify, integer
-from runtime import load_policy, load_tokenizer, log, lora_flag, make_optimizer, make_sampler
-from runtime import most, quote, real, refresh, run, save, setup, shard, start_lora
-from verify import timeouts, verify, with_percent
+from flags import InputError, InputErrorOfAll, Parser, check_validation, common_flags, data_flags
+from flags import integer, lora_flag, parse_or_end, quote, real, rollout_flags
 
 ALGOS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio": "token", "mean": "token",
@@ -55,6 +44,67 @@ ALGOS = {
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "ratio": "sequence", "mean": "sequence",
              "dynamic": False, "overlong": False},
 }
+REWARD_SECONDS = 10  # for a call of one's own reward
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
+        help="prompts and answers: SOURCE[:WEIGHT] ...")
+    add("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
+    add("--steps", type=integer(0), default=1500, help="rollout batches")
+    add("--lr", type=real(0, 1), default=1e-6, help="learning rate")
+    add("--lr-warmup", type=integer(0), default=0, help="steps with rising learning rate")
+    add("--updates-per-rollout", type=integer(1), default=1, metavar="K",
+        help="optimizer steps per rollout batch")
+    add("--max-gen-batches", type=integer(1), default=10,
+        help="rounds of dynamic sampling per step (dapo)")
+    add("--overlong-buffer", type=integer(0), default=None, help="tokens before the limit that are "
+        "penalised (dapo; default: half of --max-new-tokens, at most 4096)")
+    add("--reward", metavar="FILE.py:FUNCTION", default=None, help="own reward in place of (5): "
+        "FUNCTION(response, answer, row) gives a number; answer and row (a dict) are those of "
+        f"--data; a call that fails or takes {REWARD_SECONDS} s is worth 0 and counted")
+    add("--kl", type=real(0), default=0.0,
+        help="coefficient of the k3 penalty towards --ckpt; 0: none")
+    lora_flag(parser)
+    rollout_flags(parser, prompts=32, max_new_tokens=8192)
+    common_flags(parser, "rl")
+    data_flags(parser)
+    args = parser.parse_args()
+    check_validation(args)
+    args.reward_function = None
+    if args.reward is not None:  # a file of which the content counts, and a name
+        given = args.reward
+        args.reward, _, args.reward_function = given.rpartition(":")
+        if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):
+            raise InputError(f"--reward {given}: a FILE.py:FUNCTION that is there is needed")
+    if args.prompts % args.updates_per_rollout:
+        raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide "
+                         f"--prompts {args.prompts}")
+    if args.overlong_buffer is None:
+        args.overlong_buffer = min(4096, args.max_new_tokens // 2)
+    if args.overlong_buffer >= args.max_new_tokens:
+        raise InputError(f"--overlong-buffer {args.overlong_buffer} must be below --max-new-tokens "
+                         f"{args.max_new_tokens}: every response would be penalised")
+    return args
+
+
+if __name__ == "__main__":
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Example, Examples, Feed, attempt_all, encode_prompt, load_image, look
+from data import measure_prompt, open_source, system_prompt
+from page import save_pictures
+from rollout import Rollout, parse_response, sample
+from rows import IDLE, Prompt, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
+from runtime import Skips, about, add_lora, append_rows, begin, choose_attention, end_step, eos_ids
+from runtime import identify, load_policy, load_tokenizer, log, make_optimizer, make_sampler, most
+from runtime import refresh, run, save, setup, shard, start_lora
+from verify import timeouts, verify, with_percent
 
 
 # ------------------------------------------------------------------------------- pure functions
@@ -357,26 +407,6 @@ def warn_of_nothing(warn, metrics, records):
          "always or never solved teach nothing", records)
 
 
-def rollout_flags(parser, prompts, max_new_tokens):
-    """Of the game and of RLVR: how both sample, and `Validation`."""
-    add = parser.add_argument_group("rollouts").add_argument
-    add("--prompts", type=integer(1), default=prompts, help="prompts per step, over all processes")
-    add("--rollouts", dest="n", type=integer(1), default=16, help="rollouts per prompt")
-    add("--temperature", type=real(1e-3), default=1.0,
-        help="of sampling and of the log-probs trained on")
-    add("--max-new-tokens", type=integer(1), default=max_new_tokens, help="limit of a response")
-    add("--compile", action="store_true",
-        help="torch.compile the decode step; on CUDA: graphs, not run yet")
-    add("--slots", type=integer(1), default=256, help="rollouts decoded at a time on each process; "
-        f"fewer where their tokens would be more than {SLOT_TOKENS} x --max-tokens")
-    add("--log-rollouts", type=integer(0), default=10,
-        help="steps between entries in rollouts.jsonl; 0: never")
-    add = parser.add_argument_group("validation").add_argument
-    add("--eval-every", type=integer(0), default=0,
-        help="steps between greedy accuracies on --eval-data; 0: never")
-    add("--eval-data", nargs="+", default=None, help="prompts and answers")
-
-
 # -------------------------------------------------------------------- validation, in alignment, too
 class Validation:
     """Greedy accuracy on --eval-data, every --eval-every steps. It changes no number of the run;
@@ -429,15 +459,7 @@ class Validation:
         return {"eval_accuracy": accuracy}
 
 
-def check_validation(args):
-    if bool(args.eval_every) != bool(args.eval_data):
-        raise InputError("--eval-every and --eval-data need each other")
-
-
 # ---------------------------------------------------------------------------- a reward of one's own
-REWARD_SECONDS = 10  # for a call
-
-
 class OwnReward:
     """The function of --reward, called with a response as it was sampled, without the EOS, the gold
     answer (None where there is none) and the row of the data set. What is no finite number, raises
@@ -492,49 +514,6 @@ class OwnReward:
 
 
 # ------------------------------------------------------------------------------------------- RL
-def parse_args():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["prism-vlm/rl_dataset:rl_training_data_filtered_2k.parquet"],
-        help="prompts and answers: SOURCE[:WEIGHT] ...")
-    add("--algo", choices=list(ALGOS), default="grpo", help="row of the table of algorithms")
-    add("--steps", type=integer(0), default=1500, help="rollout batches")
-    add("--lr", type=real(0, 1), default=1e-6, help="learning rate")
-    add("--lr-warmup", type=integer(0), default=0, help="steps with rising learning rate")
-    add("--updates-per-rollout", type=integer(1), default=1, metavar="K",
-        help="optimizer steps per rollout batch")
-    add("--max-gen-batches", type=integer(1), default=10,
-        help="rounds of dynamic sampling per step (dapo)")
-    add("--overlong-buffer", type=integer(0), default=None, help="tokens before the limit that are "
-        "penalised (dapo; default: half of --max-new-tokens, at most 4096)")
-    add("--reward", metavar="FILE.py:FUNCTION", default=None, help="own reward in place of (5): "
-        "FUNCTION(response, answer, row) gives a number; answer and row (a dict) are those of "
-        f"--data; a call that fails or takes {REWARD_SECONDS} s is worth 0 and counted")
-    add("--kl", type=real(0), default=0.0,
-        help="coefficient of the k3 penalty towards --ckpt; 0: none")
-    lora_flag(parser)
-    rollout_flags(parser, prompts=32, max_new_tokens=8192)
-    common_flags(parser, "rl")
-    data_flags(parser)
-    args = parser.parse_args()
-    check_validation(args)
-    args.reward_function = None
-    if args.reward is not None:  # a file of which the content counts, and a name
-        given = args.reward
-        args.reward, _, args.reward_function = given.rpartition(":")
-        if not (args.reward.endswith(".py") and os.path.isfile(args.reward)):
-            raise InputError(f"--reward {given}: a FILE.py:FUNCTION that is there is needed")
-    if args.prompts % args.updates_per_rollout:
-        raise InputError(f"--updates-per-rollout {args.updates_per_rollout} does not divide "
-                         f"--prompts {args.prompts}")
-    if args.overlong_buffer is None:
-        args.overlong_buffer = min(4096, args.max_new_tokens // 2)
-    if args.overlong_buffer >= args.max_new_tokens:
-        raise InputError(f"--overlong-buffer {args.overlong_buffer} must be below --max-new-tokens "
-                         f"{args.max_new_tokens}: every response would be penalised")
-    return args
-
-
 def measure_problem(example, *tools):
     """`measure_prompt`, and a row without an answer is of no use, but to a reward of one's own."""
     if not example.answer and not tools[-1].reward:

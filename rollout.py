@@ -17,6 +17,35 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import chain
 
+
+def parse_args():
+    from flags import InputError, Parser, integer, pixel_flags, real
+
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint folder or Hub id")
+    add("--image", nargs="*", default=[], help="pictures, in the order of <image> in the prompt")
+    add("--prompt", help="the question (default: it asks for questions)")
+    add("--samples", type=integer(1, 4096), default=1, help="answers to a question")
+    add("--temperature", type=real(0), help="0: greedy (default: 0 for one sample, else 1)")
+    add("--max-new-tokens", type=integer(1, 2**18), default=4096, help="limit of an answer")
+    add("--disc", help="discriminator, as OUT/discriminator of align.py: print its two scores")
+    add("--system-prompt", metavar="FILE", help="system message in place of ours")
+    add("--seed", type=integer(0), default=0, help="of sampling")
+    pixel_flags(parser)
+    args = parser.parse_args()
+    if args.temperature is None:
+        args.temperature = float(args.samples > 1)
+    if args.samples > 1 and args.temperature == 0:
+        raise InputError("--samples > 1 needs --temperature > 0: greedy answers are all the same")
+    return args
+
+
+if __name__ == "__main__":
+    from flags import parse_or_end
+
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 from transformers import DynamicCache
@@ -488,30 +517,6 @@ class Stream:
             self.start(self.sample + 1)
 
 
-def parse_args():
-    from data import pixel_flags
-    from runtime import InputError, Parser, integer, real
-
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint folder or Hub id")
-    add("--image", nargs="*", default=[], help="pictures, in the order of <image> in the prompt")
-    add("--prompt", help="the question (default: it asks for questions)")
-    add("--samples", type=integer(1, 4096), default=1, help="answers to a question")
-    add("--temperature", type=real(0), help="0: greedy (default: 0 for one sample, else 1)")
-    add("--max-new-tokens", type=integer(1, 2**18), default=4096, help="limit of an answer")
-    add("--disc", help="discriminator, as OUT/discriminator of align.py: print its two scores")
-    add("--system-prompt", metavar="FILE", help="system message in place of ours")
-    add("--seed", type=integer(0), default=0, help="of sampling")
-    pixel_flags(parser)
-    args = parser.parse_args()
-    if args.temperature is None:
-        args.temperature = float(args.samples > 1)
-    if args.samples > 1 and args.temperature == 0:
-        raise InputError("--samples > 1 needs --temperature > 0: greedy answers are all the same")
-    return args
-
-
 class Trial:
     """A checkpoint, the pictures and perhaps a discriminator, ready for questions."""
 
@@ -571,7 +576,7 @@ class Trial:
 
 def main():
     """Answer --prompt, or question after question until an empty one."""
-    from runtime import InputError
+    from flags import InputError
 
     args = parse_args()
     trial = Trial(args)

@@ -1,4 +1,4 @@
-"""What a run stands on: processes, FSDP, checkpoints, states, flags, errors and logs.
+"""What a run stands on: processes, FSDP, checkpoints, states, errors and logs.
 
 A stage writes one folder, OUT:
 
@@ -12,7 +12,6 @@ A stage writes one folder, OUT:
     meta.json                              last of all: the stage is finished
 """
 
-import argparse
 import copy
 import fcntl
 import importlib
@@ -33,7 +32,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from glob import glob
 from pathlib import Path
 from types import MethodType
@@ -55,27 +54,20 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
+from flags import DTYPES, LOGGERS, InputError, InputErrorOfAll, flag_of, print_error
 from page import read_lines, redraw, write_card
 
 # dcp.save and dcp.load say so of every single process, also where no_dist tells them that it is one
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
 
+PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: the content counts,
+SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
+# these change no number
+FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
+        "eval_every", "eval_data", "checkpointing", "compile", "resume", "overwrite", "out")
+
 
 # ------------------------------------------------------------------------------------------ errors
-class InputError(ValueError):
-    """A mistake in what the user passed: one line that names the file, row or flag and the cure."""
-
-
-def quote(value, limit=100):
-    """A value of the user's as it may stand in a message: on one line, printable, not too long."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value)[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-class InputErrorOfAll(InputError):
-    """Raised by every rank alike, so that one of them says it."""
-
-
 @contextmanager
 def about(subject):
     """Reading what the user passed: an error in the block becomes the one line `subject: why`."""
@@ -88,106 +80,6 @@ def about(subject):
         if not why or isinstance(error, (KeyError, SystemExit)):  # whose text is a key or a status
             why = f"{type(error).__name__} {why}".strip()
         raise InputError(f"{subject}: {why}") from error
-
-
-# ------------------------------------------------------------------------------------------- flags
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-LOGGERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # imported when asked for
-PATHS = ("ckpt", "disc", "system_prompt", "reward")  # flags for what is read: the content counts,
-SOURCES = ("data", "pairs", "score", "probe", "eval_data")  # and what lies here the stage knows
-# these change no number
-FREE = ("steps", "save_every", "keep", "logger", "max_tokens", "slots", "log_rollouts", "attn",
-        "eval_every", "eval_data", "checkpointing", "compile", "resume", "overwrite", "out")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose help shows a docstring as it is, and whose complaint is one line; the exit
-    status stays 2."""
-
-    def __init__(self, description):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw)
-
-    def error(self, message):
-        raise InputError(message)
-
-    def parse_args(self, *args):
-        """Refuses a flag for several values that is given twice: argparse would drop the first."""
-        given = [word.partition("=")[0] for word in sys.argv[1:]]
-        several = [action for action in self._actions if action.nargs in ("+", "*")]
-        for flag in (name for action in several for name in action.option_strings):
-            if given.count(flag) > 1:
-                raise InputError(f"{flag} was given twice: give it once, with all its values")
-        return super().parse_args(*args)
-
-
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """argparse type: a finite number of at least `low` or above `above`, and at most `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            noun = "integer" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text} is no {noun}") from None
-        if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
-        if value <= above:
-            raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
-        if value > high:
-            raise argparse.ArgumentTypeError(f"{text}: must be at most {high:g}")
-        return value
-
-    return parse
-
-
-integer, real = partial(number, int), partial(number, float)
-
-
-def common_flags(parser, stage):
-    """The flags that every training stage has, with that stage's default for --out."""
-    parser.set_defaults(stage=stage)
-    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": None}
-    group = parser.add_argument_group("run")
-    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--ckpt", required=True, help="checkpoint folder or Hub id to start from")
-    add("--out", default=f"{stage}_out", help="folder to write: states, logs, then the checkpoint")
-    add("--seed", type=integer(0), default=0, help="of data order, sampling and initialisation")
-    either("--resume", action="store_true", help="continue from the newest OUT/state.STEP")
-    either("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    add("--save-every", type=integer(0), default=100, help="steps between states; 0: the last only")
-    add("--keep", type=integer(1), default=1, help="states to keep, the newest ones")
-    # not --log: torchrun takes that for an abbreviation of its own --log-dir, wherever it stands
-    add("--logger", choices=LOGGERS, default=None, help="also send the metrics there")
-    add = parser.add_argument_group("memory").add_argument
-    add("--max-tokens", type=integer(1), default=16384, help="per forward; changes no result")
-    compute_flags(add)
-    add("--checkpointing", **yes_or_no, help="recompute activations in backward (default: on CUDA)")
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--weight-decay", type=real(0, 1), default=0.01, help="of AdamW")
-    add("--clip", type=real(above=0), default=1.0, help="largest gradient norm")
-
-
-def compute_flags(add):
-    """How a model is computed; eval.py has them too."""
-    add("--attn", choices=("auto", "sdpa", "flash"), default="auto", help="auto: flash for bf16 on "
-        "CUDA")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation and of weights "
-        "that are handed on; auto: bf16 on CUDA")
-
-
-def lora_flag(parser):
-    parser.add_argument("--lora", type=integer(0), default=0, metavar="RANK",
-                        help="train adapters of this rank on the matrices of the decoder layers, "
-                        "all else frozen; they want ten times the --lr; what is saved is merged")
-
-
-def flag_of(name):
-    """An attribute of the parsed arguments -> its flag."""
-    others = {"n": "--rollouts", "stage": "stage", "reward_function": "--reward"}
-    return others.get(name, "--" + name.replace("_", "-"))
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -216,7 +108,7 @@ class World:
     def dtype(self):
         """Of computation, and of the weights that are handed on."""
         auto = "bf16" if self.device.type == "cuda" else "float32"
-        return DTYPES[auto if self.precision == "auto" else self.precision]
+        return getattr(torch, DTYPES[auto if self.precision == "auto" else self.precision])
 
     def share(self, lengths):
         """The consecutive pieces of work, of these lengths, that this rank does: sums about equal,
@@ -283,7 +175,7 @@ def setup(args, global_sizes=()):
     else:
         torch.use_deterministic_algorithms(True)  # a CPU run is bitwise repeatable
     world = World(int(os.environ.get("RANK", 0)), size, device, args.dtype)
-    args.dtype = next(name for name, dtype in DTYPES.items() if dtype == world.dtype)  # not auto
+    args.dtype = next(name for name in DTYPES if getattr(torch, DTYPES[name]) == world.dtype)
     if size > 1 or device.type == "cuda" or world.dtype != torch.float32:
         world.mesh = connect(size, local, device)
     if world.rank == 0 and size > 1:
@@ -1004,23 +896,19 @@ def run(main):
     traceback."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    status, script = 0, os.path.basename(sys.argv[0])
-    first = int(os.environ.get("RANK", 0)) == 0
+    status = 0
     try:
-        if sys.version_info < (3, 11):  # noqa: UP036
-            raise InputError(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
         main()
     except InputError as error:
         status = 2
         alone = dist.is_initialized() and not isinstance(error, InputErrorOfAll)
-        if alone or first:
-            line = quote(" ".join(str(error).split()), 1000)
-            print(f"{script}: error: {line}", file=sys.stderr, flush=True)
+        print_error(error, alone)
     except SystemExit as end:
         status = end.code or 0
     except KeyboardInterrupt:  # before `begin`: nothing is there to save
         status = 128 + signal.SIGINT
-        if first:
+        if int(os.environ.get("RANK", 0)) == 0:
+            script = os.path.basename(sys.argv[0])
             print(f"{script}: interrupted before the first step", file=sys.stderr, flush=True)
     except (Exception, dcp.CheckpointException):  # the latter is no Exception
         status = 1

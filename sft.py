@@ -21,13 +21,8 @@ import math
 import time
 from dataclasses import replace
 
-from data import Feed, data_flags, encode_prompt, encode_response, look, measure_prompt
-from data import system_prompt
-from rollout import parse_response
-from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
-from runtime import InputError, Parser, Skips, add_lora, begin, choose_attention, common_flags
-from runtime import cosine, end_step, identify, integer, load_policy, load_tokenizer, log
-from runtime import lora_flag, make_optimizer, most, real, run, save, setup, shard, start_lora
+from flags import InputError, Parser, common_flags, data_flags, integer, lora_flag, parse_or_end
+from flags import real
 
 
 def parse_args():
@@ -49,6 +44,17 @@ def parse_args():
     common_flags(parser, "sft")
     data_flags(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_or_end(parse_args)  # before torch is imported, which takes seconds
+
+from data import Feed, encode_prompt, encode_response, look, measure_prompt, system_prompt
+from rollout import parse_response
+from rows import IDLE, pack_logprobs, pack_rows, set_attention, split_rows, target_logprobs
+from runtime import Skips, add_lora, begin, choose_attention, cosine, end_step, identify
+from runtime import load_policy, load_tokenizer, log, make_optimizer, most, run, save, setup, shard
+from runtime import start_lora
 
 
 # ------------------------------------------------------------------------------------- examples

@@ -22,7 +22,8 @@ import align
 import rl
 import rollout
 import runtime
-from discriminator import MIXTURES, VARIANTS, load_discriminator, mix, visible_prompt
+from discriminator import MIXTURES, load_discriminator, mix, visible_prompt
+from flags import VARIANTS
 
 # --------------------------------------------------------------------------------------- advantages
 

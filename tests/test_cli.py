@@ -5,12 +5,15 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import as_flags, launch, read_jsonl, stage, untimed
+from conftest import ROOT, as_flags, launch, read_jsonl, stage, untimed
 from safetensors.torch import load_file
+
+import rollout
 
 SFT = {
     "batch": 6,
@@ -444,6 +447,33 @@ def test_only_the_checkpoint_has_to_be_given(monkeypatch, capsys, script):
     assert stage(script, "--help") == 0
     text = capsys.readouterr().out
     assert f"torchrun --nproc_per_node=8 {script}.py" in text
+
+
+def test_help_has_the_slots_that_sampling_has(capsys):
+    assert stage("rl", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"tokens would be more than {rollout.SLOT_TOKENS} x --max-tokens" in text
+
+
+@pytest.mark.parametrize("script", [*ALL, "discriminator", "eval", "rollout"])
+def test_flags_are_answered_before_the_heavy_imports(tmp_path, script):
+    """--help and mistakes, where torch, transformers and numpy cannot even be imported; of several ranks, which all end, the first says it."""
+    for name in ("torch", "transformers", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is imported')")
+    given = ["--ckpt", "x", *(["--pairs", "y"] if script == "discriminator" else [])]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    second = {"RANK": "1", "WORLD_SIZE": "2"}
+    runs = [(["--help"], {}), ([*given, "--sede", "3"], {}), ([*given, "--seed", "-1"], {}), ([*given, "--seed", "-1"], second)]
+    processes = []
+    for flags, more in runs:
+        command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
+        processes.append(subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [(*process.communicate(), process.returncode) for process in processes]
+    (text, error, status), *mistakes = said
+    first = (ROOT / f"{script}.py").read_text().removeprefix('"""').partition("\n")[0]
+    assert (error, status) == ("", 0) and first in text.splitlines() and "--seed" in text
+    lines = [f"{script}.py: error: unrecognized arguments: --sede 3\n", f"{script}.py: error: argument --seed: -1: must be at least 0\n", ""]
+    assert mistakes == [("", line, 2) for line in lines]
 
 
 def test_one_stage_hands_over_to_the_next(tiny, policy, tmp_path):

@@ -39,13 +39,12 @@ from data import (
     array_lines,
     attempt,
     check_text,
-    data_flags,
     encode_prompt,
     encode_response,
 )
 from data import load_examples, load_image, look, measure_prompt, mrope_positions, to_example
 import rollout
-from runtime import InputError
+from flags import InputError, Parser, common_flags, data_flags
 
 ROWS = 200
 FLAGS = ["--max-tokens", 2000, "--max-prompt", 800]
@@ -646,8 +645,8 @@ def test_every_good_row_is_used_and_every_bad_one_is_named(dirty, tiny, tmp_path
     import sft
     from conftest import ONE
 
-    parser = runtime.Parser("")
-    runtime.common_flags(parser, "sft")
+    parser = Parser("")
+    common_flags(parser, "sft")
     data_flags(parser)
     parser.add_argument("--max-length", default=8192)
     parser.add_argument("--truncate", default=False)
@@ -1069,8 +1068,8 @@ def test_placeholders_and_pictures_must_agree(tiny):
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
 def test_a_literal_vision_token_in_a_text_is_refused(tiny, token):
     """It would be taken for a picture that is not there."""
-    with pytest.raises(runtime.InputError, match="the text contains"):
+    with pytest.raises(InputError, match="the text contains"):
         encode_response(f"a {token} b", tiny.tokenizer)
     example = Example("row 7", [{"role": "user", "content": f"what is {token}?"}])
-    with pytest.raises(runtime.InputError, match="row 7: the text contains"):
+    with pytest.raises(InputError, match="row 7: the text contains"):
         encode_prompt(example, tiny.tokenizer, tiny.image_processor)

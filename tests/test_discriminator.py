@@ -40,9 +40,8 @@ import rollout
 import runtime
 from data import encode_prompt, encode_response, load_examples
 from discriminator import (
+    HEADS,
     MIXTURES,
-    READOUTS,
-    VARIANTS,
     Discriminator,
     Pairs,
     add_mismatched,
@@ -55,6 +54,7 @@ from discriminator import (
     visible_prompt,
     wilson,
 )
+from flags import READOUTS, VARIANTS, InputError
 from rollout import split_segments
 from rows import Prompt, pack_rows, set_attention
 
@@ -379,6 +379,10 @@ def test_a_rank_without_pairs_takes_part_and_learns_nothing(tiny, variant):
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+def test_the_flag_takes_the_variants_that_the_model_has():
+    assert VARIANTS == (*HEADS,)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("readout", READOUTS)
 def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant, readout):
@@ -392,14 +396,14 @@ def test_saved_discriminator_scores_the_same(tiny, tmp_path, variant, readout):
     assert load_discriminator(str(tmp_path / "disc"), None).variant == variant
     other = READOUTS[1 - READOUTS.index(readout)]
     assert load_discriminator(str(tmp_path / "disc"), variant, readout=readout).readout == readout
-    with pytest.raises(runtime.InputError, match=f"trained with --readout {readout}, not {other}"):
+    with pytest.raises(InputError, match=f"trained with --readout {readout}, not {other}"):
         load_discriminator(str(tmp_path / "disc"), variant, readout=other)
     settings = tmp_path / "disc" / "discriminator.json"
     settings.write_text(json.dumps({"variant": variant}))  # of before there was a choice
     assert load_discriminator(str(tmp_path / "disc"), variant).readout == "last"
     fits = {variant, "moe"} if variant == "learned" else {variant}  # moe is only the default there
     for other in set(VARIANTS) - fits:
-        with pytest.raises(runtime.InputError, match=f"trained as {variant}"):
+        with pytest.raises(InputError, match=f"trained as {variant}"):
             load_discriminator(str(tmp_path / "disc"), other)
 
 
@@ -423,11 +427,11 @@ def test_the_released_layout_is_read_as_it_is(tiny, tmp_path):
     for head in ({}, {"v_head.1.weight": torch.ones(1, 1)}):
         rest = {key: t for key, t in weights.items() if not key.startswith("v_head")}
         save_file(rest | head, last, metadata={"format": "pt"})
-        with pytest.raises(runtime.InputError, match="headless.*v_head.1.weight"):
+        with pytest.raises(InputError, match="headless.*v_head.1.weight"):
             load_discriminator(str(tmp_path / "headless"))
-    with pytest.raises(runtime.InputError, match="Qwen3-VL-MoE"):
+    with pytest.raises(InputError, match="Qwen3-VL-MoE"):
         load_discriminator(tiny.base, "learned")
-    with pytest.raises(runtime.InputError, match="trained as learned"):
+    with pytest.raises(InputError, match="trained as learned"):
         load_discriminator(tiny.released, "dense")
 
 
@@ -514,7 +518,7 @@ def test_a_broken_folder_is_one_line(tiny, tmp_path, capsys, name):
     breaks, words = BROKEN[name]
     save_discriminator(load_discriminator(tiny.base), str(tmp_path / "disc"), ONE, tiny.base)
     breaks(tmp_path / "disc")
-    with pytest.raises(runtime.InputError, match=f"(?s)disc.*{words}") as error:
+    with pytest.raises(InputError, match=f"(?s)disc.*{words}") as error:
         load_discriminator(str(tmp_path / "disc"), None)
     assert "\n" not in str(error.value)
     flags = ["--ckpt", tmp_path / "disc", "--out", tmp_path / "out"]
@@ -781,4 +785,4 @@ def test_the_model_can_be_copied_with_rows_alone(tmp_path):
             [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
     assert found["copy_of_the_model.py"].returncode == 0, found["copy_of_the_model.py"].stderr
-    assert "No module named 'data'" in found["discriminator.py"].stderr
+    assert "No module named 'flags'" in found["discriminator.py"].stderr

@@ -20,7 +20,7 @@ from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
 from data import Example, Examples, File, encode_prompt, load_examples
 import eval as E
-from runtime import InputError
+from flags import InputError
 
 SAY = "<caption>\nc\n</caption>\n<think>\nt\n</think>\n<answer>\n{}\n</answer>"
 

@@ -6,21 +6,23 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("toy/*.py")])
-ROOMS = {"rows", "data", "verify", "runtime", "page"}
+ROOMS = {"flags", "rows", "data", "verify", "runtime", "page"}
 ALLOWED = {  # file: whom of us it may import
     "verify": set(),
     "rows": set(),
     "page": set(),
-    "runtime": {"page"},
+    "flags": set(),
+    "runtime": {"flags", "page"},
     "rollout": {"rows"},
-    "data": {"rows", "runtime"},
-    "sft": {"rows", "rollout", "data", "runtime"},
-    "discriminator": {"rows", "rollout", "data", "runtime"},
-    "rl": {"rows", "rollout", "data", "runtime", "verify", "page"},
-    "eval": {"rows", "rollout", "data", "runtime", "verify", "page"},
-    "align": {"rows", "rollout", "data", "runtime", "verify", "discriminator", "rl"},
+    "data": {"flags", "rows", "runtime"},
+    "sft": {"flags", "rows", "rollout", "data", "runtime"},
+    "discriminator": {"flags", "rows", "rollout", "data", "runtime"},
+    "rl": {"flags", "rows", "rollout", "data", "runtime", "verify", "page"},
+    "eval": {"flags", "rows", "rollout", "data", "runtime", "verify", "page"},
+    "align": {"flags", "rows", "rollout", "data", "runtime", "verify", "discriminator", "rl"},
 }
-SCRIPTS = {"rollout": {"data", "runtime", "discriminator"}}  # as a script: inside functions alone
+# as a script: inside functions alone
+SCRIPTS = {"rollout": {"flags", "data", "runtime", "discriminator"}}
 TOY = {"toy", "rollout", "eval", *ROOMS}  # it starts the stages as a user would
 
 

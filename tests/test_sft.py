@@ -15,7 +15,7 @@ from data import Example, Feed, load_examples, look, mixed_order, order
 import runtime
 import sft
 from rows import set_attention
-from runtime import InputError
+from flags import InputError
 
 
 # --------------------------------------------------------------------------------------- data order

@@ -12,8 +12,9 @@ import os
 
 import numpy as np
 
+from flags import real
 from rollout import parse_response
-from runtime import real, write_json, write_rows
+from runtime import write_json, write_rows
 from toy.stages import read_jsonl
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import find_states, integer, write_rows
+from flags import integer
+from runtime import find_states, write_rows
 from toy import checkpoint, world
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
