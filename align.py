@@ -337,7 +337,7 @@ def main():
         # log
         progress = {"step": step + 1, **feed.progress(), "warm_up": asdict(warm_up)}
         metrics = {"step": step + 1, "valid": (~scores[..., 0].isnan()).float().mean().item(),
-                   **experts, **update, **rollout_metrics(records, world), **feed.counts,
+                   **experts, **update, **rollout_metrics(records, world, args), **feed.counts,
                    **validate(sampler, policy, step + 1),
                    "disc_grad_norm": disc_norm, "skipped_steps": skips.total + disc_skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),

@@ -25,7 +25,7 @@ PANELS = (
     ("acc_v", "acc_r"), ("loss_v", "loss_r"), ("score_v", "score_r"), ("ground_v", "ground_r"),
     ("entropy",), ("kl",),
     ("drift",), ("clipped",), ("length",), ("finished",), ("grad_norm", "disc_grad_norm"),
-    ("lr",), ("dropped", "bad", "skipped_steps", "reward_timeouts", "reward_errors"),
+    ("lr",), ("dropped", "bad", "skipped_steps", "reward_timeouts", "reward_errors", "graph_skips"),
     ("groups", "gen_batches"), ("seconds", "seconds_rollout", "seconds_disc"),
 )  # fmt: skip
 HEALTHY = {  # as README's table "What the numbers mean" says

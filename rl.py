@@ -347,12 +347,16 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
     return total if trained else {}
 
 
-def rollout_metrics(records, world):
-    """Length, share finished; both over the rollouts of all ranks."""
+def rollout_metrics(records, world, args):
+    """Length, share finished; both over the rollouts of all ranks. With --compile also how many
+    compilations so far got no CUDA graph; torch says why."""
     lengths = sum(len(r.rollout.ids) for r in records)
     finished = sum(r.rollout.finished for r in records)
     length, finished, n = world.sum(lengths, finished, len(records))
-    return {"length": length / n, "finished": finished / n} if n else {}
+    metrics = {"length": length / n, "finished": finished / n} if n else {}
+    if args.compile:
+        metrics["graph_skips"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return metrics
 
 
 def log_rollouts(world, out, step, records, every):
@@ -662,7 +666,7 @@ def main():
         # log
         progress = {"step": step + 1, **feed.progress(), "counts": counts}
         metrics = {"step": step + 1, **reward_metrics(records, world), **metrics, **counts,
-                   **update, **rollout_metrics(records, world), **feed.counts,
+                   **update, **rollout_metrics(records, world, args), **feed.counts,
                    **validate(sampler, policy, step + 1), "skipped_steps": skips.total,
                    "seconds_rollout": round(sampled_at - began, 3),
                    "seconds": round(time.time() - began, 3)}

@@ -464,6 +464,18 @@ def test_a_reward_belongs_to_the_run(tiny, policy, own, tmp_path, capfd):
     assert "--reward : a FILE.py:FUNCTION that is there is needed" in capfd.readouterr().err
 
 
+def test_graphs_that_torch_does_not_capture_are_counted(tiny, policy, tmp_path, monkeypatch):
+    """Torch's own counter, on a machine where it captures nothing."""
+    monkeypatch.setattr(rollout, "compiled_decode_step", lambda: rollout.decode_step)
+    monkeypatch.setitem(torch._dynamo.utils.counters["inductor"], "cudagraph_skips", 3)
+    flags = ["--ckpt", policy, "--data", tiny.rl, "--prompts", 2, "--rollouts", 2, "--steps", 1]
+    flags += ["--max-new-tokens", 8, "--out", tmp_path]
+    assert stage("rl", *flags, "--compile") == 0
+    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["graph_skips"] == 3
+    assert stage("rl", *flags, "--overwrite") == 0
+    assert "graph_skips" not in read_jsonl(tmp_path / "metrics.jsonl")[0]
+
+
 # ------------------------------------------------------------------------------------- validation
 @pytest.mark.parametrize("script, processes", [
     ("rl", 1), ("align", 1), pytest.param("rl", 2, marks=pytest.mark.slow),
