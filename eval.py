@@ -35,8 +35,8 @@ from string import ascii_uppercase
 from urllib.request import Request, urlopen
 from zlib import crc32
 
-from flags import InputError, InputErrorOfAll, Parser, compute_flags, flag_of, integer
-from flags import parse_or_end, pixel_flags, real
+from flags import InputError, InputErrorOfAll, Parser, compile_flag, compute_flags, flag_of
+from flags import integer, parse_or_end, pixel_flags, real
 
 BENCHMARK_NAMES = (  # those of the table further down
     "mathvista", "mathverse", "mathvision", "wemath", "mmmu", "mmmu_pro", "hallusion",
@@ -67,6 +67,7 @@ def parse_args():
     flag("--slots", type=integer(1, 2**16), default=64, help="rows decoded at a time by a process")
     flag("--seed", type=integer(0), default=0, help="of sampling")
     compute_flags(flag)
+    compile_flag(flag)
     group = parser.add_argument_group("judge")
     flag = group.add_argument
     flag("--judge", metavar="URL",
@@ -535,7 +536,8 @@ def generate(model, test_set, tokenizer, image_processor, args, world):
                 model, Ahead(encode, list(lengths), pool), args.samples, slots=args.slots,
                 max_new_tokens=args.max_new_tokens, eos_id=eos_ids(tokenizer, model),
                 temperature=args.temperature, seeds=[(args.seed, n) for n in lengths],
-                lengths=list(lengths.values()), watch=lambda _, ended: bar.update(len(ended)),
+                compiled=args.compile, lengths=list(lengths.values()),
+                watch=lambda _, ended: bar.update(len(ended)),
             )
             found = dict.fromkeys(items, [Rollout([], [], False)] * args.samples)
             found |= zip(lengths, rollouts)

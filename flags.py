@@ -165,6 +165,11 @@ def pixel_flags(group):
                        help="larger pictures are reduced (default: the checkpoint's)")
 
 
+def compile_flag(add):
+    add("--compile", action="store_true",
+        help="torch.compile the decode step; on CUDA: graphs, not run yet")
+
+
 def rollout_flags(parser, prompts, max_new_tokens):
     """Of the game and of RLVR: how both sample, and `Validation`."""
     add = parser.add_argument_group("rollouts").add_argument
@@ -173,8 +178,7 @@ def rollout_flags(parser, prompts, max_new_tokens):
     add("--temperature", type=real(1e-3), default=1.0,
         help="of sampling and of the log-probs trained on")
     add("--max-new-tokens", type=integer(1), default=max_new_tokens, help="limit of a response")
-    add("--compile", action="store_true",
-        help="torch.compile the decode step; on CUDA: graphs, not run yet")
+    compile_flag(add)
     add("--slots", type=integer(1), default=256, help="rollouts decoded at a time on each process; "
         "fewer where their tokens would be more than 8 x --max-tokens")  # rollout.SLOT_TOKENS
     add("--log-rollouts", type=integer(0), default=10,

@@ -20,6 +20,7 @@ from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
 
 from data import Example, Examples, File, encode_prompt, load_examples
 import eval as E
+import rollout
 from flags import InputError
 
 SAY = "<caption>\nc\n</caption>\n<think>\nt\n</think>\n<answer>\n{}\n</answer>"
@@ -480,7 +481,7 @@ def test_threads_encode_and_few_prompts_are_alive_at_once(tiny, monkeypatch, max
     questions, limit = E.look(E.Benchmark(), examples, ONE), 9
     seen = SimpleNamespace(made=[], peak=0, begun=0)
     args = SimpleNamespace(slots=8, samples=2, temperature=1.5, max_new_tokens=limit, seed=5,
-                           max_prompt=10**6, system_prompt=None)
+                           max_prompt=10**6, system_prompt=None, compile=False)
     settings = {"slots": 8, "temperature": 1.5, "max_new_tokens": limit, "max_tokens": max_tokens}
     tools, sample = (tiny.tokenizer, tiny.image_processor), E.sample
     prompts = [encode_prompt(questions[n], *tools) for n in range(48)]
@@ -969,6 +970,22 @@ def test_resume_repeats_only_what_is_missing(compared, capfd, monkeypatch):
     capfd.readouterr()
     assert stage("eval", *compared.flags, "--seed", 2, "--out", out, "--resume") == 2
     assert "was made with other data or flags (--seed)" in capfd.readouterr().err
+
+
+def test_compiled_steps_say_the_same(compared, monkeypatch):
+    """With --compile, here without a compiler."""
+    steps = []
+
+    def step(*inputs):
+        steps.append(1)
+        return rollout.decode_step(*inputs)
+
+    monkeypatch.setattr(rollout, "compiled_decode_step", lambda: step)
+    flags = [*compared.flags, "--out", compared.out / "compiled", "--compile"]
+    assert stage("eval", *flags) == 0 and steps
+    for path in (compared.out / "one").rglob("*.jsonl"):
+        other = compared.out / "compiled" / path.relative_to(compared.out / "one")
+        assert other.read_bytes() == path.read_bytes()
 
 
 def test_two_processes_write_what_one_writes(compared):
