@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from functools import partial
 
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as torch has them
@@ -33,10 +34,12 @@ class InputErrorOfAll(InputError):
 
 def print_error(error, alone=False):
     """A mistake of the user's in one line; of a mistake that all ranks have made, and none of them
-    alone, rank 0 says it."""
+    alone, rank 0 says it. The others wait for that: torchrun ends all when one of them is gone."""
     if alone or int(os.environ.get("RANK", 0)) == 0:
         line = quote(" ".join(str(error).split()), 1000)
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
 
 
 def parse_or_end(parse_args):
@@ -58,7 +61,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw)
+        # an abbreviation would escape the look for flags that are given twice
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message):
         raise InputError(message)

@@ -349,7 +349,7 @@ def accumulate_policy_gradient(policy, records, algo, args, world, kl=0.0):
 
 def rollout_metrics(records, world, args):
     """Length, share finished; both over the rollouts of all ranks. With --compile also how many
-    compilations so far got no CUDA graph; torch says why."""
+    compilations of this process got no CUDA graph; there torch says why."""
     lengths = sum(len(r.rollout.ids) for r in records)
     finished = sum(r.rollout.finished for r in records)
     length, finished, n = world.sum(lengths, finished, len(records))

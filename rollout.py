@@ -166,11 +166,11 @@ def sample(model, prompts, n, *, max_new_tokens, eos_id, temperature=1.0, seeds=
     seeds: one tuple of integers per prompt (default: its index). samples: one range per prompt, the
     numbers of the samples wanted here, when a group of n is spread over ranks. eos_id: the id that
     ends a response, or several. temperature: 0 is greedy. compiled: torch.compile the decode step
-    (see decode_step). read_every: so many tokens are drawn before the host reads them (default:
-    READ_EVERY on CUDA, else 1); those after a rollout's end are drawn in vain. watch: called after
-    every read with the Slots that got tokens, and those of them that are finished. lengths: the
-    tokens of each prompt; then `prompts` is indexed only when a prompt is prefilled, and may encode
-    it as late as that."""
+    (see decode_step). read_every: so many tokens, at least 1, are drawn before the host reads them
+    (default: READ_EVERY on CUDA, else 1); those after a rollout's end are drawn in vain. watch:
+    called after every read with the Slots that got tokens, and those of them that are finished.
+    lengths: the tokens of each prompt; then `prompts` is indexed only when a prompt is prefilled,
+    and may encode it as late as that."""
     if lengths is None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
     seeds = seeds or [(i,) for i in range(len(lengths))]
@@ -311,7 +311,8 @@ class Batch:
         self.leaving = []
 
     def admit(self):
-        """Start rollouts in their order, while there are pages for their tokens and the next."""
+        """Start rollouts in their order, while there are pages for their tokens and those of the
+        next draw."""
         pool, page, encode, copy = self.pool, self.pool.page, [], []
         siblings = {slot.prompt: slot for slot in (*self.leaving, *self.growing())}
         for place in [s for s, slot in enumerate(self.slots) if slot is None][: len(self.queue)]:
@@ -486,7 +487,7 @@ def compiled_decode_step():
 # --------------------------------------------------------------------------------- try a checkpoint
 # The script alone needs more than rows.py, so its functions import it.
 class Stream:
-    """Prints the samples one after the other while all of them grow: the first token by token, the
+    """Prints the samples one after the other while all of them grow: the first read by read, the
     next from as far as it is by then. `watch` of `sample`."""
 
     def __init__(self, tokenizer, ends, samples):

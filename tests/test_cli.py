@@ -327,10 +327,15 @@ def test_a_batch_that_the_processes_do_not_divide(
     )
 
 
-def test_under_torchrun_the_line_appears_once(tiny, tmp_path):
-    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--batch", 3, "--out", tmp_path / "out"]
+@pytest.mark.parametrize("flags, words", [(["--batch", 3], "--batch = 3 is not"), (["--sede", 3], "unrecognized")])
+def test_under_torchrun_the_line_appears_once(tiny, tmp_path, monkeypatch, flags, words):
+    """Also where the first rank, which says it, comes last: torchrun ends all when one is gone."""
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(0.5)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ["--ckpt", tiny.base, "--data", tiny.sft, "--out", tmp_path / "out", *flags]
     result = launch("sft.py", *flags, processes=2)
-    assert result.returncode != 0 and result.stderr.count("sft.py: error: --batch") == 1
+    assert result.returncode != 0 and result.stderr.count(f"sft.py: error: {words}") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -457,22 +462,20 @@ def test_help_has_the_slots_that_sampling_has(capsys):
 
 @pytest.mark.parametrize("script", [*ALL, "discriminator", "eval", "rollout"])
 def test_flags_are_answered_before_the_heavy_imports(tmp_path, script):
-    """--help and mistakes, where torch, transformers and numpy cannot even be imported; of several ranks, which all end, the first says it."""
+    """--help and mistakes, where torch, transformers and numpy cannot even be imported."""
     for name in ("torch", "transformers", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is imported')")
     given = ["--ckpt", "x", *(["--pairs", "y"] if script == "discriminator" else [])]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    second = {"RANK": "1", "WORLD_SIZE": "2"}
-    runs = [(["--help"], {}), ([*given, "--sede", "3"], {}), ([*given, "--seed", "-1"], {}), ([*given, "--seed", "-1"], second)]
     processes = []
-    for flags, more in runs:
+    for flags in (["--help"], [*given, "--sed", "3"], [*given, "--seed", "-1"]):
         command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
-        processes.append(subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [(*process.communicate(), process.returncode) for process in processes]
     (text, error, status), *mistakes = said
     first = (ROOT / f"{script}.py").read_text().removeprefix('"""').partition("\n")[0]
     assert (error, status) == ("", 0) and first in text.splitlines() and "--seed" in text
-    lines = [f"{script}.py: error: unrecognized arguments: --sede 3\n", f"{script}.py: error: argument --seed: -1: must be at least 0\n", ""]
+    lines = [f"{script}.py: error: unrecognized arguments: --sed 3\n", f"{script}.py: error: argument --seed: -1: must be at least 0\n"]
     assert mistakes == [("", line, 2) for line in lines]
 
 

@@ -972,6 +972,10 @@ def test_resume_repeats_only_what_is_missing(compared, capfd, monkeypatch):
     assert "was made with other data or flags (--seed)" in capfd.readouterr().err
 
 
+def test_help_names_the_benchmarks():
+    assert E.BENCHMARK_NAMES == (*E.BENCHMARKS,)
+
+
 def test_compiled_steps_say_the_same(compared, monkeypatch):
     """With --compile, here without a compiler."""
     steps = []
