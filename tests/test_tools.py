@@ -64,4 +64,4 @@ def test_gpu_emulated():
     lines = ran.stdout.splitlines()
     checks = [line for line in lines if line.startswith(("pass", "FAIL", "----"))]
     assert [line[:4] for line in checks].count("pass") == len(checks) - 1  # but for the graphs
-    assert sum(line.startswith("| ") for line in lines) == 7  # a head and six phases
+    assert sum(line.startswith("| ") for line in lines) == 8  # a head and seven phases
