@@ -45,8 +45,11 @@ def best(examples, scores, share):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--data", "--responses", "--scores", "--out"):
-        parser.add_argument(flag)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--responses")
+    what.add_argument("--scores")
     parser.add_argument("--keep", type=real(0, 1), default=1.0)
     args, _ = parser.parse_known_args()  # --resume, --overwrite: it begins anew
     rows = read_jsonl(args.data)
