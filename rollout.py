@@ -386,8 +386,9 @@ class Batch:
 
     def uniforms(self, count):
         """The random numbers [count, rows] of each slot's next tokens; 0 for an empty slot."""
-        noise = np.zeros((count, len(self.rows)), np.float32)
-        for i, slot in enumerate(self.slots[s] for s in self.rows):
+        slots = [self.slots[s] for s in self.rows]
+        noise = np.zeros((count, len(slots)), np.float32)
+        for i, slot in enumerate(slots):
             if slot is not None:
                 noise[:, i] = slot.noise[len(slot.ids) :][:count]
         return torch.from_numpy(noise).to(self.states.device)
@@ -397,9 +398,10 @@ class Batch:
         width = max(len(slot.pages) for slot in self.growing())
         if self.compiled:  # few shapes
             width = min(self.width, 1 << (width - 1).bit_length())
-        table = np.zeros((len(self.rows), width), np.int32)
-        state = np.zeros((len(self.rows), 3), np.int64)
-        for i, slot in enumerate(self.slots[s] for s in self.rows):
+        slots = [self.slots[s] for s in self.rows]
+        table = np.zeros((len(slots), width), np.int32)
+        state = np.zeros((len(slots), 3), np.int64)
+        for i, slot in enumerate(slots):
             if slot is not None:
                 table[i, : len(slot.pages)] = slot.pages
                 state[i] = slot.ids[-1] if slot.ids else 0, slot.tokens - 1, slot.offset
