@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, as_flags, launch, read_jsonl, stage, untimed
+from conftest import ROOT, as_flags, launch, read_jsonl, run_stage, stage, untimed
 from safetensors.torch import load_file
 
 import rollout
@@ -71,8 +71,7 @@ def test_two_processes_log_what_one_logs(tiny, policy, tmp_path, name):
     flags = {"ckpt": {"base": tiny.base, "policy": policy}[ckpt], "data": getattr(tiny, data)}
     flags = as_flags(flags | {"steps": 3, "seed": 5} | more)
     assert stage(script, *flags, "--out", tmp_path / "one") == 0
-    result = launch(f"{script}.py", *flags, "--out", tmp_path / "two", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_stage(script, [*flags, "--out", tmp_path / "two"], 2)
     one, two = (untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("one", "two"))
     assert len(one) == len(two) >= 3
     for left, right in zip(one, two):
@@ -95,10 +94,7 @@ def test_two_processes_resume_what_one_began(tiny, policy, tmp_path):
     flags = as_flags(flags | GAME)
     assert stage("rl", *flags, "--out", tmp_path / "whole", "--steps", 3) == 0
     assert stage("rl", *flags, "--out", tmp_path / "broken", "--steps", 1) == 0
-    result = launch(
-        "rl.py", *flags, "--out", tmp_path / "broken", "--steps", 3, "--resume", processes=2
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_stage("rl", [*flags, "--out", tmp_path / "broken", "--steps", 3, "--resume"], 2)
     whole, broken = (
         untimed(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("whole", "broken")
     )

@@ -187,6 +187,7 @@ FORMATS = {
 
 SCRIPTS = {"pairs": "discriminator", "score": "discriminator"}
 CASES = [(make, kind) for make, kinds in FORMATS.items() for kind in kinds]
+LAST = {kind: make for make, kind in CASES}  # format of each kind
 
 
 @pytest.fixture(scope="session")
@@ -215,11 +216,9 @@ def test_published_formats_run_through_the_command_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", {kind: make for make, kind in CASES})
+@pytest.mark.parametrize("kind", LAST)
 def test_two_processes_read_what_one_reads(kind, files, tiny, policy, disc, tmp_path):
-    """The last format of each kind."""
-    make = {kind: make for make, kind in CASES}[kind]
-    found = [run_format(make, kind, files, tiny, policy, disc, tmp_path / out, processes)
+    found = [run_format(LAST[kind], kind, files, tiny, policy, disc, tmp_path / out, processes)
              for out, processes in (("1", None), ("2", 2))]  # fmt: skip
     for left, right in zip(*found):
         assert left.pop("id", None) == right.pop("id", None)
@@ -273,8 +272,7 @@ def test_released_discriminator_is_trained_on_as_it_is(tiny, policy, tmp_path):
     flags = ["--ckpt", policy, "--data", tiny.align, "--disc", tiny.released, "--disc-lr", 1e-3]
     flags += [*GAME, *FLAGS]
     assert stage("align", *flags, "--out", tmp_path / "1") == 0
-    result = launch("align.py", *flags, "--out", tmp_path / "2", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_stage("align", [*flags, "--out", tmp_path / "2"], 2)
     one, two = (read_jsonl(tmp_path / out / "metrics.jsonl") for out in "12")
     # the balance term alone depends on the packs of a rank
     for key in ("gap_v", "gap_r", "loss_v", "disc_grad_norm"):

@@ -23,8 +23,8 @@ from conftest import (
     assert_same_grads,
     grads,
     ids_of,
-    launch,
     read_jsonl,
+    run_stage,
     short,
     stage,
     stock_inputs,
@@ -708,8 +708,7 @@ def test_grounding_on_two_processes_is_the_same(tiny, tmp_path):
     flags = ["--pairs", data, "--ckpt", tiny.base, "--lr", 1e-6, "--mismatch", 0.5, "--batch", 6]
     assert stage("discriminator", *flags, "--out", tmp_path / "1") == 0
     flags += ["--out", tmp_path / "2", "--max-tokens", 100]
-    ran = launch("discriminator.py", *flags, processes=2)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_stage("discriminator", flags, 2)
     one, two = (untimed(read_jsonl(tmp_path / n / "metrics.jsonl")) for n in ("1", "2"))
     for left, right in zip(one, two, strict=True):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
@@ -717,7 +716,7 @@ def test_grounding_on_two_processes_is_the_same(tiny, tmp_path):
     for processes in (0, 2):
         out = tmp_path / f"probe {processes}"
         flags = ["--probe", data, "--ckpt", tmp_path / "1", "--out", out, "--seed", 3]
-        assert launch("discriminator.py", *flags, processes=processes).returncode == 0
+        run_stage("discriminator", flags, processes)
         shares.append(json.loads((out / "results.json").read_text())["ground_v"])
     assert shares[0] == shares[1] and shares[0]["pairs"] == 21
 

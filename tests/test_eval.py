@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import ONE, launch, noise, read_jsonl, stage, write_jsonl
+from conftest import ONE, launch, noise, read_jsonl, run_stage, stage, write_jsonl
 
 from data import Example, Examples, File, encode_prompt, load_examples
 import eval as E
@@ -993,8 +993,7 @@ def test_compiled_steps_say_the_same(compared, monkeypatch):
 
 
 def test_two_processes_write_what_one_writes(compared):
-    result = launch("eval.py", *compared.flags, "--out", compared.out / "two", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_stage("eval", [*compared.flags, "--out", compared.out / "two"], 2)
     for path in (compared.out / "one").rglob("*.jsonl"):
         assert (
             compared.out / "two" / path.relative_to(compared.out / "one")

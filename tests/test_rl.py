@@ -16,9 +16,9 @@ from conftest import (
     assert_same_grads,
     grads,
     ids_of,
-    launch,
     read_jsonl,
     run_alone,
+    run_stage,
     stage,
     stock_logprobs,
     untimed,
@@ -346,16 +346,12 @@ def own(tiny, tmp_path):
     return SimpleNamespace(data=data, path=str(tmp_path / "own.py"))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_own_reward_takes_the_place_of_ours(tiny, policy, own, tmp_path, processes):
     """All of equation (5): what it says of a response is what the advantages are made of; accuracy
     and format are still logged."""
     flags = flags_of(tiny, policy, tmp_path / "out", data=own.data, reward=f"{own.path}:length")
-    if processes == 1:
-        assert stage("rl", *flags) == 0
-    else:
-        ran = launch("rl.py", *flags, processes=processes)
-        assert ran.returncode == 0, ran.stderr[-3000:]
+    run_stage("rl", flags, processes)
     log = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     rows = read_jsonl(tmp_path / "out" / "rollouts.jsonl")
     assert len(rows) == 16 and {row["accuracy"] for row in rows} == {0.0, 1.0}
@@ -478,7 +474,7 @@ def test_graphs_that_torch_does_not_capture_are_counted(tiny, policy, tmp_path, 
 
 # ------------------------------------------------------------------------------------- validation
 @pytest.mark.parametrize("script, processes", [
-    ("rl", 1), ("align", 1), pytest.param("rl", 2, marks=pytest.mark.slow),
+    ("rl", None), ("align", None), pytest.param("rl", 2, marks=pytest.mark.slow),
     pytest.param("align", 2, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_validation_says_what_eval_says_of_the_state(tiny, policy, tmp_path, script, processes):
@@ -488,11 +484,7 @@ def test_validation_says_what_eval_says_of_the_state(tiny, policy, tmp_path, scr
     logs = []
     for name, more in (("with", ["--eval-every", 2, "--eval-data", tiny.sft]), ("without", [])):
         arguments = [*flags, "--out", tmp_path / name, *more]
-        if processes == 1:
-            assert stage(script, *arguments) == 0
-        else:
-            ran = launch(f"{script}.py", *arguments, processes=processes)
-            assert ran.returncode == 0, ran.stderr[-3000:]
+        run_stage(script, arguments, processes)
         logs.append(untimed(read_jsonl(tmp_path / name / "metrics.jsonl")))
     found = {line["step"]: line.pop("eval_accuracy") for line in logs[0] if "eval_accuracy" in line}
     assert logs[0] == logs[1] and found.keys() == {2, 4}

@@ -416,8 +416,7 @@ def test_every_stage_computes_in_bfloat16(tiny, policy, tmp_path, name):
     flags = {"ckpt": policy, name if name in ("pairs", "score") else "data": tiny.align} | flags
     flags = [tmp_path / "disc" if part == "DISC" else part for part in as_flags(flags)]
     half = tmp_path / "half"
-    ran = launch(f"{script}.py", *flags, "--out", half, "--dtype", "bf16", processes=2)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_stage(script, [*flags, "--out", half, "--dtype", "bf16"], 2)
     if name in ("sft", "align", "rl"):
         weights = load_file(half / "model.safetensors").values()
         assert {weight.dtype for weight in weights} == {torch.bfloat16}
