@@ -749,7 +749,8 @@ def same_weights(left, right):
 
 
 @pytest.mark.parametrize("processes, dtype", [
-    (None, "float32"), pytest.param(2, "bf16", marks=pytest.mark.slow),
+    (None, "float32"), pytest.param(2, "float32", marks=pytest.mark.slow),
+    pytest.param(2, "bf16", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_state_is_the_checkpoint_that_the_run_would_have_saved(
     tiny, policy, tmp_path, processes, dtype

@@ -244,6 +244,7 @@ def test_two_processes_of_which_one_is_killed(tiny, policy, tmp_path, striker):
         ("sampling", 3, 5, 0),
         ("saving", 1, 20, 1),
         ("backward", 2, 7, 1),
+        ("saving", 1, 10, 0),
     ]:
         resumed = ["--resume"] * (newest(tmp_path / "killed") is not None)
         strike = striker(phase, passes, after, rank)
