@@ -1,5 +1,6 @@
 """Run: pytest tests/test_toy.py     (the picture world, its scores and teachers, its checkpoint)"""
 
+import argparse
 import json
 import re
 import signal
@@ -415,13 +416,15 @@ def test_who_wins_is_said_of_the_claim_and_of_the_control(tmp_path):
 
 
 def test_what_an_expert_tells_apart_counts_no_equal_texts(tmp_path):
-    """A trace in which no slip fell is the right one: it says nothing."""
+    """A trace in which no slip fell is the right one: it says nothing. Nor does an item of a kind
+    that the game has not."""
     look, scores = [], []
-    for i in range(4):
+    for i in range(5):
         for variant in ("right", *report.LOOKS):
             same = variant == "right" or variant == "trace with slips" and i < 3
             look.append({"id": f"t-{i}/{variant}", "response": "right" if same else variant})
-            score = float(same or i == 0)  # of item 0 it says the same of all
+            look[-1]["world"] = {"kind": "color number" if i < 4 else "color more"}
+            score = float(same != (i == 4) or i == 0)  # of item 0 it says the same of all
             scores.append({"id": look[-1]["id"], "perception": score, "reasoning": score})
     (tmp_path / "data").mkdir()
     (tmp_path / "scores").mkdir()
@@ -430,6 +433,23 @@ def test_what_an_expert_tells_apart_counts_no_equal_texts(tmp_path):
     shares = report.looks(str(tmp_path), "scores")
     assert shares.pop("trace with slips") == 1.0
     assert set(shares.values()) == {0.875}  # 3 of 4, and a tie
+
+
+def test_ground_is_told_apart_by_what_is_asked(tmp_path):
+    asked, lines = ["number", "number", "parity", "more"], []
+    for i, right in enumerate((1.0, 1.0, 0.0, 0.5)):
+        scores = {"perception": right, "other_perception": 0.5}
+        scores |= {"reasoning": 0.5, "other_reasoning": right}
+        lines.append({"id": f"t-{i}", **scores})
+    lines.append({"id": "t-0", "perception": 0.0, "reasoning": 0.0})  # all other pictures are equal
+    for folder in ("data", "probe"):
+        (tmp_path / folder).mkdir()
+    items = [{"id": f"t-{i}", "world": {"form": form}} for i, form in enumerate(asked)]
+    write_jsonl(tmp_path / "data" / "test.jsonl", items)
+    write_jsonl(tmp_path / "probe" / "scores.jsonl", lines)
+    found = report.ground(str(tmp_path), "probe")
+    shares = {"ground_v, number": 1, "ground_v, parity": 0, "ground_v, more": 0.5, "ground_r": 0}
+    assert found == shares
 
 
 def test_what_the_scores_of_rollouts_follow(tmp_path):
@@ -452,14 +472,15 @@ def test_what_the_scores_of_rollouts_follow(tmp_path):
     found = report.signals(str(tmp_path), "align")
     assert found["D_v, colors"] == pytest.approx(1) and found["D_r, length"] == pytest.approx(1)
     assert abs(found["D_v, shapes"]) < 0.4 and abs(found["D_r, reasoning"]) < 0.4
-    look = [{"id": f"0/{v}", "response": v, "perception": 0.0, "reasoning": 0.0}
-            for v in ("right", *report.LOOKS)]
+    told = {"perception": 0.0, "reasoning": 0.0, "other_perception": 0.0, "other_reasoning": 0.0}
+    told["world"] = {"kind": "color number", "form": "number"}
+    look = [{"id": f"0/{v}", "response": v, **told} for v in ("right", *report.LOOKS)]
     for folder in ("look_align", "probe_align"):
         (tmp_path / folder).mkdir()
     for path in ("data/look.jsonl", "look_align/scores.jsonl"):
         write_jsonl(tmp_path / path, look)
-    shares = {key: {"share": 1.0} for key in ("ground_v", "ground_r")}
-    (tmp_path / "probe_align" / "results.json").write_text(json.dumps(shares))
+    for path in ("data/test.jsonl", "probe_align/scores.jsonl"):
+        write_jsonl(tmp_path / path, [{"id": "0", **told}])
     said = report.expert_table(str(tmp_path), {"align": "here"}).splitlines()[-1]
     length, right = found["D_r, length"], found["D_r, reasoning"]
     assert said == f"Follow length more than what is right: D_r here ({length:.2f} to {right:.2f})."
@@ -490,8 +511,9 @@ def test_what_all_seeds_have_does_not_go_on_with_a_row_that_they_lack():
 
 
 def test_of_a_flag_given_twice_the_last_counts():
-    rows = {"one": "sft.py --ckpt base --lr 1 --data sft:1 align:4 best/rows --steps {sft}"}
-    rows["more"] = "one --lr 2 --data align:3 best/rows"
+    data = "@data/sft.jsonl:1 @best/rows.jsonl"
+    rows = {"one": f"sft.py --ckpt @base --lr 1 --data {data} --steps {{sft}}"}
+    rows["more"] = "one --lr 2 --data @data/align.jsonl:3 @best/rows.jsonl"
     needs, command = stages.plan("out", 3, {"sft": 7, "samples": 1}, rows, [], [])["out/more"]
     expected = "sft.py --ckpt out/base --lr 2 --data out/data/align.jsonl:3 "
     expected += "out/best/rows.jsonl --steps 7 --out out/more --seed 3"
@@ -502,7 +524,8 @@ def test_rows_are_chosen_by_the_experts(tmp_path):
     """Own responses that are whole; the best of each prompt's by the mean of standardised scores;
     with one response to a prompt the best share of all."""
     texts = [world.response([("red", "cross")], ([f"step {i}"], "1")) for i in range(4)]
-    examples = [{"id": name, "images": ["images/a.png"]} for name in ("a-1", "a-2")]
+    kind = {"world": {"kind": "color number"}}
+    examples = [{"id": name, "images": ["images/a.png"], **kind} for name in ("a-1", "a-2")]
     said = [(0, texts[0]), (0, "broken"), (0, texts[1]), (1, texts[2]), (1, texts[3])]
     lines = [{"item": item, "response": text, "finished": True} for item, text in said]
     lines.insert(1, {**lines[0], "finished": False})
@@ -512,15 +535,20 @@ def test_rows_are_chosen_by_the_experts(tmp_path):
     scores = []
     for row, d_v, d_r in zip(rows, (100, 101, 5, 5), (0.5, 0.5, 1.2, 1)):
         scores.append({"id": row["id"], "perception": d_v, "reasoning": d_r, "combined": 0})
-    chosen = choose.best(rows, scores, 0.5)
+    chosen = choose.best(rows, scores, 0.5, 0.5)
     assert [row["id"] for row in chosen] == ["a-1/3", "a-2/4"]
+    assert [row["id"] for row in choose.best(rows, scores, 0.5, 0)] == ["a-1/0", "a-2/4"]
     unread = [*scores[:2], {"id": "a-2/4", "combined": None}]
-    assert choose.best(rows, unread, 0.5) == chosen[:1]
+    assert choose.best(rows, unread, 0.5, 0.5) == chosen[:1]
     scores[3] |= {"perception": 1, "reasoning": 1.2}  # of the perception scores the std is 50
     alone = [{**score, "id": str(i)} for i, score in enumerate(scores)]
     alone[2]["reasoning"] = 1
-    kept = choose.best([{"id": str(i)} for i in range(4)], alone, 0.75)
+    examples = [{"id": str(i), **kind} for i in range(4)]
+    kept = choose.best(examples, alone, 0.75, 0.5)
     assert [row["id"] for row in kept] == ["0", "1", "3"]
+    examples[2]["world"] = {"kind": "shape more"}  # the worst of all, but the only one of its kind
+    kept = choose.best(examples, alone, 0.34, 1)
+    assert [row["id"] for row in kept] == ["1", "2"]
 
 
 def test_the_data_of_another_seed_are_not_gone_on_with(tmp_path):
@@ -529,6 +557,52 @@ def test_the_data_of_another_seed_are_not_gone_on_with(tmp_path):
     stages.write_data(str(tmp_path), 0, stages.QUICK)
     with pytest.raises(SystemExit, match="made with another seed"):
         stages.write_data(str(tmp_path), 1, stages.QUICK)
+
+
+STAGE = """import os, sys, time
+begun = time.time()
+time.sleep(0.3)
+out, words = sys.argv[1:]
+os.mkdir(out)
+open(f"{out}/meta.json", "w").write(f"{begun} {time.time()} {os.environ['OMP_NUM_THREADS']}")
+print(words)"""
+
+
+def test_stages_run_when_what_they_read_is_there(tmp_path, capsys, monkeypatch):
+    """Two at a time, a thread each; the first, for which all others wait, has two. Of what they
+    print only some lines are shown; what has run does not run again."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    folders = {name: str(tmp_path / name) for name in "abcde"}
+    needs = {"a": "", "b": "a", "c": "a", "d": "a", "e": "bc"}
+    commands = {}
+    for name, folder in folders.items():
+        said = f"saved {name}" if name == "c" else name
+        reads = {folders[other] for other in needs[name]} | {"elsewhere"}
+        commands[folder] = reads, ["-c", STAGE, folder, said]
+    args = argparse.Namespace(jobs=2, resume=False)
+    stages.run_stages(commands, args)
+    begun, ended, threads = {}, {}, {}
+    for name, folder in folders.items():
+        found = Path(folder, "meta.json").read_text().split()
+        begun[name], ended[name], threads[name] = map(float, found)
+    assert all(begun[name] >= ended[other] for name in needs for other in needs[name])
+    assert begun["d"] >= min(ended["b"], ended["c"]) and begun["c"] < ended["b"]
+    assert threads == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}
+    printed = capsys.readouterr().out
+    assert "c: saved c\n" in printed and "b: b" not in printed
+    assert all(float(Path(f"{folder}.seconds").read_text()) >= 0 for folder in folders.values())
+    stages.run_stages(commands, args)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stage_that_fails_ends_the_others(tmp_path, capsys):
+    fails = "import time; time.sleep(0.5); print('sft.py: error: no such row'); raise SystemExit(2)"
+    lasts = f"import time; time.sleep(60); open({str(tmp_path / 'ended')!r}, 'w')"
+    commands = {str(tmp_path / "long"): (set(), ["-c", lasts])}
+    commands[str(tmp_path / "bad")] = set(), ["-c", fails]
+    with pytest.raises(SystemExit, match="bad failed with status 2: sft.py: error: no such row; "):
+        stages.run_stages(commands, argparse.Namespace(jobs=2, resume=False))
+    assert "stopped in long" in capsys.readouterr().out and not (tmp_path / "ended").exists()
 
 
 @pytest.mark.slow

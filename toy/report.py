@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data import encode_prompt, encode_response, load_examples
 from eval import bootstrap, holm, interval, markdown, p_value, percent
 from rollout import parse_response, split_segments
 from rows import pack_logprobs, pack_rows, set_attention
-from runtime import load_policy, load_tokenizer, read_json
+from runtime import load_policy, load_tokenizer
 from toy import world
 from toy.stages import ARMS, CURVE, minutes_of, read_jsonl
 
-METRICS = ("accuracy", "perception", "reasoning", "format")
+METRICS = ["accuracy", "perception", "reasoning", "format"]
 # which data of what comes after SFT have a kind of question
 TOUCHED = {"color number": "game", "shape number": "game, RL", "shape parity": "RL"}
 TOUCHED = {kind: TOUCHED.get(kind, "neither") for kind in world.KINDS}
@@ -31,7 +32,7 @@ LOOKS |= dict.fromkeys(("trace of another caption", "trace with slips"), "reason
 
 def scored(out, data, *path):
     """The responses in a file to the prompts of a data set, lines of what eval.py or a stage wrote,
-    with the toy's own exact scores; the accuracy is the stage's, where it judged it."""
+    with the toy's own exact scores, as a DataFrame; accuracy is the stage's, where it judged it."""
     problems = {line["id"]: line["world"] for line in read_jsonl(out, "data", data + ".jsonl")}
     lines = []
     for line in read_jsonl(out, *path):
@@ -40,22 +41,18 @@ def scored(out, data, *path):
         scores = world.score(problem, blocks)
         # eval.py and rl.py have a format, too, in which a response that was cut can be whole
         lines.append(scores | line | {"format": scores["format"], "kind": problem["kind"]})
-    return lines
+    return pd.DataFrame(lines)
 
 
 # --------------------------------------------------------------------------------------- the table
 @cache  # several tables have the same arms
 def measure(out, run, arm):
-    """{metric, or group of questions for the accuracy in it: [items]} over the test items of one
-    seed, the mean over the samples of each; nan for an item that is not in the group."""
-    lines = scored(out, "test", run, arm, "test.jsonl")
-    items = len({line["id"] for line in lines})
-    found = {}
-    for key in METRICS:
-        found[key] = np.reshape([line[key] for line in lines], (items, -1)).mean(1)
-    touched = np.array([TOUCHED[line["kind"]] for line in lines[:: len(lines) // items]])
+    """Test items of one seed -> DataFrame [items, metrics and groups of questions]: the mean over
+    the samples of an item; of a group the accuracy, nan where the item is not in it."""
+    items = scored(out, "test", run, arm, "test.jsonl").groupby("id", sort=False)
+    found, touched = items[METRICS].mean(), items["kind"].first().map(TOUCHED)
     for group in GROUPS:
-        found[group] = np.where(touched == group, found["accuracy"], np.nan)
+        found[group] = found["accuracy"].where(touched == group)
     return found
 
 
@@ -64,11 +61,12 @@ def values_of(outs, run, arm, key="accuracy"):
 
 
 def means(out, arms):
-    """{arm: {"greedy" or "sampled": {metric: mean}}} of one seed, for results.json."""
-    found = {arm: {} for arm in arms}
+    """{arm: {"greedy" or "sampled": {metric: mean}}} of one seed, of the arms that it has."""
+    found = {}
     for arm in arms:
-        for run in ("greedy", "sampled"):
-            found[arm][run] = {key: measure(out, run, arm)[key].mean() for key in METRICS}
+        if os.path.exists(os.path.join(out, "sampled", arm)):
+            runs = {run: measure(out, run, arm)[METRICS].mean() for run in ("greedy", "sampled")}
+            found[arm] = {run: mean.to_dict() for run, mean in runs.items()}
     return found
 
 
@@ -92,11 +90,9 @@ def arm_table(outs, arms, bases, commands):
             values = values_of(outs, run, arm, key).T
             items, ones = np.arange(len(values)), np.ones(len(values))
             cells.append(percent(interval(*bootstrap(values, items, ones, "test", arm))))
-        for group in GROUPS:
-            shares = np.nanmean(values_of(outs, "sampled", arm, group), 1)
-            cells.append(f"{100 * shares.mean():.1f}")
-        minutes = [minutes_of(os.path.join(out, arm), commands) for out in outs]
-        cells.append(f"{np.nanmean(minutes):.1f}")
+        groups = np.mean([measure(out, "sampled", arm)[GROUPS].mean() for out in outs], 0)
+        minutes = pd.Series([minutes_of(os.path.join(out, arm), commands) for out in outs]).mean()
+        cells += [f"{value:.1f}" for value in (*(100 * groups), minutes)]
         cells += [f"{ps[arm, base]:.3f}" if (arm, base) in ps else "" for base in bases]
         lines.append(cells)
     header = ["arm", "greedy accuracy", *METRICS, *GROUPS, "minutes"]
@@ -128,18 +124,32 @@ def above(right, wrong):
     return (1 + np.sign(np.subtract(right, wrong)).mean()) / 2
 
 
+def ground(out, scores):
+    """{"ground_v, number": ...}: shares of test items under which the own caption scores above that
+    of another picture, by what the question asks. The prompts of the game ask for a number; where
+    it is `more`, they are a token shorter, where it is `parity`, four longer. And ground_r."""
+    lines = pd.DataFrame(read_jsonl(out, scores, "scores.jsonl")).dropna(subset="other_perception")
+    forms = {line["id"]: line["world"]["form"] for line in read_jsonl(out, "data", "test.jsonl")}
+    found = {}
+    for form, group in lines.groupby(lines["id"].map(forms)):
+        found[f"ground_v, {form}"] = above(group["perception"], group["other_perception"])
+        if form == "number":
+            found["ground_r"] = above(group["reasoning"], group["other_reasoning"])
+    return found
+
+
 def looks(out, scores):
-    """{variant: share of the test items of which an expert scores the right response higher, of
-    those whose variant differs from it}."""
-    texts, found = read_jsonl(out, "data", "look.jsonl"), {}
-    for line, text in zip(read_jsonl(out, scores, "scores.jsonl"), texts):
-        variant = line["id"].rpartition("/")[2]
-        found.setdefault(variant, []).append(line | {"response": text["response"]})
+    """{variant: share of the test items, of kinds that the game has, of which an expert scores the
+    right response higher, of those whose variant differs from it}."""
+    texts = pd.DataFrame(read_jsonl(out, "data", "look.jsonl"))
+    lines = pd.DataFrame(read_jsonl(out, scores, "scores.jsonl")).assign(response=texts["response"])
+    lines[["item", "variant"]] = lines["id"].str.rsplit("/", n=1).to_list()
+    seen = [problem["kind"] in world.ALIGN_KINDS for problem in texts["world"]]
+    table, found = lines[seen].pivot(index="item", columns="variant"), {}
     for variant, expert in LOOKS.items():
-        pairs = zip(found["right"], found[variant])
-        differ = [(a[expert], b[expert]) for a, b in pairs if a["response"] != b["response"]]
-        found[variant] = above(*np.reshape(differ, (-1, 2)).T)
-    return {variant: found[variant] for variant in LOOKS}
+        differ = table[table["response", "right"] != table["response", variant]][expert]
+        found[variant] = above(differ["right"], differ[variant])
+    return found
 
 
 FOLLOWS = ("D_v, colors", "D_v, shapes", "D_v, length", "D_r, reasoning", "D_r, length")
@@ -151,17 +161,12 @@ def signals(out, arm):
     Of the second half of the logged steps, with exact perception (colours and shapes apart) or
     reasoning, and with the length of the response in characters.
     """
-    rollouts, groups = scored(out, "align", arm, "rollouts.jsonl"), {}
-    middle = np.median([rollout["step"] for rollout in rollouts])
-    for r in rollouts:
-        if r["step"] > middle and "d_v" in r:
-            line = [r["d_v"], r["d_r"], r["colors"], r["shapes"], r["reasoning"]]
-            groups.setdefault((r["step"], r["id"]), []).append([*line, len(r["response"])])
-    centred = np.concatenate([np.subtract(g, np.mean(g, 0)) for g in groups.values()])
-    centred /= np.maximum(centred.std(0), 1e-6)
-    column = dict(zip(("D_v", "D_r", "colors", "shapes", "reasoning", "length"), centred.T))
-    pairs = {key: key.split(", ") for key in FOLLOWS}
-    return {key: np.mean(column[d] * column[truth]) for key, (d, truth) in pairs.items()}
+    rollouts = scored(out, "align", arm, "rollouts.jsonl")
+    late = rollouts[rollouts["step"] > rollouts["step"].median()].dropna(subset="d_v")
+    late = late.assign(D_v=late["d_v"], D_r=late["d_r"], length=late["response"].str.len())
+    columns = ["D_v", "D_r", "colors", "shapes", "reasoning", "length"]
+    within = late[columns] - late.groupby(["step", "id"])[columns].transform("mean")
+    return {key: within.corr().fillna(0).loc[tuple(key.split(", "))] for key in FOLLOWS}
 
 
 def expert_table(out, experts):
@@ -170,11 +175,10 @@ def expert_table(out, experts):
     Shares of held-out pairs ranked rightly; for a game also what its rewards followed, and under
     the table which of them followed length more than the truth.
     """
-    heads, lines, said = ["ground_v", "ground_r", *LOOKS, *FOLLOWS], [], []
+    heads = [*(f"ground_v, {form}" for form in world.FORMS), "ground_r", *LOOKS, *FOLLOWS]
+    lines, said = [], []
     for stage, words in experts.items():
-        probe = read_json(os.path.join(out, f"probe_{stage}", "results.json"))
-        found = {key: probe[key]["share"] for key in ("ground_v", "ground_r")}
-        found |= looks(out, f"look_{stage}")
+        found = ground(out, f"probe_{stage}") | looks(out, f"look_{stage}")
         if os.path.exists(os.path.join(out, stage, "rollouts.jsonl")):
             found |= signals(out, stage)
             for d in ("D_v", "D_r"):
@@ -190,14 +194,13 @@ def expert_table(out, experts):
 
 def likelihoods(out, count):
     """Mean log-probs under the SFT policy of COUNT demonstrations' captions and traces, [n, 2]."""
-    ckpt = os.path.join(out, "sft")
+    ckpt, found = os.path.join(out, "sft"), []
     tokenizer, image_processor = load_tokenizer(ckpt)
-    policy, found = set_attention(load_policy(ckpt), "sdpa").eval(), []
+    policy = set_attention(load_policy(ckpt), "sdpa").eval()
     examples = load_examples(os.path.join(out, "data", "sft.jsonl"))
     for i in range(count):
-        example = examples[i]
-        prompt = encode_prompt(example, tokenizer, image_processor)
-        ids = encode_response(example.response, tokenizer)
+        prompt = encode_prompt(examples[i], tokenizer, image_processor)
+        ids = encode_response(examples[i].response, tokenizer)
         caption = len(split_segments(ids, tokenizer)[0]) - 1  # its EOS is the discriminator's
         with torch.no_grad():
             logp, _ = pack_logprobs(policy, pack_rows([prompt], [(0, ids)], policy.device))
@@ -207,18 +210,19 @@ def likelihoods(out, count):
 
 def diagnosis_table(out, count=2000):
     """How well the faulty ones of the first demonstrations are found, by the experts' scores of the
-    run `demos`, by likelihood and by length -> Markdown."""
+    run `demos`, by likelihood and by length, for what the questions ask -> Markdown."""
     demos = scored(out, "sft", "data", "sft.jsonl")[:count]
-    judged = read_jsonl(out, "demos", "scores.jsonl")[:count]
-    logp, length = likelihoods(out, len(demos)), [-len(demo["response"]) for demo in demos]
-    lines = []
+    judged = pd.DataFrame(read_jsonl(out, "demos", "scores.jsonl")[:count])
+    logp, length, lines = likelihoods(out, len(demos)), -demos["response"].str.len(), []
     for k, (expert, fault) in enumerate((("perception", "caption"), ("reasoning", "trace"))):
-        wrong = np.array([demo[expert] < 1 for demo in demos])
-        cells = [f"wrong {fault}", f"{100 * wrong.mean():.0f} %"]
-        for values in ([line[expert] for line in judged], logp[:, k], length):
-            right = np.array(values)[~wrong][:, None]  # area under the ROC curve: all pairs
-            cells.append(f"{above(right, np.array(values)[wrong]):.2f}")
-        lines.append(cells)
+        for form in world.FORMS:
+            asked = demos["kind"].str.endswith(form)
+            wrong = np.array(demos[expert] < 1)[asked]
+            cells = [f"wrong {fault}, {form}", f"{100 * wrong.mean():.0f} %"]
+            for values in (judged[expert], logp[:, k], length):
+                values = np.array(values)[asked]  # area under the ROC curve: all pairs
+                cells.append(f"{above(values[~wrong][:, None], values[wrong]):.2f}")
+            lines.append(cells)
     return markdown(["fault", "share", "its expert", "likelihood under SFT", "shortness"], lines)
 
 
@@ -267,41 +271,30 @@ def write_structure(out, path):
         axes[1].legend(fontsize=8)
 
 
-def smooth(values, width):
-    """Centred running mean; shorter at the ends; masked where nothing was measured."""
-    padded = np.pad(np.array(values, float), width // 2, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
-    return np.ma.masked_invalid(windows).mean(1)
+def draw(axis, table, width, style="-"):
+    """The columns of a DataFrame over its index, each as a running mean."""
+    for k, (name, mean) in enumerate(table.rolling(width, 1, center=True).mean().items()):
+        axis.plot(mean.index, mean, style, color=f"C{k}", label=name)
 
 
 def write_report(out, game, path):
     """PATH: shares of comparisons that each expert ranks rightly over the game, as align.py logs
     them; exact scores of its rollouts and of RLVR's. game: its steps."""
-    log = read_jsonl(out, "align", "metrics.jsonl")
+    log = pd.DataFrame(read_jsonl(out, "align", "metrics.jsonl")).set_index("step")
+    titles = {"acc": "teacher above student", "ground": "own above another's response"}
     with figure(path, 4) as axes:
-        titles = {"acc": "teacher above student", "ground": "own above another's response"}
         for axis, (metric, title) in zip(axes, titles.items()):
-            for key, expert in (("v", "perception expert"), ("r", "reasoning expert")):
-                values = [metrics.get(f"{metric}_{key}", np.nan) for metrics in log]
-                axis.plot(range(1, len(log) + 1), smooth(values, 9), label=expert)
+            names = {f"{metric}_v": "perception expert", f"{metric}_r": "reasoning expert"}
+            draw(axis, log.reindex(columns=list(names)).rename(columns=names), 9)
             axis.axhline(0.5, color="0.7", lw=0.8, ls=":")
             axis.set(title=title, xlabel="step of align.py", ylim=(0, 1.02))
-        draw_rollouts(out, axes[2], "align", "align", 0, "-")
-        draw_rollouts(out, axes[3], "sft_rl", "rl", 0, ":")
-        draw_rollouts(out, axes[3], "align_rl", "rl", game, "-")
+        runs = (2, "align", "align", 0, "-"), (3, "sft_rl", "rl", 0, ":")
+        for k, arm, data, before, style in (*runs, (3, "align_rl", "rl", game, "-")):
+            steps = scored(out, data, arm, "rollouts.jsonl").groupby("step")[METRICS[:3]].mean()
+            steps.index += before
+            draw(axes[k], steps.add_suffix(f", {ARMS[arm]}"), 5, style)
         for axis, stage in zip(axes[2:], ("alignment", "RLVR")):
             title = f"rollouts during {stage}, exact scores"
             axis.set(title=title, xlabel="rollout batches since SFT", ylim=(0, 1))
         axes[0].legend()
         axes[3].legend(fontsize=7)
-
-
-def draw_rollouts(out, axis, arm, data, begin, style):
-    """Means of each logged step. begin: rollout batches between SFT and the first one."""
-    by_step, keys = {}, METRICS[:3]
-    for rollout in scored(out, data, arm, "rollouts.jsonl"):
-        by_step.setdefault(rollout["step"], []).append([rollout[key] for key in keys])
-    means = np.array([np.mean(found, 0) for found in by_step.values()])  # [steps, metrics]
-    for k, key in enumerate(keys):
-        x, label = np.add(list(by_step), begin), f"{key}, {ARMS[arm]}"
-        axis.plot(x, smooth(means[:, k], 5), style, color=f"C{k}", label=label)

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -37,26 +36,24 @@ CURVE = (8, 32, 64, 128, 512)  # rows of alignment in the curve of toy.paper
 ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 107 K)
 
 # {name: row}. A row is a script, or an earlier name whose row it goes on with, and flags; of a flag
-# that is given twice the last counts. The words after a flag of CKPTS are other stages, those after
-# one of FILES data sets, with a slash one that another stage wrote.
-CKPTS, FILES = {"ckpt", "disc"}, {"data", "pairs", "score", "probe", "responses", "scores"}
+# that is given twice the last counts. @ is the folder of all stages, with their data in @data.
 SAMPLING = "--prompts 8 --rollouts 8 --max-new-tokens 128 --max-tokens 4096 --save-every 100"
 SAMPLING += " --log-rollouts 5"
 LOOK = "--mismatch 1 --readout mean"
-ALIGN = f"align.py --ckpt sft {SAMPLING} --steps {{align}} --lr 1e-4"
-ALIGN += " --disc-lr 3e-4 --warmup-disc-lr 3e-4 --warmup-steps {warmup}"
-RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5"
+GROUND = f"discriminator.py --ckpt @sft --batch 16 --lr 1e-3 --steps {{ground}} {LOOK}"
+ALIGN = f"align.py --ckpt @sft {SAMPLING} --steps {{align}} --lr 1e-4 --disc-lr 3e-4"
+ALIGN += " --warmup-disc-lr 3e-4 --warmup-steps {warmup} --data @data/align.jsonl"
+RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5 --data @data/rl.jsonl --steps"
 # SFT -> RL has the alignment's steps as further steps of RL: both arms see the same number of
 # rollouts
 STAGES = {
-    "sft": "sft.py --ckpt base --data sft --batch 16 --lr 2e-3 --steps {sft}",
-    "ground": "discriminator.py --ckpt sft --batch 16 --lr 1e-3 --steps {ground}"
-    f" {LOOK} --pairs align",
-    "align": f"{ALIGN} {LOOK} --data align --disc ground",
-    "more": "sft.py --ckpt sft --batch 16 --steps {more} --lr 5e-4 --data align",
-    "sft_rl": f"{RL} --ckpt sft --data rl --steps {{game+rl}}",
-    "align_rl": f"{RL} --ckpt align --data rl --steps {{rl}}",
-    "more_rl": "align_rl --ckpt more",
+    "sft": "sft.py --ckpt @base --data @data/sft.jsonl --batch 16 --lr 2e-3 --steps {sft}",
+    "ground": f"{GROUND} --pairs @data/align.jsonl",
+    "align": f"{ALIGN} {LOOK} --disc @ground",
+    "more": "sft --ckpt @sft --data @data/align.jsonl --lr 5e-4 --steps {more}",
+    "sft_rl": f"{RL} {{game+rl}} --ckpt @sft",
+    "align_rl": f"{RL} {{rl}} --ckpt @align",
+    "more_rl": "align_rl --ckpt @more",
 }
 ARMS = {  # those that are tested, in words
     "sft": "SFT",
@@ -84,28 +81,26 @@ def make_examples(folder, name, count, rng, kinds, public=False, hidden=0):
     examples = []
     for i in range(count):
         problem = world.make_problem(rng, kinds)
-        path = os.path.join("images", f"{name}_{i}.png")
         unseen = rng.permutation(len(problem["cells"]))[:hidden] if hidden else ()
         image = world.draw(problem["cells"], problem["seed"], unseen)
-        image.save(os.path.join(folder, path))
-        prompt = [
-            {"role": "system", "content": world.SYSTEM},
-            {"role": "user", "content": "<image>" + problem["question"]},
-        ]
-        response = world.respond(problem, rng if public and i % ONE_IN else None)
-        example = {"id": f"{name}-{i}", "prompt": prompt, "images": [path], "response": response}
+        image.save(f"{folder}/images/{name}_{i}.png")
+        turns = {"system": world.SYSTEM, "user": "<image>" + problem["question"]}
+        prompt = [{"role": role, "content": text} for role, text in turns.items()]
+        example = {"id": f"{name}-{i}", "prompt": prompt, "images": [f"images/{name}_{i}.png"]}
+        example["response"] = world.respond(problem, rng if public and i % ONE_IN else None)
         examples.append({**example, "answer": problem["answer"], "world": problem})
     return examples
 
 
 def make_look(test, rng):
-    """Responses to test items, different in one thing, for the experts to score.
+    """Responses to test items of the kinds that the game has, different in one thing, for the
+    experts to score.
 
     The right one, captions with wrong cells (1, 2, 4 of them; all colours or shapes taken for their
     neighbours) and traces with slips, or of what another caption says.
     """
     examples = []
-    for example in test[:100]:
+    for example in [item for item in test if item["world"]["kind"] in world.ALIGN_KINDS][:100]:
         problem, cells = example["world"], example["world"]["cells"]
         right = world.solve(problem, cells)
         variants = {"right": (cells, right)}
@@ -133,18 +128,20 @@ def write_data(out, seed, sizes):
         raise SystemExit(f"toy: {out} was made with another seed or size; give another --out")
     print(f"writing data and the base checkpoint to {out}", flush=True)
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
-    rngs = [np.random.default_rng([seed, stream]) for stream in range(7)]
-    demos = make_examples(folder, "sft", sizes["demos"], rngs[0], world.KINDS, public=True)
-    curated = make_examples(folder, "align", CURATED, rngs[1], world.ALIGN_KINDS)
-    test = make_examples(folder, "test", sizes["items"], rngs[3], world.KINDS)
-    sets = {"sft": demos, "sft_curated": demos[::ONE_IN], "align": curated, "test": test}
+    rngs, sets = [np.random.default_rng([seed, stream]) for stream in range(7)], {}
+
+    def make(name, count, stream, kinds, **options):
+        sets[name] = make_examples(folder, name, count, rngs[stream], kinds, **options)
+        return sets[name]
+
+    demos = make("sft", sizes["demos"], 0, world.KINDS, public=True)
+    curated = make("align", CURATED, 1, world.ALIGN_KINDS)
+    make("align_hidden", CURATED, 6, world.ALIGN_KINDS, hidden=3)
+    make("rl", RL_PROMPTS, 2, world.RL_KINDS)
+    make("rl_all", 256, 4, world.KINDS)
+    sets["look"] = make_look(make("test", sizes["items"], 3, world.KINDS), rngs[5])
     sets |= {f"align_{count}": curated[:count] for count in CURVE}
-    sets["align_hidden"] = make_examples(
-        folder, "align_hidden", CURATED, rngs[6], world.ALIGN_KINDS, hidden=3
-    )
-    sets["rl"] = make_examples(folder, "rl", RL_PROMPTS, rngs[2], world.RL_KINDS)
-    sets["rl_all"] = make_examples(folder, "rl_all", 256, rngs[4], world.KINDS)
-    sets["look"] = make_look(test, rngs[5])
+    sets["sft_curated"] = demos[::ONE_IN]
     for name, examples in sets.items():
         write_rows(os.path.join(folder, name + ".jsonl"), examples)
     texts = []  # for the tokenizer
@@ -158,22 +155,12 @@ def write_data(out, seed, sizes):
 # ------------------------------------------------------------------------------------- the stages
 def command_of(folder, row, seed, sizes):
     """A row whose output goes to `folder` -> (folders that it reads, command line)."""
-    out, flags, needs = os.path.dirname(folder), {}, set()
-    script, *parts = row.format(**sizes).split(" --")
-    for flag, *values in map(str.split, parts):
-        flags[flag] = values
-    words = script.split()
-    for flag, values in flags.items():
-        words.append("--" + flag)
-        for value in values:
-            name, colon, weight = value.partition(":")
-            if flag in FILES:
-                name = (name if "/" in name else f"data/{name}") + ".jsonl"
-            if flag in CKPTS | FILES:
-                needs.add(os.path.join(out, name.partition("/")[0]))
-                value = os.path.join(out, name) + colon + weight
-            words.append(value)
-    return needs, [*words, "--out", folder, "--seed", str(seed)]
+    script, *flags = row.format(**sizes).split(" --")
+    flags = {flag.split()[0]: f"--{flag}" for flag in flags}  # the last of each
+    words = " ".join([script, *flags.values()]).split()
+    out, needs = os.path.dirname(folder) + "/", set(re.findall(r" @(\w+)", " ".join(words)))
+    words = [out + word[1:] if word.startswith("@") else word for word in words]
+    return {out + name for name in needs}, [*words, "--out", folder, "--seed", str(seed)]
 
 
 def plan(out, seed, sizes, rows, arms, experts):
@@ -183,12 +170,12 @@ def plan(out, seed, sizes, rows, arms, experts):
     for name, row in rows.items():
         first, _, flags = row.partition(" ")
         found[name] = f"{found[first]} {flags}" if first in found else row
-    tests = f"eval.py --data test --max-new-tokens 128 --ckpt {' '.join(arms)}"
+    tests = "eval.py --data @data/test.jsonl --max-new-tokens 128 --ckpt " + " @".join(["", *arms])
     found |= {"greedy": tests, "sampled": f"{tests} --temperature 1 --samples {{samples}}"}
     for name in experts:
-        ckpt = name + "/discriminator" * found[name].startswith("align.py")
-        found[f"look_{name}"] = f"discriminator.py --score look --ckpt {ckpt}"
-        found[f"probe_{name}"] = f"discriminator.py --probe test --ckpt {ckpt}"
+        ckpt = f"--ckpt @{name}" + "/discriminator" * found[name].startswith("align.py")
+        found[f"look_{name}"] = f"discriminator.py --score @data/look.jsonl {ckpt}"
+        found[f"probe_{name}"] = f"discriminator.py --probe @data/test.jsonl {ckpt}"
     folders = {name: os.path.join(out, name) for name in found}
     return {folders[name]: command_of(folders[name], found[name], seed, sizes) for name in found}
 
@@ -210,61 +197,62 @@ def seconds_of(folder):
 def run_stages(commands, args):
     """Run {folder: (folders that it reads, command line)}, args.jobs at a time, each when what it
     reads is there; stop all of them when one fails or we are told to."""
-    left, jobs, processes = {}, {}, {}
+    left, running = {}, {}
     for folder in commands:
         if not any(os.path.exists(f"{folder}/{name}.json") for name in ("meta", "results")):
             left[folder] = commands[folder]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            while left:
-                for folder, (needs, command) in left.items():
-                    if folder not in jobs and len(jobs) < args.jobs and not left.keys() & needs:
-                        jobs[folder] = pool.submit(run_stage, folder, command, args, processes)
-                wait(jobs.values(), return_when=FIRST_COMPLETED)
-                for folder in [folder for folder, job in jobs.items() if job.done()]:
-                    jobs.pop(folder).result()
-                    del left[folder]
-        except BaseException:  # each stage saves its state before it ends
-            for process in processes.values():
-                process.terminate()
-            if jobs:
-                names = ", ".join(map(os.path.basename, jobs))
-                print(f"toy: stopped in {names}; --resume continues", flush=True)
-            raise
+    # the one that all others wait for may have all cores
+    first = [folder for folder, (needs, _) in commands.items() if not needs & commands.keys()]
+    try:
+        while left:
+            for folder, (needs, command) in left.items():
+                if folder not in running and len(running) < args.jobs and not left.keys() & needs:
+                    threads = args.jobs if first == [folder] else 1
+                    running[folder] = run_stage(folder, command, args, threads)
+            time.sleep(0.1)
+            for folder, stage in list(running.items()):
+                if next(stage, "ended"):
+                    del running[folder], left[folder]
+    finally:
+        for stage in running.values():
+            stage.close()
 
 
 # what of a stage's output is printed: every 20th step, and what is said of the run
 SAID = re.compile(r"step \d*[02468]0 |warning|saved|skipped")
 
 
-def run_stage(folder, command, args, processes):
-    """Print the command line and run it; SystemExit where it fails."""
-    name, log, began, error = os.path.basename(folder), f"{folder}.log", time.time(), ""
+def run_stage(folder, command, args, threads):
+    """Print the command line and run it, yielding while it runs; SystemExit where it fails."""
+    name, log, began = os.path.basename(folder), f"{folder}.log", time.time()
     if args.resume and os.path.exists(folder):  # what was broken off before its first state is lost
         goes_on = find_states(folder) or command[0] == "eval.py"
         command = [*command, "--resume" if goes_on else "--overwrite"]
         began -= seconds_of(folder) if goes_on else 0
-    launch, module = ["python"], []
-    if args.processes > 1 and command[0] != "-m":
-        launch = ["torchrun", "--standalone", f"--nproc_per_node={args.processes}"]
-        module = ["-m", "torch.distributed.run"]
-    print(f"\n$ {shlex.join(launch + command)}", flush=True)
-    command = [sys.executable, *module, *launch[1:], *command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    if args.jobs > 1:  # a core for each
-        pipes["env"] = {"OMP_NUM_THREADS": "1", **os.environ}
-    with open(log, "w") as file, subprocess.Popen(command, cwd=HERE, **pipes) as process:
-        processes[folder] = process
-        for line in process.stdout:
-            file.write(line)
-            if "error: " in line:  # the stage's one line; torchrun's own summary follows
-                error = error or f": {line.strip()}"
-            if SAID.match(line):
-                print(f"{name}: {line}", end="", flush=True)
-    seconds = f"{time.time() - began:.0f}"
-    Path(f"{folder}.seconds").write_text(f"{seconds}\n")  # of a broken stage too: --resume adds
+    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
+    # threads that wait by spinning crawl, eightfold, where something else has a core of theirs
+    cores = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "3000"} if args.jobs > 1 else {}
+    settings = {"cwd": HERE, "stderr": subprocess.STDOUT, "env": cores | os.environ}
+    with open(log, "w") as file, open(log) as lines:
+        process = subprocess.Popen([sys.executable, *command], stdout=file, **settings)
+        try:
+            ended = False
+            while not ended:
+                yield
+                ended = process.poll() is not None  # before its last lines are read
+                for line in filter(SAID.match, lines):
+                    print(f"{name}: {line}", end="", flush=True)
+        except BaseException:  # it saves its state before it ends
+            process.terminate()
+            print(f"toy: stopped in {name}; --resume continues", flush=True)
+            raise
+        finally:
+            process.wait()
+            seconds = f"{time.time() - began:.0f}"
+            Path(f"{folder}.seconds").write_text(f"{seconds}\n")  # --resume adds to it
     if process.returncode:
-        status = f"failed with status {process.returncode}{error}"
+        said = [f": {line.strip()}" for line in open(log) if "error: " in line] or [""]
+        status = f"failed with status {process.returncode}{said[0]}"
         raise SystemExit(f"toy: {name} {status}; its output is in {log}")
     print(f"[{name}] {seconds} s", flush=True)
 
@@ -277,11 +265,10 @@ def stop(number, frame):
 def parse_args(doc, out, name, **seed):
     """The flags that both commands have; name, seed: of the one in which they differ."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out", default=out, help="folder for everything that is written")
     add(name, type=integer(0), **seed)
-    add("--processes", type=integer(1), default=1, help="per stage, by torchrun")
     add("--jobs", type=integer(1), default=2, help="at a time, a thread for each")
     add("--quick", action="store_true", help="in minutes; the numbers mean nothing")
     add("--resume", action="store_true", help="continue; repeats no finished stage")
