@@ -354,13 +354,13 @@ def write_run(out, problems, arms, rng):
     write_jsonl(out / "data" / "test.jsonl", items)
     for arm, share in arms.items():
         for run in ("greedy", "sampled"):
-            (out / run / arm).mkdir(parents=True)
+            (out / f"{run}_0" / arm).mkdir(parents=True)
             generations = []
             for i, problem in enumerate(problems):
                 right = rng.random() < share
                 line = {"id": f"test-{i}", "response": world.respond(problem) if right else ""}
                 generations += [line | {"finished": True, "accuracy": float(right)}] * 4
-            write_jsonl(out / run / arm / "test.jsonl", generations)
+            write_jsonl(out / f"{run}_0" / arm / "test.jsonl", generations)
 
 
 def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
@@ -386,7 +386,7 @@ def test_the_table_comes_out_of_what_eval_wrote(tmp_path):
         found[cells[0]] = dict(zip(columns, cells))
     right = []
     for out in seeds:
-        lines = read_jsonl(out / "sampled" / "align" / "test.jsonl")
+        lines = read_jsonl(out / "sampled_0" / "align" / "test.jsonl")
         right.append([line["accuracy"] for line in lines[::4]])
     cells, mean = found["SFT -> align"], np.mean(right)
     low, high = map(float, re.search(r"\[(.*), (.*)\]", cells["perception"]).groups())
@@ -561,16 +561,17 @@ def test_the_data_of_another_seed_are_not_gone_on_with(tmp_path):
 
 STAGE = """import os, sys, time
 begun = time.time()
-time.sleep(0.3)
-out, words = sys.argv[1:]
+out, words, other = sys.argv[1:]
 os.mkdir(out)
+while other and not os.path.exists(other):  # runs beside this one
+    time.sleep(0.05)
 open(f"{out}/meta.json", "w").write(f"{begun} {time.time()} {os.environ['OMP_NUM_THREADS']}")
 print(words)"""
 
 
 def test_stages_run_when_what_they_read_is_there(tmp_path, capsys, monkeypatch):
-    """Two at a time, a thread each; the first, for which all others wait, has two. Of what they
-    print only some lines are shown; what has run does not run again."""
+    """Two at a time, a thread each. Of what they print only some lines are shown; what has run does
+    not run again."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folders = {name: str(tmp_path / name) for name in "abcde"}
     needs = {"a": "", "b": "a", "c": "a", "d": "a", "e": "bc"}
@@ -578,7 +579,8 @@ def test_stages_run_when_what_they_read_is_there(tmp_path, capsys, monkeypatch):
     for name, folder in folders.items():
         said = f"saved {name}" if name == "c" else name
         reads = {folders[other] for other in needs[name]} | {"elsewhere"}
-        commands[folder] = reads, ["-c", STAGE, folder, said]
+        beside = {"b": folders["c"], "c": folders["b"]}.get(name, "")
+        commands[folder] = reads, ["-c", STAGE, folder, said, beside]
     args = argparse.Namespace(jobs=2, resume=False)
     stages.run_stages(commands, args)
     begun, ended, threads = {}, {}, {}
@@ -586,8 +588,7 @@ def test_stages_run_when_what_they_read_is_there(tmp_path, capsys, monkeypatch):
         found = Path(folder, "meta.json").read_text().split()
         begun[name], ended[name], threads[name] = map(float, found)
     assert all(begun[name] >= ended[other] for name in needs for other in needs[name])
-    assert begun["d"] >= min(ended["b"], ended["c"]) and begun["c"] < ended["b"]
-    assert threads == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}
+    assert begun["d"] >= min(ended["b"], ended["c"]) and set(threads.values()) == {1}
     printed = capsys.readouterr().out
     assert "c: saved c\n" in printed and "b: b" not in printed
     assert all(float(Path(f"{folder}.seconds").read_text()) >= 0 for folder in folders.values())

@@ -2,7 +2,7 @@
 
 The arms are ROWS; each is run in OUT/seedS like the stages of `python -m toy`, two at a time on two
 cores, and goes on with --resume where it was broken off. Writes OUT/tables.md, OUT/results.json and
-OUT/figures. All settings were chosen on items of seed 10, which no table shows.
+OUT/figures. Settings were chosen on items of seeds 10 to 12, which no table shows.
 """
 
 import os
@@ -79,23 +79,24 @@ ROWS += [
     (4, "best", "more --data @best_rows/rows.jsonl", "SFT on the best of 8 own responses"),
     (4, "best_v_rows", "best_rows --alpha 1", ""),
     (4, "best_v", "more --data @best_v_rows/rows.jsonl", "SFT on the best of 8 by D_v"),
-    # diagnosis: SFT on what is left of its demonstrations without the worst quarter
-    (4, "demos", "judged --score @data/sft.jsonl", ""),
-    (4, "rest", "best_rows --data @data/sft.jsonl --scores @demos/scores.jsonl --keep 0.75", ""),
+    # diagnosis: SFT without the quarter of its demonstrations that the experts like least; on the
+    # tenth that the perception expert likes best, about as many as are curated; on the other's
+    (4, "demos", "discriminator.py --ckpt @align/discriminator --score @data/sft.jsonl", ""),
+    (4, "rest", "-m toy.choose --data @data/sft.jsonl --scores @demos/scores.jsonl"
+     " --keep 0.75", ""),
     (4, "kept", "sft --data @rest/rows.jsonl", "SFT without the worst quarter of its rows"),
-    # ... on the tenth that the perception expert likes best, about as many as are curated
     (4, "tenth", "rest --keep 0.1 --alpha 1", ""),
-    (4, "seen", "sft --data @tenth/rows.jsonl", "SFT on the tenth with the highest D_v alone"),
-    (4, "more_seen", "more --data @tenth/rows.jsonl", "SFT -> SFT on that tenth"),
-    (4, "seen_more", "more --ckpt @seen", "SFT on that tenth alone -> SFT on the curated rows"),
-    # and its control: another tenth, by the expert whose scores say nothing
+    (4, "seen", "sft --data @tenth/rows.jsonl", "SFT on the tenth with the highest D_v"),
+    (4, "seen_more", "more --ckpt @seen", "SFT on the tenth by D_v -> SFT on the curated rows"),
     (4, "tenth_r", "rest --keep 0.1 --alpha 0", ""),
-    (4, "blind", "sft --data @tenth_r/rows.jsonl", "SFT on the tenth with the highest D_r alone"),
-    (4, "blind_more", "more --ckpt @blind", "SFT on that tenth alone -> SFT on the curated rows"),
+    (4, "blind", "sft --data @tenth_r/rows.jsonl", "SFT on the tenth with the highest D_r"),
+    (4, "blind_more", "more --ckpt @blind", "SFT on the tenth by D_r -> SFT on the curated rows"),
+    (4, "more_seen", "more --data @tenth/rows.jsonl", "SFT -> SFT on the tenth by D_v"),
 ]
-# what all seeds run; they go on with no row that the other seeds lack
+# what all seeds have; they go on with no row that the others lack
 ALL_SEEDS = [f"{stage}_{n}" for n in (8, 32, 128) for stage in ("ground", "align", "more")]
-ALL_SEEDS += ["more_8_short", "more_align", "more_segment_v"]
+ALL_SEEDS += ["more_8_short", "more_align", "more_segment_v", "demos", "rest", "tenth", "seen"]
+ALL_SEEDS += ["seen_more", "tenth_r", "blind", "blind_more", "more_seen"]
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
@@ -128,6 +129,7 @@ def main():
         ("Main arms, all seeds", outs, ARMS, rl),
         ("Few curated rows, all seeds", outs, arms_of(3, few), ["sft", "align_8"]),
         ("The game after the control, all seeds", outs, arms_of(2, few), sft),
+        ("The experts as judges of demonstrations, all seeds", outs, arms_of(4, few), sft),
     ]
     for table, title in TITLES.items():
         bases = rl if table == 1 else sft
@@ -135,8 +137,10 @@ def main():
     parts = [f"# Tables\n\nseeds {', '.join(map(str, args.seeds))}\n"]
     parts += [f"## {title}\n\n{arm_table(*table, commands)}" for title, *table in tables]
     parts.insert(2, verdict(outs))
-    parts.append("## The experts\n\n" + expert_table(outs[0], EXPERTS))
-    parts.append("## Faulty demonstrations\n\n" + diagnosis_table(outs[0]))
+    for out in outs:
+        experts = EXPERTS if out == outs[0] else {key: EXPERTS[key] for key in ("ground", "align")}
+        parts.append(f"## The experts, {out}\n\n{expert_table(out, experts)}")
+        parts.append(f"## Faulty demonstrations, {out}\n\n{diagnosis_table(out)}")
     Path(args.out, "tables.md").write_text("\n".join(parts))
     write_json(f"{args.out}/results.json", {out: means(out, arms) for out in outs})
     figures = os.path.join(args.out, "figures")

@@ -6,6 +6,7 @@ An arm is a checkpoint on the way; it may have been made from several seeds, eac
 import os
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -45,11 +46,17 @@ def scored(out, data, *path):
 
 
 # --------------------------------------------------------------------------------------- the table
+def responses(out, run, arm):
+    """Path in `out` of an arm's responses to the test items, None where it has none."""
+    found = next(Path(out).glob(f"{run}_*/{arm}/test.jsonl"), None)
+    return found and found.relative_to(out)
+
+
 @cache  # several tables have the same arms
 def measure(out, run, arm):
     """Test items of one seed -> DataFrame [items, metrics and groups of questions]: the mean over
     the samples of an item; of a group the accuracy, nan where the item is not in it."""
-    items = scored(out, "test", run, arm, "test.jsonl").groupby("id", sort=False)
+    items = scored(out, "test", responses(out, run, arm)).groupby("id", sort=False)
     found, touched = items[METRICS].mean(), items["kind"].first().map(TOUCHED)
     for group in GROUPS:
         found[group] = found["accuracy"].where(touched == group)
@@ -64,7 +71,7 @@ def means(out, arms):
     """{arm: {"greedy" or "sampled": {metric: mean}}} of one seed, of the arms that it has."""
     found = {}
     for arm in arms:
-        if os.path.exists(os.path.join(out, "sampled", arm)):
+        if responses(out, "sampled", arm):
             runs = {run: measure(out, run, arm)[METRICS].mean() for run in ("greedy", "sampled")}
             found[arm] = {run: mean.to_dict() for run, mean in runs.items()}
     return found
@@ -127,7 +134,8 @@ def above(right, wrong):
 def ground(out, scores):
     """{"ground_v, number": ...}: shares of test items under which the own caption scores above that
     of another picture, by what the question asks. The prompts of the game ask for a number; where
-    it is `more`, they are a token shorter, where it is `parity`, four longer. And ground_r."""
+    it is `more`, they are a token shorter, where it is `parity`, four longer. And "ground_r", of
+    those that ask for a number."""
     lines = pd.DataFrame(read_jsonl(out, scores, "scores.jsonl")).dropna(subset="other_perception")
     forms = {line["id"]: line["world"]["form"] for line in read_jsonl(out, "data", "test.jsonl")}
     found = {}
@@ -244,7 +252,7 @@ def write_curve(outs, path):
         for axis, key in zip(axes, ("accuracy", "perception")):
             for color, (arm, words) in enumerate((("align", "game"), ("more", "SFT"))):
                 for out in reversed(outs):
-                    has = [n for n in CURVE if os.path.exists(f"{out}/sampled/{arm}_{n}")]
+                    has = [n for n in CURVE if responses(out, "sampled", f"{arm}_{n}")]
                     found = [measure(out, "sampled", f"{arm}_{n}")[key].mean() for n in has]
                     axis.plot(has, found, "o", color=f"C{color}", ms=3)
                 axis.plot(has, found, color=f"C{color}", label=f"{words} on n curated rows")
@@ -257,12 +265,12 @@ def write_curve(outs, path):
 def write_structure(out, path):
     """PATH: words in captions and in traces of the responses to test items at T = 1, beside the
     curated teacher's; how often which number occurs."""
-    responses = {"teacher": read_jsonl(out, "data", "test.jsonl")}
+    writers = {"teacher": read_jsonl(out, "data", "test.jsonl")}
     for arm in ("sft", "sft_rl", "align", "more"):
-        responses[ARMS[arm]] = read_jsonl(out, "sampled", arm, "test.jsonl")
+        writers[ARMS[arm]] = read_jsonl(out, responses(out, "sampled", arm))
     with figure(path, 2) as axes:
         for axis, block in zip(axes, ("caption", "think")):
-            for name, lines in responses.items():
+            for name, lines in writers.items():
                 found = [parse_response(line["response"]) for line in lines]
                 words = [len(getattr(blocks, block).split()) for blocks in found if blocks]
                 counts = np.bincount(words, minlength=50)[:50] / len(lines)

@@ -170,8 +170,11 @@ def plan(out, seed, sizes, rows, arms, experts):
     for name, row in rows.items():
         first, _, flags = row.partition(" ")
         found[name] = f"{found[first]} {flags}" if first in found else row
-    tests = "eval.py --data @data/test.jsonl --max-new-tokens 128 --ckpt " + " @".join(["", *arms])
-    found |= {"greedy": tests, "sampled": f"{tests} --temperature 1 --samples {{samples}}"}
+    for i in range(0, len(arms), 4):  # the first are tested while others are trained
+        tests = "eval.py --data @data/test.jsonl --max-new-tokens 128 --ckpt"
+        tests += "".join(f" @{arm}" for arm in list(arms)[i : i + 4])
+        found[f"greedy_{i}"] = tests
+        found[f"sampled_{i}"] = f"{tests} --temperature 1 --samples {{samples}}"
     for name in experts:
         ckpt = f"--ckpt @{name}" + "/discriminator" * found[name].startswith("align.py")
         found[f"look_{name}"] = f"discriminator.py --score @data/look.jsonl {ckpt}"
@@ -181,11 +184,14 @@ def plan(out, seed, sizes, rows, arms, experts):
 
 
 def minutes_of(folder, commands):
-    """What a stage took with those before it, up to SFT; nan where that is not known."""
-    if folder not in commands or os.path.basename(folder) == "sft":
-        return 0.0
-    before = sum(minutes_of(need, commands) for need in commands[folder][0])
-    return seconds_of(folder) / 60 + before
+    """What a stage took with all that it needs, up to SFT; nan where that is not known."""
+    found, left = set(), [folder]
+    while left:
+        stage = left.pop()
+        if stage in commands and stage not in found and os.path.basename(stage) != "sft":
+            found.add(stage)
+            left += commands[stage][0]
+    return sum(map(seconds_of, found)) / 60
 
 
 def seconds_of(folder):
@@ -197,23 +203,23 @@ def seconds_of(folder):
 def run_stages(commands, args):
     """Run {folder: (folders that it reads, command line)}, args.jobs at a time, each when what it
     reads is there; stop all of them when one fails or we are told to."""
-    left, running = {}, {}
+    left, running, processes = {}, {}, {}
     for folder in commands:
         if not any(os.path.exists(f"{folder}/{name}.json") for name in ("meta", "results")):
             left[folder] = commands[folder]
-    # the one that all others wait for may have all cores
-    first = [folder for folder, (needs, _) in commands.items() if not needs & commands.keys()]
     try:
         while left:
             for folder, (needs, command) in left.items():
                 if folder not in running and len(running) < args.jobs and not left.keys() & needs:
-                    threads = args.jobs if first == [folder] else 1
-                    running[folder] = run_stage(folder, command, args, threads)
+                    running[folder] = run_stage(folder, command, args)
             time.sleep(0.1)
             for folder, stage in list(running.items()):
-                if next(stage, "ended"):
-                    del running[folder], left[folder]
+                processes[folder] = next(stage, None)
+                if processes[folder] is None:
+                    del running[folder], left[folder], processes[folder]
     finally:
+        for process in processes.values():  # all of them, before one is waited for
+            process.terminate()
         for stage in running.values():
             stage.close()
 
@@ -222,23 +228,24 @@ def run_stages(commands, args):
 SAID = re.compile(r"step \d*[02468]0 |warning|saved|skipped")
 
 
-def run_stage(folder, command, args, threads):
-    """Print the command line and run it, yielding while it runs; SystemExit where it fails."""
+def run_stage(folder, command, args):
+    """Print the command line and run it; yields its process while it runs. SystemExit where it
+    fails."""
     name, log, began = os.path.basename(folder), f"{folder}.log", time.time()
     if args.resume and os.path.exists(folder):  # what was broken off before its first state is lost
         goes_on = find_states(folder) or command[0] == "eval.py"
         command = [*command, "--resume" if goes_on else "--overwrite"]
         began -= seconds_of(folder) if goes_on else 0
     print(f"\n$ {shlex.join(['python', *command])}", flush=True)
-    # threads that wait by spinning crawl, eightfold, where something else has a core of theirs
-    cores = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "3000"} if args.jobs > 1 else {}
-    settings = {"cwd": HERE, "stderr": subprocess.STDOUT, "env": cores | os.environ}
+    settings = {"cwd": HERE, "stderr": subprocess.STDOUT}
+    if args.jobs > 1:  # a core for each
+        settings["env"] = {"OMP_NUM_THREADS": "1", **os.environ}
     with open(log, "w") as file, open(log) as lines:
         process = subprocess.Popen([sys.executable, *command], stdout=file, **settings)
         try:
             ended = False
             while not ended:
-                yield
+                yield process
                 ended = process.poll() is not None  # before its last lines are read
                 for line in filter(SAID.match, lines):
                     print(f"{name}: {line}", end="", flush=True)
