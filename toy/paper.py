@@ -82,6 +82,7 @@ ROWS += [
     # diagnosis: SFT without the quarter of its demonstrations that the experts like least; on the
     # tenth that the perception expert likes best, about as many as are curated; on the other's
     (4, "demos", "discriminator.py --ckpt @align/discriminator --score @data/sft.jsonl", ""),
+    (4, "demos_ground", "demos --ckpt @ground", ""),
     (4, "rest", "-m toy.choose --data @data/sft.jsonl --scores @demos/scores.jsonl"
      " --keep 0.75", ""),
     (4, "kept", "sft --data @rest/rows.jsonl", "SFT without the worst quarter of its rows"),
@@ -96,7 +97,7 @@ ROWS += [
 # what all seeds have; they go on with no row that the others lack
 ALL_SEEDS = [f"{stage}_{n}" for n in (8, 32, 128) for stage in ("ground", "align", "more")]
 ALL_SEEDS += ["more_8_short", "more_align", "more_segment_v", "demos", "rest", "tenth", "seen"]
-ALL_SEEDS += ["seen_more", "tenth_r", "blind", "blind_more", "more_seen"]
+ALL_SEEDS += ["seen_more", "tenth_r", "blind", "blind_more", "more_seen", "demos_ground"]
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
@@ -139,10 +140,12 @@ def main():
     parts.insert(2, verdict(outs))
     for out in outs:
         experts = EXPERTS if out == outs[0] else {key: EXPERTS[key] for key in ("ground", "align")}
-        parts.append(f"## The experts, {out}\n\n{expert_table(out, experts)}")
-        parts.append(f"## Faulty demonstrations, {out}\n\n{diagnosis_table(out)}")
+        seed = os.path.basename(out)
+        parts.append(f"## The experts, {seed}\n\n{expert_table(out, experts)}")
+        parts.append(f"## Faulty demonstrations, {seed}\n\n{diagnosis_table(out)}")
     Path(args.out, "tables.md").write_text("\n".join(parts))
-    write_json(f"{args.out}/results.json", {out: means(out, arms) for out in outs})
+    results = {os.path.basename(out): means(out, arms) for out in outs}
+    write_json(f"{args.out}/results.json", results)
     figures = os.path.join(args.out, "figures")
     os.makedirs(figures, exist_ok=True)
     write_curve(outs, f"{figures}/curve.png")

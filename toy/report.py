@@ -217,21 +217,24 @@ def likelihoods(out, count):
 
 
 def diagnosis_table(out, count=2000):
-    """How well the faulty ones of the first demonstrations are found, by the experts' scores of the
-    run `demos`, by likelihood and by length, for what the questions ask -> Markdown."""
+    """How well the faulty ones of the first demonstrations are found, by the experts' scores before
+    the game (the run demos_ground) and after it (demos), by likelihood and by length, for what the
+    questions ask -> Markdown."""
     demos = scored(out, "sft", "data", "sft.jsonl")[:count]
-    judged = pd.DataFrame(read_jsonl(out, "demos", "scores.jsonl")[:count])
+    runs = [read_jsonl(out, run, "scores.jsonl")[:count] for run in ("demos_ground", "demos")]
+    before, after = map(pd.DataFrame, runs)
     logp, length, lines = likelihoods(out, len(demos)), -demos["response"].str.len(), []
     for k, (expert, fault) in enumerate((("perception", "caption"), ("reasoning", "trace"))):
         for form in world.FORMS:
             asked = demos["kind"].str.endswith(form)
             wrong = np.array(demos[expert] < 1)[asked]
             cells = [f"wrong {fault}, {form}", f"{100 * wrong.mean():.0f} %"]
-            for values in (judged[expert], logp[:, k], length):
+            for values in (before[expert], after[expert], logp[:, k], length):
                 values = np.array(values)[asked]  # area under the ROC curve: all pairs
                 cells.append(f"{above(values[~wrong][:, None], values[wrong]):.2f}")
             lines.append(cells)
-    return markdown(["fault", "share", "its expert", "likelihood under SFT", "shortness"], lines)
+    judges = ["its expert before the game", "after it", "likelihood under SFT", "shortness"]
+    return markdown(["fault", "share", *judges], lines)
 
 
 # ------------------------------------------------------------------------------------- the figures
