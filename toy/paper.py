@@ -89,6 +89,10 @@ ROWS += [
     (4, "tenth", "rest --keep 0.1 --alpha 1", ""),
     (4, "seen", "sft --data @tenth/rows.jsonl", "SFT on the tenth with the highest D_v"),
     (4, "seen_more", "more --ckpt @seen", "SFT on the tenth by D_v -> SFT on the curated rows"),
+    (4, "tenth_g", "tenth --scores @demos_ground/scores.jsonl", ""),
+    (4, "seen_g", "sft --data @tenth_g/rows.jsonl", "SFT on the tenth by D_v before the game"),
+    (4, "seen_g_more", "more --ckpt @seen_g",
+     "SFT on the tenth by D_v before the game -> SFT on the curated rows"),
     (4, "tenth_r", "rest --keep 0.1 --alpha 0", ""),
     (4, "blind", "sft --data @tenth_r/rows.jsonl", "SFT on the tenth with the highest D_r"),
     (4, "blind_more", "more --ckpt @blind", "SFT on the tenth by D_r -> SFT on the curated rows"),
@@ -98,6 +102,7 @@ ROWS += [
 ALL_SEEDS = [f"{stage}_{n}" for n in (8, 32, 128) for stage in ("ground", "align", "more")]
 ALL_SEEDS += ["more_8_short", "more_align", "more_segment_v", "demos", "rest", "tenth", "seen"]
 ALL_SEEDS += ["seen_more", "tenth_r", "blind", "blind_more", "more_seen", "demos_ground"]
+ALL_SEEDS += ["tenth_g", "seen_g", "seen_g_more"]
 EXPERTS = {"ground": "before the game", "align": "after the game",
            "paper": "last token, no mismatched pairs",
            "mean": "mean over tokens, no mismatched pairs",
