@@ -522,7 +522,7 @@ def test_of_a_flag_given_twice_the_last_counts():
 
 def test_rows_are_chosen_by_the_experts(tmp_path):
     """Own responses that are whole; the best of each prompt's by the mean of standardised scores;
-    with one response to a prompt the best share of all."""
+    with one response to a prompt the best share of each kind of question."""
     texts = [world.response([("red", "cross")], ([f"step {i}"], "1")) for i in range(4)]
     kind = {"world": {"kind": "color number"}}
     examples = [{"id": name, "images": ["images/a.png"], **kind} for name in ("a-1", "a-2")]

@@ -48,11 +48,11 @@ def best(examples, scores, share, alpha):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--data", "--out"):
-        parser.add_argument(flag, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
-    for flag in ("--responses", "--scores"):
-        what.add_argument(flag)
+    what.add_argument("--responses")
+    what.add_argument("--scores")
     parser.add_argument("--keep", type=real(0, 1), default=1.0)
     parser.add_argument("--alpha", type=real(0, 1), default=0.5)
     args, _ = parser.parse_known_args()  # --resume, --overwrite: it begins anew

@@ -69,16 +69,6 @@ ROWS += [
     (3, "ground_hidden", f"ground --pairs {HIDDEN}", ""),
     (3, "align_hidden", f"align --data {HIDDEN} --disc @ground_hidden", "align, 3 cells hidden"),
     (3, "more_hidden", f"more --data {HIDDEN}", "SFT, 3 cells hidden"),
-    # rejection sampling: SFT on those of a prompt's own responses that the experts rank highest
-    (4, "pool", "eval.py --ckpt @sft --data @data/align.jsonl --max-new-tokens 128 --temperature 1"
-     " --samples 8", ""),
-    (4, "own", "-m toy.choose --data @data/align.jsonl --responses @pool/sft/align.jsonl", ""),
-    (4, "judged", "discriminator.py --ckpt @align/discriminator --score @own/rows.jsonl", ""),
-    (4, "best_rows", "-m toy.choose --data @own/rows.jsonl --scores @judged/scores.jsonl"
-     " --keep 0.125", ""),
-    (4, "best", "more --data @best_rows/rows.jsonl", "SFT on the best of 8 own responses"),
-    (4, "best_v_rows", "best_rows --alpha 1", ""),
-    (4, "best_v", "more --data @best_v_rows/rows.jsonl", "SFT on the best of 8 by D_v"),
     # diagnosis: SFT without the quarter of its demonstrations that the experts like least; on the
     # tenth that the perception expert likes best, about as many as are curated; on the other's
     (4, "demos", "discriminator.py --ckpt @align/discriminator --score @data/sft.jsonl", ""),
@@ -97,6 +87,15 @@ ROWS += [
     (4, "blind", "sft --data @tenth_r/rows.jsonl", "SFT on the tenth with the highest D_r"),
     (4, "blind_more", "more --ckpt @blind", "SFT on the tenth by D_r -> SFT on the curated rows"),
     (4, "more_seen", "more --data @tenth/rows.jsonl", "SFT -> SFT on the tenth by D_v"),
+    # rejection sampling: SFT on those of a prompt's own responses that the experts rank highest
+    (4, "pool", "eval.py --ckpt @sft --data @data/align.jsonl --max-new-tokens 128 --temperature 1"
+     " --samples 8", ""),
+    (4, "own", "-m toy.choose --data @data/align.jsonl --responses @pool/sft/align.jsonl", ""),
+    (4, "judged", "demos --score @own/rows.jsonl", ""),
+    (4, "best_rows", "rest --data @own/rows.jsonl --scores @judged/scores.jsonl --keep 0.125", ""),
+    (4, "best", "more --data @best_rows/rows.jsonl", "SFT on the best of 8 own responses"),
+    (4, "best_v_rows", "best_rows --alpha 1", ""),
+    (4, "best_v", "more --data @best_v_rows/rows.jsonl", "SFT on the best of 8 by D_v"),
 ]
 # what all seeds have; they go on with no row that the others lack
 ALL_SEEDS = [f"{stage}_{n}" for n in (8, 32, 128) for stage in ("ground", "align", "more")]

@@ -40,7 +40,6 @@ ONE_IN = 13  # of so many demonstrations one is curated (the paper: 1.26 M to 10
 SAMPLING = "--prompts 8 --rollouts 8 --max-new-tokens 128 --max-tokens 4096 --save-every 100"
 SAMPLING += " --log-rollouts 5"
 LOOK = "--mismatch 1 --readout mean"
-GROUND = f"discriminator.py --ckpt @sft --batch 16 --lr 1e-3 --steps {{ground}} {LOOK}"
 ALIGN = f"align.py --ckpt @sft {SAMPLING} --steps {{align}} --lr 1e-4 --disc-lr 3e-4"
 ALIGN += " --warmup-disc-lr 3e-4 --warmup-steps {warmup} --data @data/align.jsonl"
 RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5 --data @data/rl.jsonl --steps"
@@ -48,7 +47,8 @@ RL = f"rl.py {SAMPLING} --algo grpo --lr 2e-5 --data @data/rl.jsonl --steps"
 # rollouts
 STAGES = {
     "sft": "sft.py --ckpt @base --data @data/sft.jsonl --batch 16 --lr 2e-3 --steps {sft}",
-    "ground": f"{GROUND} --pairs @data/align.jsonl",
+    "ground": "discriminator.py --ckpt @sft --batch 16 --lr 1e-3 --steps {ground}"
+    f" {LOOK} --pairs @data/align.jsonl",
     "align": f"{ALIGN} {LOOK} --disc @ground",
     "more": "sft --ckpt @sft --data @data/align.jsonl --lr 5e-4 --steps {more}",
     "sft_rl": f"{RL} {{game+rl}} --ckpt @sft",
@@ -258,7 +258,8 @@ def run_stage(folder, command, args):
             seconds = f"{time.time() - began:.0f}"
             Path(f"{folder}.seconds").write_text(f"{seconds}\n")  # --resume adds to it
     if process.returncode:
-        said = [f": {line.strip()}" for line in open(log) if "error: " in line] or [""]
+        lines = Path(log).read_text().splitlines()
+        said = [f": {line.strip()}" for line in lines if "error: " in line] or [""]
         status = f"failed with status {process.returncode}{said[0]}"
         raise SystemExit(f"toy: {name} {status}; its output is in {log}")
     print(f"[{name}] {seconds} s", flush=True)
